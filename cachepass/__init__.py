@@ -1,0 +1,44 @@
+"""cachepass: caching for diffusion transformers as a ``torch.compile`` backend.
+
+compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
+                         options={"cache": cachepass.TaylorSeerCacheConfig(cache_interval=5, max_order=1)})
+"""
+
+from .config import CompileOptions, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from .errors import (
+    CachepassError,
+    CachepassWarning,
+    ConcurrencyError,
+    ConfigError,
+    NoMatchError,
+    NotCompiledError,
+    OptionError,
+    TimestepError,
+    TrainingError,
+)
+from .inspect.explain import Explanation, explain
+from .inspect.summary import Summary, reset, summary
+from .runtime.context import cache_context
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CachepassError",
+    "CachepassWarning",
+    "CompileOptions",
+    "ConcurrencyError",
+    "ConfigError",
+    "Explanation",
+    "NoMatchError",
+    "NotCompiledError",
+    "OptionError",
+    "PyramidAttentionBroadcastConfig",
+    "Summary",
+    "TaylorSeerCacheConfig",
+    "TimestepError",
+    "TrainingError",
+    "cache_context",
+    "explain",
+    "reset",
+    "summary",
+]

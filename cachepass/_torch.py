@@ -1,0 +1,158 @@
+"""The only door to private torch APIs: one function per need, each present in torch 2.11, 2.13 and 2.15 or guarded.
+
+Nothing here knows what caching is. Whatever a new torch release renames is renamed in this file and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import CompiledFn
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.source import Source
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._higher_order_ops.cond import cond_op
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.virtualized import V
+from torch._logging import trace_structured
+from torch._subclasses import FakeTensorMode
+
+COND = cond_op
+
+__all__ = [
+    "COND",
+    "CompiledFn",
+    "SavedContext",
+    "Source",
+    "compile_once",
+    "dump_graph",
+    "fake_mode_of",
+    "inductor_keys",
+    "input_index",
+    "mode_patches",
+    "placeholder_source",
+    "plain_inductor",
+    "raise_unwrapped",
+    "root_modules",
+    "save_context",
+    "storage_of",
+]
+
+
+# ---- Dynamo ---------------------------------------------------------------------------------------------------------
+
+
+def raise_unwrapped(error: Exception) -> NoReturn:
+    """Raise ``error`` out of a backend so that the caller of the compiled model gets it as its own class.
+
+    Dynamo wraps whatever a backend raises in ``BackendCompilerFailed``, except for its ``ShortenTraceback`` family:
+    the error is re-made as a subclass of both its own class and that one.
+    """
+    bases: Any = (type(error), ShortenTraceback)
+    kind: Any = type(type(error).__name__, bases, {"__module__": type(error).__module__})
+    unwrapped = kind.__new__(kind, *error.args)
+    ShortenTraceback.__init__(unwrapped, *error.args, first_useful_frame=None)
+    unwrapped.__dict__.update(error.__dict__)
+    raise unwrapped.with_traceback(error.__traceback__) from None
+
+
+def root_modules() -> list[torch.nn.Module]:
+    """The modules among the local variables of the frame that Dynamo is tracing (``self`` first); outside: none."""
+    try:
+        scope: dict[str, Any] = InstructionTranslator.current_tx().output.root_tx.f_locals  # pyright: ignore
+    except AttributeError:
+        return []
+    names = sorted(scope, key=lambda name: name != "self")
+    return [scope[name] for name in names if isinstance(scope[name], torch.nn.Module)]
+
+
+def placeholder_source(node: fx.Node) -> str | None:
+    """Where a placeholder of a Dynamo graph comes from, as Dynamo writes it: ``L['self']._parameters['weight']``."""
+    source: Any = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return None
+    return source.name
+
+
+# ---- AOTAutograd and Inductor ---------------------------------------------------------------------------------------
+
+
+def inductor_keys() -> set[str]:
+    return set(inductor_config.get_config_copy())
+
+
+def mode_patches(mode: str) -> dict[str, Any]:
+    return dict(list_mode_options(mode))
+
+
+def plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor as ``backend="inductor"`` runs it."""
+    return compile_fx(gm, inputs, config_patches=patches or None)  # pyright: ignore[reportReturnType]
+
+
+def compile_once(gm: fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any],
+                 patches: dict[str, Any]) -> Callable[..., Any]:  # fmt: skip
+    """Run AOTAutograd, decompositions and joint passes over ``gm`` and hand the ATen graph to ``inner``.
+
+    AOTAutograd's cache is off: a hit would bypass ``inner``. Inductor's own FX graph cache still serves each variant.
+    """
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches or None)  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class SavedContext:
+    """What compiling a variant later needs of the moment at which the ATen graph was handed over."""
+
+    fake_mode: FakeTensorMode
+    tracing_context: TracingContext | None
+    patches: dict[str, Any]
+    inner_kwargs: dict[str, Any]
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.patches:
+                stack.enter_context(inductor_config.patch(self.patches))
+            stack.enter_context(tracing(self.tracing_context))
+            stack.enter_context(V.set_fake_mode(self.fake_mode))
+            yield
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        """``compile_fx_inner`` over a variant; the result takes its inputs as one list (boxed)."""
+        with self.entered(), torch.no_grad():
+            return compile_fx_inner(gm, inputs, **self.inner_kwargs)  # pyright: ignore[reportReturnType]
+
+
+def save_context(inputs: Sequence[Any], patches: dict[str, Any], inner_kwargs: dict[str, Any]) -> SavedContext:
+    return SavedContext(fake_mode_of(inputs), TracingContext.try_get(), dict(patches), dict(inner_kwargs))
+
+
+def fake_mode_of(inputs: Sequence[Any]) -> FakeTensorMode:
+    return detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def input_index(placeholder: fx.Node) -> int | None:
+    """Which input of the Dynamo graph an ATen placeholder is, from AOTAutograd's own description of it."""
+    return getattr(placeholder.meta.get("desc"), "idx", None)
+
+
+def storage_of(value: torch.Tensor) -> int:
+    """An identity of the memory behind a (fake) tensor: equal for aliases."""
+    return value.untyped_storage()._cdata
+
+
+def dump_graph(name: str, text: Callable[[], str]) -> None:
+    """Give a graph to tlparse (``TORCH_TRACE``); free when nobody listens."""
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": f"cachepass_{name}", "encoding": "string"}, payload_fn=text
+    )

@@ -1,0 +1,173 @@
+"""``torch.compile(model, backend="cached_inductor", options={"cache": ...})``: the whole way, from top to bottom.
+
+    cached_inductor   Dynamo graph -> callable
+      prepare           regions -> the method's targets -> annotate            (before anything is compiled)
+      compile_once      AOTAutograd, decompositions, joint passes: one ATen graph for all phases
+      build_program     plan -> rewrite (the canonical form)
+      Program           specialize -> lower: one variant per phase, when a step first needs it
+      Dispatcher        clock -> schedule -> phase and weights -> variant -> commit, on each call
+
+torch finds this backend by its entry point, so ``import cachepass`` is not needed to use it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import _torch
+from .config import CompileOptions, method_names, parse_options
+from .errors import CachepassError, CachepassWarning, NoMatchError, TimestepError, TrainingError, listing
+from .graph.annotate import annotate, outermost
+from .graph.inputs import find_timestep, input_names
+from .graph.plan import make_plan
+from .graph.regions import RegionTable, find_regions
+from .graph.rewrite import rewrite, role_names
+from .methods import Method, Skip, Target, make_method
+from .runtime.dispatch import Dispatcher, InputLayout
+from .runtime.program import Program, step_runner
+
+logger = logging.getLogger(__name__)
+
+
+def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
+                    mode: str | None = None) -> Callable[..., Any]:  # fmt: skip
+    """Compile a Dynamo graph with caching: the backend itself.
+
+    Args:
+        gm, inputs: As Dynamo gives them to every backend.
+        options: ``"cache"`` (a config of ours or of diffusers, a dict with ``"method"``, or a method's name),
+            ``"lowering"``, ``"timestep_input"``, ``"timestep_scale"``, ``"num_inference_steps"`` (see
+            :class:`cachepass.CompileOptions`); every other key is an Inductor config.
+        mode: As for Inductor: ``"reduce-overhead"``, ``"max-autotune"``, ...
+
+    Raises:
+        CachepassError: Any of its subclasses, before anything is compiled.
+    """
+    try:
+        parsed = parse_options(options, mode, _torch.inductor_keys(), _torch.mode_patches)
+        if parsed.cache is None:
+            warnings.warn(
+                "backend='cached_inductor' without options={'cache': ...}: nothing is cached, this is plain Inductor. "
+                f"Methods: {', '.join(method_names())}", CachepassWarning, stacklevel=2,
+            )  # fmt: skip
+            return _torch.plain_inductor(gm, inputs, parsed.inductor)
+        return compile_cached(gm, inputs, parsed)
+    except CachepassError as error:
+        _torch.raise_unwrapped(error)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A Dynamo graph with its cuts marked, and what was learned on the way."""
+
+    gm: fx.GraphModule
+    method: Method
+    table: RegionTable
+    targets: tuple[Target, ...]
+    skips: tuple[Skip, ...]
+    notes: tuple[str, ...]
+    names: tuple[str, ...]
+    layout: InputLayout
+
+
+def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Dispatcher:
+    """The pipeline for a graph with a cache."""
+    prepared = prepare(gm, inputs, options)
+    dispatcher = Dispatcher(prepared.method, options, prepared.layout, _torch.root_modules())
+    idle = prepared.method.never_predicts(options.num_inference_steps)
+    if idle is not None:
+        # Nothing would ever read a slot: no marker, no slot, the very program that Inductor makes.
+        warnings.warn(f"the cache never fires: {idle}", CachepassWarning, stacklevel=3)
+        dispatcher.compiled = _torch.plain_inductor(gm, inputs, options.inductor)
+        return dispatcher
+    annotate(gm, list(prepared.targets), prepared.table)
+
+    def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
+        context = _torch.save_context(own_inputs, options.inductor, kwargs)
+        dispatcher.program = build_program(aten, own_inputs, prepared, options, context)
+        return step_runner(dispatcher.program, dispatcher.current_call)
+
+    dispatcher.compiled = _torch.compile_once(gm, inputs, inner, options.inductor)
+    return dispatcher
+
+
+def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Prepared:
+    """Choose what is cut. All that can be wrong with the user's settings for this model is found here."""
+    assert options.cache is not None
+    _refuse_training(gm, inputs)
+    method = make_method(options.cache)
+    table = find_regions(gm)
+    if not table.regions:
+        raise NoMatchError("the traced graph contains no module call that can be cached", where="torch.compile",
+                           hint="compile the transformer itself (an nn.Module), not a function of tensors")  # fmt: skip
+    names, parameters = input_names(gm, inputs)
+    layout = _layout(names, parameters, inputs, method, options)
+    selection = method.select(table.regions)
+    targets, nested = outermost(selection.targets, table)
+    for note in selection.notes:
+        logger.info(note)
+    skips = (*table.skips, *selection.skips, *nested)
+    return Prepared(gm, method, table, tuple(targets), skips, selection.notes, tuple(names), layout)
+
+
+def build_program(aten: fx.GraphModule, own_inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
+                  context: _torch.SavedContext) -> Program:  # fmt: skip
+    """From the ATen graph, markers in place, to the program whose variants are compiled on demand."""
+    plan = make_plan(aten, prepared.targets, spare=options.lowering == "cond", skips=prepared.skips,
+                     notes=prepared.notes)  # fmt: skip
+    canonical = rewrite(aten, plan)
+    for cut in plan.cuts:
+        logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")
+    names = {**_placeholder_names(aten, prepared.names), **role_names(canonical.roles, plan)}
+    return Program(canonical, plan, own_inputs, options.lowering, context, names)
+
+
+def _placeholder_names(aten: fx.GraphModule, names: Sequence[str]) -> dict[str, str]:
+    """Readable names for the model's own placeholders in the ATen graph."""
+    readable = {}
+    for position, node in enumerate(aten.graph.find_nodes(op="placeholder")):
+        index = _torch.input_index(node)
+        index = position if index is None else index
+        readable[node.name] = names[index] if index < len(names) else node.name
+    return readable
+
+
+def _layout(names: Sequence[str], parameters: tuple[int, ...], inputs: Sequence[Any], method: Method,
+            options: CompileOptions) -> InputLayout:  # fmt: skip
+    own = {i: name for i, name in enumerate(names) if i not in set(parameters)}
+    numeric = {i: name for i, name in own.items() if isinstance(inputs[i], (torch.Tensor, torch.SymInt))}
+    timestep = find_timestep(numeric, options.timestep_input)
+    has_callback = getattr(options.cache, "current_timestep_callback", None) is not None
+    if timestep is None and not has_callback:
+        if method.needs_timestep:
+            raise TimestepError(
+                "the schedule needs the timestep, and no input of the model is called timestep, timesteps, t or sigma",
+                where=type(options.cache).__name__,
+                hint='give options["timestep_input"] = one of its inputs, or current_timestep_callback. '
+                f"inputs: {listing(own.values())}",
+            )
+        if options.num_inference_steps is None:
+            warnings.warn(
+                "no timestep input found, so the end of a run cannot be seen: call cachepass.reset(model) between "
+                'runs, or give options["num_inference_steps"] or options["timestep_input"]',
+                CachepassWarning, stacklevel=4,
+            )  # fmt: skip
+    return InputLayout(parameters, timestep, tuple(own.values()))
+
+
+def _refuse_training(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    for root in _torch.root_modules()[:1]:
+        if root.training:
+            raise TrainingError("the model is in training mode", where=type(root).__name__,
+                                hint="caching is for inference: call model.eval() first")  # fmt: skip
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        raise TrainingError("gradients are required", where=type(gm).__name__,
+                            hint="caching is for inference: call the model under torch.no_grad() or "
+                                 "torch.inference_mode()")  # fmt: skip

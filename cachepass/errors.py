@@ -1,0 +1,66 @@
+"""One class per failure. Every message says what is wrong, where (option, field or module path) and what to do.
+
+All of them are ``ValueError``s too, so a caller needs no import to catch them. Raised while torch.compile is tracing,
+they reach the caller as they are (``_torch.raise_unwrapped``), not wrapped in Dynamo's ``BackendCompilerFailed``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CachepassError(ValueError):
+    """Base of every error that cachepass raises for a mistake of its user."""
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
+        message = f"{where}: {what}" if where else what
+        super().__init__(f"{message}\n  hint: {hint}" if hint else message)
+
+
+class OptionError(CachepassError):
+    """A compile option that does not exist or has a value that cannot be used."""
+
+
+class ConfigError(CachepassError):
+    """A field of a method's config that does not exist or has a value that cannot be used."""
+
+
+class NoMatchError(CachepassError):
+    """A pattern or a method that finds no module to cache in the traced model."""
+
+
+class TimestepError(CachepassError):
+    """The schedule needs the timestep and none can be read."""
+
+
+class TrainingError(CachepassError):
+    """The model is in training mode or gradients are required: caching is for inference."""
+
+
+class ConcurrencyError(CachepassError):
+    """Two calls used the same state (model instance and cache context) at the same time."""
+
+
+class NotCompiledError(CachepassError):
+    """``summary`` was asked about a model that no ``cached_inductor`` program belongs to."""
+
+
+class CachepassWarning(UserWarning):
+    """A setting that works but surely is not what was meant: a cache that never fires, an overridden pattern."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """``"did you mean 'x'? known: a, b, x"`` for a hint."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    listing = "known: " + ", ".join(names)
+    return f"did you mean {near[0]!r}? {listing}" if near else listing
+
+
+def listing(names: Iterable[str], limit: int = 24) -> str:
+    """Names for a message, cut to ``limit`` with the count of the rest."""
+    names = list(names)
+    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "(none)") + more

@@ -1,0 +1,133 @@
+"""Writing ATen nodes: with their fake values, because everything after AOTAutograd reads ``meta["val"]``."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .plan import Cut
+
+aten = torch.ops.aten
+_convert = torch.ops.prims.convert_element_type.default
+
+
+class Emitter:
+    """Adds nodes at a place of one graph, computing each one's fake value."""
+
+    def __init__(self, graph: fx.Graph, fake_mode: contextlib.AbstractContextManager[Any]) -> None:
+        self.graph, self.fake_mode = graph, fake_mode
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        fake = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            node.meta["val"] = target(*fake[0], **fake[1])  # pyright: ignore
+        return node
+
+    def placeholder(self, name: str, value: object) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def to(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return value if value.meta["val"].dtype == dtype else self(_convert, value, dtype)
+
+    def dense(self, value: fx.Node, cut: Cut) -> fx.Node:
+        """``value`` with the strides that the marker gave to everything behind it (it densifies, as clone does)."""
+        return value if tuple(value.meta["val"].stride()) == cut.stride else self(aten.clone.default, value)
+
+    def clone(self, value: fx.Node) -> fx.Node:
+        """A copy made only because a branch may not return an alias; dropped when the branch is inlined."""
+        node = self(aten.clone.default, value)
+        node.meta["cachepass_unalias"] = True
+        return node
+
+    def forecast(self, cut: Cut, history: Sequence[fx.Node], weights: fx.Node | None, sizes: fx.Graph) -> fx.Node:
+        """``sum_j w_j * h_j`` in the cut's dtype, accumulated in fp32 (fp64 for fp64 values).
+
+        ``sizes`` is a graph whose nodes may be asked for symbolic sizes.
+        """
+        if cut.forecast.history == 0:
+            return self._zeros(cut, sizes)
+        if cut.forecast.constant_weights == (1.0,):
+            return self.to(history[0], cut.dtype)
+        wide = accumulation_dtype(cut.dtype)
+        total: fx.Node | None = None
+        for j, slot in enumerate(history):
+            weight = self._weight(cut, weights, j, wide)
+            term = self(aten.mul.Tensor, self.to(slot, wide), weight)
+            total = term if total is None else self(aten.add.Tensor, total, term)
+        assert total is not None
+        return self.to(total, cut.dtype)
+
+    def _weight(self, cut: Cut, weights: fx.Node | None, j: int, wide: torch.dtype) -> fx.Node | float:
+        if cut.forecast.constant_weights is not None:
+            return cut.forecast.constant_weights[j]
+        assert weights is not None, cut.name
+        return self.to(self(aten.select.int, weights, 0, j), wide)
+
+    def _zeros(self, cut: Cut, sizes: fx.Graph) -> fx.Node:
+        """Zeros in the cut's own memory layout: made in stride order, then permuted."""
+        order = sorted(range(len(cut.shape)), key=lambda d: (-int(cut.stride[d]), d))
+        shape = [self._size(cut.shape[d], sizes) for d in order]
+        zeros = self(aten.full.default, shape, 0, dtype=cut.dtype, device=cut.device, pin_memory=False)
+        if order == sorted(order):
+            return zeros
+        return self(aten.permute.default, zeros, [order.index(d) for d in range(len(order))])
+
+    def _size(self, size: int | torch.SymInt, sizes: fx.Graph) -> int | fx.Node:
+        if isinstance(size, int):
+            return size
+        for node in sizes.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+                return node
+            if node.op == "placeholder" and isinstance(value, torch.Tensor):
+                for d, s in enumerate(value.shape):
+                    if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr:
+                        return self(aten.sym_size.int, node, d)
+        raise NotImplementedError(f"no input of the graph has the symbolic size {size}")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def alias_root(node: fx.Node) -> fx.Node:
+    """The node whose memory ``node`` is a view of (itself, if it owns its memory)."""
+    while node.op == "call_function":
+        if node.target is operator.getitem or (
+            isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target)
+        ):
+            source = node.args[0]
+        else:
+            break
+        if not isinstance(source, fx.Node) or (node.target is operator.getitem and not _views_list(source)):
+            break
+        node = source
+    return node
+
+
+def _is_view(op: torch._ops.OpOverload) -> bool:
+    returns = op._schema.returns
+    return bool(returns) and any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _views_list(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target)
+
+
+def operands_of(nodes: Sequence[fx.Node]) -> Iterator[fx.Node]:
+    """What a set of nodes reads from outside itself, in order, once each."""
+    inside, seen = set(nodes), set()
+    for node in nodes:
+        for operand in node.all_input_nodes:
+            if operand not in inside and operand not in seen:
+                seen.add(operand)
+                yield operand

@@ -1,0 +1,254 @@
+"""Rewrite: every region with a live cut becomes a conditional. The result is the canonical form of the program.
+
+    rewrite : ATen GraphModule with markers, CachePlan -> Canonical
+
+        q = mm(x, wq); ... ; attn = mm(s, wo)           cond = torch.cond(predict_g,
+        cut = cachepass.cut(attn, "blocks.0.attn", 0)             predict_blocks_0_attn,   # weights * history
+        y = x + cut                                ->             compute_blocks_0_attn,   # q = ...; attn
+                                                                  (x, wq, ..., weights_g, h0, h1))
+                                                        y = x + cond[0]
+                                                        copy_(next, cond[0])
+
+The compute branch holds the nodes that only feed the region's cuts. Both branches are pure; the value is written to
+the ring's next slot after the branch, and the host commits the step by rotating the ring. Predicates, weights and
+slots are placeholders behind the model's own, so the indices of the model's inputs stay right.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .. import _torch
+from .emit import Emitter, accumulation_dtype, alias_root, aten, operands_of
+from .plan import CachePlan, Cut, cut_nodes, is_impure
+
+
+@dataclass(frozen=True)
+class Role:
+    """What the host gives to a placeholder: ``kind`` is predicate, weights, history (with its age) or next."""
+
+    kind: str
+    group: str
+    cut: int = -1
+    age: int = -1
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """The canonical program: the graph, the role of each added placeholder (by name, in order) and the model's own."""
+
+    gm: fx.GraphModule
+    roles: dict[str, Role]
+    own_inputs: int
+
+
+def rewrite(gm: fx.GraphModule, plan: CachePlan) -> Canonical:
+    """Build the canonical form; ``gm`` is left as it is."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    result = fx.GraphModule(gm, graph)
+    markers = cut_nodes(graph)
+    assert len(markers) == len(plan.cuts)
+    own_inputs = len(graph.find_nodes(op="placeholder"))
+    fake_mode = _torch.fake_mode_of([n.meta["val"] for n in graph.nodes if n.op == "placeholder"])
+    emit = Emitter(graph, fake_mode)
+    for marker, cut in zip(markers, plan.cuts, strict=True):
+        if not cut.live:
+            _drop_marker(marker, cut, emit)
+    added = _Added(plan, emit)
+    regions: dict[str, list[tuple[fx.Node, Cut]]] = {}
+    for marker, cut in zip(markers, plan.cuts, strict=True):
+        if cut.live:
+            regions.setdefault(cut.region, []).append((marker, cut))
+    barrier = {marker for group in regions.values() for marker, _ in group}
+    writes: list[tuple[Cut, fx.Node]] = []
+    for region, cuts in regions.items():
+        writes += _make_cond(result, region, cuts, added, emit, barrier)
+    _write_slots(graph, writes, added, emit)
+    graph.eliminate_dead_code(is_impure_node=is_impure)
+    graph.lint()
+    result.recompile()
+    return Canonical(result, added.roles, own_inputs)
+
+
+def _drop_marker(marker: fx.Node, cut: Cut, emit: Emitter) -> None:
+    value = marker.args[0]
+    assert isinstance(value, fx.Node)
+    with emit.graph.inserting_before(marker):
+        dense = emit.dense(value, cut)
+    marker.replace_all_uses_with(dense)
+    emit.graph.erase_node(marker)
+
+
+class _Added:
+    """The placeholders for predicates, weights and slots, behind the model's own."""
+
+    def __init__(self, plan: CachePlan, emit: Emitter) -> None:
+        self.roles: dict[str, Role] = {}
+        self.predicate: dict[str, fx.Node] = {}
+        self.weights: dict[str, fx.Node] = {}
+        self.history: dict[int, list[fx.Node]] = {}
+        self.next: dict[int, fx.Node] = {}
+        self._emit = emit
+        placeholders = emit.graph.find_nodes(op="placeholder")
+        first = next(n for n in emit.graph.nodes if n.op != "placeholder")
+        assert not placeholders or placeholders[-1].next is first, "placeholders come first in an ATen graph"
+        with emit.graph.inserting_before(first), emit.fake_mode, torch.no_grad():
+            for group in plan.groups:
+                self.predicate[group] = self._add(f"predict_{group}", torch.empty((), dtype=torch.bool), "predicate",
+                                                  group)  # fmt: skip
+                if plan.weighted(group):
+                    cut = next(c for c in plan.live_cuts if c.group == group and c.history)
+                    value = torch.empty(plan.history(group), dtype=weights_dtype(plan, group), device=cut.device)
+                    self.weights[group] = self._add(f"weights_{group}", value, "weights", group)
+            for cut in plan.live_cuts:
+                self._add_ring(cut)
+
+    def _add_ring(self, cut: Cut) -> None:
+        def slot() -> torch.Tensor:
+            return torch.empty_strided(cut.shape, cut.stride, dtype=cut.slot_dtype, device=cut.device)
+
+        stem = identifier(f"{cut.region}_{cut.output}")
+        self.history[cut.index] = [
+            self._add(f"{stem}_h{age}", slot(), "history", cut.group, cut.index, age) for age in range(cut.history)
+        ]
+        if cut.history:
+            self.next[cut.index] = self._add(f"{stem}_next", slot(), "next", cut.group, cut.index)
+
+    def _add(self, name: str, value: torch.Tensor, kind: str, group: str, cut: int = -1, age: int = -1) -> fx.Node:
+        node = self._emit.placeholder(name, value)
+        self.roles[node.name] = Role(kind, group, cut, age)
+        return node
+
+
+def weights_dtype(plan: CachePlan, group: str) -> torch.dtype:
+    """fp32; fp64 if a cut of the group is fp64."""
+    dtypes = {accumulation_dtype(cut.dtype) for cut in plan.live_cuts if cut.group == group and cut.history}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def role_names(roles: dict[str, Role], plan: CachePlan) -> dict[str, str]:
+    """What the added placeholders are called in prints: ``history[blocks.0.attn:0][1]``, ``predict[spatial]``."""
+    names = {}
+    for name, role in roles.items():
+        if role.kind in ("predicate", "weights"):
+            names[name] = f"{'predict' if role.kind == 'predicate' else 'weights'}[{role.group}]"
+        else:
+            age = "[next]" if role.kind == "next" else f"[{role.age}]"
+            names[name] = f"history[{plan.cuts[role.cut].name}]{age}"
+    return names
+
+
+def identifier(path: str) -> str:
+    """A module path as a Python identifier: ``blocks.0.attn`` -> ``blocks_0_attn``."""
+    return re.sub(r"\W", "_", path)
+
+
+def _exclusive(cuts: Sequence[fx.Node], barrier: set[fx.Node]) -> list[fx.Node]:
+    """The nodes that only feed the given cuts, in graph order, without the cuts themselves.
+
+    Other live cuts stop the walk (each has a conditional of its own), as do inputs, writes and nested programs.
+    A getitem whose list is made outside stays outside too: a branch takes tensors, not lists.
+    """
+    graph = cuts[0].graph
+    cone: set[fx.Node] = set(cuts)
+    for node in reversed(list(graph.nodes)):
+        if node in cone or node in barrier or not node.users or node.op != "call_function" or is_impure(node):
+            continue
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        if all(user in cone for user in node.users):
+            cone.add(node)
+    inner = [n for n in graph.nodes if n in cone and n not in cuts]
+    kept = {n for n in inner if not (n.target is operator.getitem and n.args[0] not in cone)}
+    return [n for n in inner if n in kept]
+
+
+def _make_cond(result: fx.GraphModule, region: str, cuts: list[tuple[fx.Node, Cut]], added: _Added, emit: Emitter,
+               barrier: set[fx.Node]) -> list[tuple[Cut, fx.Node]]:  # fmt: skip
+    """Replace one region by a conditional; returns the values to be written to slots."""
+    graph, markers = emit.graph, [marker for marker, _ in cuts]
+    group = cuts[0][1].group
+    cone = _exclusive(markers, barrier)
+    values = [marker.args[0] for marker in markers]
+    assert all(isinstance(value, fx.Node) for value in values)
+    operands = list(dict.fromkeys([*operands_of(cone), *(v for v in values if v not in cone)]))  # pyright: ignore
+    state = [h for _, cut in cuts for h in added.history[cut.index]]
+    if any(cut.forecast.constant_weights is None for _, cut in cuts):
+        state.append(added.weights[group])
+    inputs = [*operands, *state]
+    stem = identifier(region)
+    result.add_submodule(f"compute_{stem}", _compute_branch(result, inputs, cone, cuts, emit))
+    result.add_submodule(f"predict_{stem}", _predict_branch(result, inputs, cuts, added, emit))
+    last = max(markers)
+    with graph.inserting_after(last):
+        predict, compute = graph.get_attr(f"predict_{stem}"), graph.get_attr(f"compute_{stem}")
+    with graph.inserting_before(last.next.next.next):
+        cond = graph.call_function(_torch.COND, (added.predicate[group], predict, compute, tuple(inputs)))
+        cond.meta["val"] = tuple(marker.meta["val"] for marker in markers)
+        results = []
+        for i, (marker, cut) in enumerate(cuts):
+            item = graph.call_function(operator.getitem, (cond, i))
+            item.meta["val"] = marker.meta["val"]
+            marker.replace_all_uses_with(item)
+            results.append((cut, item))
+    for node in [*reversed(markers), *reversed(cone)]:
+        graph.erase_node(node)
+    return [(cut, item) for cut, item in results if cut.history]
+
+
+def _branch_inputs(graph: fx.Graph, inputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    env: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta["val"] = node.meta["val"]
+    return env
+
+
+def _compute_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cone: Sequence[fx.Node],
+                    cuts: Sequence[tuple[fx.Node, Cut]], outer: Emitter) -> fx.GraphModule:  # fmt: skip
+    graph = fx.Graph()
+    env = _branch_inputs(graph, inputs)
+    emit = Emitter(graph, outer.fake_mode)
+    for node in cone:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    values = [emit.dense(env[marker.args[0]], cut) for marker, cut in cuts]  # pyright: ignore[reportArgumentType]
+    return _finish_branch(owner, graph, values, emit)
+
+
+def _predict_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cuts: Sequence[tuple[fx.Node, Cut]],
+                    added: _Added, outer: Emitter) -> fx.GraphModule:  # fmt: skip
+    graph = fx.Graph()
+    env = _branch_inputs(graph, inputs)
+    emit = Emitter(graph, outer.fake_mode)
+    values = []
+    for _, cut in cuts:
+        weights = env.get(added.weights[cut.group]) if cut.group in added.weights else None
+        values.append(emit.forecast(cut, [env[h] for h in added.history[cut.index]], weights, graph))
+    return _finish_branch(owner, graph, values, emit)
+
+
+def _finish_branch(owner: fx.GraphModule, graph: fx.Graph, values: list[fx.Node], emit: Emitter) -> fx.GraphModule:
+    """Return the values; clone what would alias an operand or another value, which conditionals do not allow."""
+    roots: set[fx.Node] = set()
+    returned = []
+    for value in values:
+        root = alias_root(value)
+        returned.append(emit.clone(value) if root.op == "placeholder" or root in roots else value)
+        roots.add(root)
+    graph.output(tuple(returned))
+    graph.lint()
+    return fx.GraphModule(owner, graph)
+
+
+def _write_slots(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], added: _Added, emit: Emitter) -> None:
+    with graph.inserting_before(graph.output_node()):
+        for cut, value in writes:
+            emit(aten.copy_.default, added.next[cut.index], emit.to(value, cut.slot_dtype))

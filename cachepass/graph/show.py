@@ -1,0 +1,91 @@
+"""Show: graphs as people read them, and what a pass changed as a unified diff.
+
+Placeholders carry the names of what they hold (``blocks.0.attn.to_q.weight``), nodes keep theirs, and conditionals
+are printed with their branches, so that two prints of the same model differ only where a pass changed something.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from .. import _torch
+
+_DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64",
+           torch.int64: "i64", torch.int32: "i32", torch.bool: "b8"}  # fmt: skip
+
+
+def readable(graph: fx.Graph, names: dict[str, str] | None = None) -> str:
+    """One line per node: ``add: f32[2, 8] = aten.add.Tensor(x, attn)``; inputs by the names given."""
+    return "\n".join(_lines(graph, names or {}, "")) + "\n"
+
+
+def _lines(graph: fx.Graph, names: dict[str, str], indent: str) -> Iterator[str]:
+    def name(node: fx.Node) -> str:
+        return names.get(node.name, node.name)
+
+    owner = graph.owning_module
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.users:
+                yield f"{indent}{name(node)}: {_type(node.meta.get('val'))}"
+        elif node.op == "output":
+            yield f"{indent}return {_text(node.args[0], name)}"
+        elif node.op == "get_attr" and any(user.target is _torch.COND for user in node.users):
+            continue  # printed where it is used
+        elif node.target is _torch.COND and owner is not None:
+            predicate, predict, compute, operands = node.args
+            assert isinstance(predicate, fx.Node)
+            yield f"{indent}{node.name} = cond({name(predicate)}):"
+            for label, branch in (("predict", predict), ("compute", compute)):
+                assert isinstance(branch, fx.Node) and isinstance(branch.target, str)
+                inner = owner.get_submodule(branch.target)
+                assert isinstance(inner, fx.GraphModule) and isinstance(operands, tuple)
+                yield f"{indent}  {label}:"
+                yield from (line for line in _branch_lines(inner.graph, names, indent + "    "))
+        else:
+            yield f"{indent}{node.name}: {_type(node.meta.get('val'))} = {_call(node, name)}"
+
+
+def _branch_lines(graph: fx.Graph, names: dict[str, str], indent: str) -> Iterator[str]:
+    inputs = {node.name for node in graph.find_nodes(op="placeholder")}
+    for line in _lines(graph, names, indent):
+        head = line.strip().split(":")[0]
+        if head in inputs or head in {names.get(i) for i in inputs}:
+            continue  # a branch's inputs are the outer values of the same name
+        yield line
+
+
+def _call(node: fx.Node, name) -> str:
+    target = node.target
+    label = str(target) if isinstance(target, (str, torch._ops.OpOverload)) else getattr(target, "__name__", target)
+    parts = [_text(arg, name) for arg in node.args] + [f"{k}={_text(v, name)}" for k, v in node.kwargs.items()]
+    return f"{label}({', '.join(parts)})"
+
+
+def _text(value: object, name) -> str:
+    if isinstance(value, fx.Node):
+        return name(value)
+    if isinstance(value, (tuple, list)):
+        left, right = ("(", ")") if isinstance(value, tuple) else ("[", "]")
+        return left + ", ".join(_text(v, name) for v in value) + right
+    return repr(value)
+
+
+def _type(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(str(s) for s in value.shape)}]"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(_type(v) for v in value) + ")"
+    return type(value).__name__
+
+
+def diff(before: str, after: str, *, fromfile: str = "before", tofile: str = "after", context: int = 1) -> str:
+    """Unified diff of two prints."""
+    lines = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), fromfile, tofile, lineterm="", n=context
+    )  # fmt: skip
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,128 @@
+"""Specialize: partial evaluation of the canonical form for one phase.
+
+    specialize : Canonical, CachePlan, phase -> Variant
+
+The phase says which predicates are true. Each conditional is replaced by its taken branch, writes of predicted groups
+go, and so does everything that only fed what is gone - norms and projections before a skipped attention included -
+together with the placeholders that nobody reads any more. What remains is a straight line.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .. import _torch
+from .emit import Emitter, alias_root, aten
+from .plan import CachePlan, Phase, is_impure, phase_name
+from .rewrite import Canonical, Role
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The program of one phase (or, for the cond lowering, of all of them).
+
+    ``inputs`` are the roles of the placeholders behind the model's own, in order.
+    """
+
+    name: str
+    gm: fx.GraphModule
+    inputs: tuple[Role, ...]
+
+
+def specialize(canonical: Canonical, plan: CachePlan, phase: Phase) -> Variant:
+    """The straight-line program in which exactly the groups of ``phase`` are predicted."""
+    return _evaluate(canonical, phase_name(phase, plan.groups), predicted=set(phase), silent=set(phase))
+
+
+def uncached(canonical: Canonical) -> Variant:
+    """The all-computed program that keeps nothing: the model as it would be without a cache."""
+    return _evaluate(canonical, "plain", predicted=set(), silent={role.group for role in canonical.roles.values()})
+
+
+def _evaluate(canonical: Canonical, name: str, predicted: set[str], silent: set[str]) -> Variant:
+    """Fold the predicates (true for the groups in ``predicted``) and drop the slot writes of those in ``silent``."""
+    source, graph = canonical.gm, fx.Graph()
+    env: dict[fx.Node, object] = {}
+    for node in source.graph.nodes:
+        if node.op == "call_function" and node.target is _torch.COND:
+            env[node] = _inline(source, node, graph, env, canonical.roles, predicted)
+        elif node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple):
+            env[node] = env[node.args[0]][node.args[1]]  # pyright: ignore
+        elif _is_write_of(node, canonical.roles, silent) or _is_branch(node):
+            continue
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])  # pyright: ignore
+    fake_mode = _torch.fake_mode_of([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
+    _own_outputs(graph, canonical.roles, Emitter(graph, fake_mode))
+    graph.eliminate_dead_code(is_impure_node=is_impure)
+    roles = _drop_unread(graph, canonical.roles)
+    graph.lint()
+    return Variant(name, fx.GraphModule(source, graph), roles)
+
+
+def all_phases(canonical: Canonical) -> Variant:
+    """The canonical form itself as one program (``lowering="cond"``)."""
+    return Variant("cond", canonical.gm, tuple(canonical.roles.values()))
+
+
+def _inline(source: fx.GraphModule, cond: fx.Node, graph: fx.Graph, env: dict[fx.Node, object],
+            roles: dict[str, Role], predicted: set[str]) -> tuple[object, ...]:  # fmt: skip
+    """Copy the taken branch in place of the conditional; returns what stands for its results."""
+    predicate, predict, compute, operands = cond.args
+    assert isinstance(predicate, fx.Node) and isinstance(operands, tuple)
+    taken = predict if roles[predicate.name].group in predicted else compute
+    assert isinstance(taken, fx.Node) and isinstance(taken.target, str)
+    branch = source.get_submodule(taken.target)
+    assert isinstance(branch, fx.GraphModule)
+    inner: dict[fx.Node, object] = {}
+    inputs = iter(operands)
+    for node in branch.graph.nodes:
+        if node.op == "placeholder":
+            operand = next(inputs)
+            inner[node] = env[operand] if isinstance(operand, fx.Node) else operand
+        elif node.op == "output":
+            return tuple(inner[value] for value in node.args[0])
+        elif node.meta.get("cachepass_unalias"):
+            inner[node] = inner[node.args[0]]  # made for the conditional alone
+        else:
+            inner[node] = graph.node_copy(node, lambda n: inner[n])  # pyright: ignore
+    raise AssertionError("a branch ends with its output")
+
+
+def _is_write_of(node: fx.Node, roles: dict[str, Role], groups: set[str]) -> bool:
+    if node.target is not aten.copy_.default:
+        return False
+    role = roles.get(node.args[0].name)  # pyright: ignore
+    return role is not None and role.group in groups
+
+
+def _is_branch(node: fx.Node) -> bool:
+    """The get_attr of a branch: its users are conditionals, which are gone."""
+    return node.op == "get_attr" and bool(node.users) and all(u.target is _torch.COND for u in node.users)
+
+
+def _own_outputs(graph: fx.Graph, roles: dict[str, Role], emit: Emitter) -> None:
+    """An output that is a slot's memory is copied: the caller keeps it, the slot will be overwritten."""
+    output = graph.output_node()
+    with graph.inserting_before(output):
+
+        def own(value: fx.Node) -> fx.Node:
+            is_slot = isinstance(value.meta.get("val"), torch.Tensor) and alias_root(value).name in roles
+            return emit(aten.clone.default, value) if is_slot else value
+
+        output.args = (fx.map_arg(output.args[0], own),)
+
+
+def _drop_unread(graph: fx.Graph, roles: dict[str, Role]) -> tuple[Role, ...]:
+    kept = []
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in roles:
+            if node.users:
+                kept.append(roles[node.name])
+            else:
+                graph.erase_node(node)
+    return tuple(kept)

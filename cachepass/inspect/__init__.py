@@ -1,0 +1,1 @@
+"""Looking at what caching will do (explain) and did (summary)."""

@@ -1,0 +1,171 @@
+"""Before the fact: what caching would do to a model, without compiling a kernel and without running it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import _torch
+from ..backend import Prepared, build_program, prepare
+from ..config import CompileOptions, parse_cache
+from ..errors import CachepassError
+from ..graph.annotate import annotate
+from ..graph.plan import CachePlan, Phase, phase_name
+from ..graph.show import diff, readable
+from ..graph.specialize import specialize, uncached
+from ..methods import Region, Skip, Target
+from ..runtime.program import Program, step_runner
+from .tables import human_bytes, table
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plan for a model, and the graph of every phase.
+
+    Attributes:
+        targets: The regions that are cut, with group and forecast.
+        skips: Regions that are not cut, with the reason.
+        regions: All regions of the traced graph.
+        plan: Cuts, slots, bytes and phases.
+        notes: Remarks of the method.
+        never: Why the schedule cannot predict within a run, or None.
+    """
+
+    targets: tuple[Target, ...]
+    skips: tuple[Skip, ...]
+    regions: tuple[Region, ...]
+    plan: CachePlan
+    notes: tuple[str, ...]
+    never: str | None
+    _program: Program = field(repr=False)
+    _plain: str = field(repr=False)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all slots, for one context."""
+        return self.plan.cache_bytes
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Names for :meth:`graph` and :meth:`diff`."""
+        return tuple(phase_name(phase, self.plan.groups) for phase in self.plan.phases)
+
+    def graph(self, phase: str = "canonical") -> str:
+        """The readable graph of a phase; ``"plain"``: without caching, ``"canonical"``: the conditional form."""
+        if phase == "plain":
+            return self._plain
+        if phase == "canonical":
+            return readable(self._program.canonical.gm.graph, self._program.names)
+        return readable(self._gm(phase).graph, self._program.names)
+
+    def diff(self, phase: str = "predict", context: int = 1) -> str:
+        """Unified diff from the model's plain graph to that of a phase."""
+        return diff(self._plain, self.graph(phase), fromfile="plain", tofile=phase, context=context)
+
+    def nodes(self, phase: str) -> int:
+        """Number of ATen operations in a phase."""
+        return sum(node.op == "call_function" for node in self._gm(phase).graph.nodes)
+
+    def _gm(self, phase: str) -> fx.GraphModule:
+        return specialize(self._program.canonical, self.plan, self._phase(phase)).gm
+
+    def _phase(self, name: str) -> Phase:
+        if name not in self.phases:
+            known = ", ".join(("plain", "canonical", *self.phases))
+            raise CachepassError(f"there is no phase {name!r}", where="explain", hint=f"phases: {known}")
+        return self.plan.phases[self.phases.index(name)]
+
+    def __str__(self) -> str:
+        plan, forecasts = self.plan, {cut.name: cut for cut in self.plan.cuts}
+        rows = [
+            (cut.region, cut.output, cut.group, cut.forecast, _shape(cut.shape), f"{plan.slots(cut)}",
+             human_bytes(plan.slots(cut) * cut.slot_bytes) if cut.live else "dead: no phase reads it")
+            for cut in forecasts.values()
+        ]  # fmt: skip
+        text = table(("region", "out", "group", "forecast", "value", "slots", "bytes"), rows, title="cuts")
+        text += "\n" + table(("phase", "operations"), [(p, self.nodes(p)) for p in self.phases], title="phases")
+        if self.skips:
+            text += "\n" + table(("region", "reason"), [(s.region, s.reason) for s in self.skips], title="not cut")
+        text += f"\ncache per context: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B)\n"
+        for note in (*self.notes, *([f"never predicts: {self.never}"] if self.never else [])):
+            text += f"note: {note}\n"
+        return text
+
+
+def _shape(shape: Sequence[object]) -> str:
+    return "x".join(map(str, shape))
+
+
+class _Captured(Exception):
+    """Ends the traced call before anything runs."""
+
+
+def explain(model: Callable[..., Any], *args: Any, cache: object, options: Mapping[str, Any] | None = None,
+            **kwargs: Any) -> Explanation:  # fmt: skip
+    """What ``options={"cache": cache}`` would do to ``model(*args, **kwargs)``.
+
+    The model is traced and rewritten exactly as the backend does it; nothing is lowered and nothing runs. ``options``
+    may hold ``timestep_input``, ``timestep_scale`` and ``num_inference_steps``.
+
+    Raises:
+        CachepassError: As the backend would.
+    """
+    parsed = CompileOptions(cache=parse_cache(cache), lowering="eager", **dict(options or {}))
+    result: list[Explanation] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            result.append(_explain_graph(gm, inputs, parsed))
+        except CachepassError as error:
+            _torch.raise_unwrapped(error)
+
+        def stop(*_: Any) -> Any:
+            raise _Captured
+
+        return stop
+
+    call = _fresh_code(getattr(model, "_orig_mod", model))
+    try:
+        with torch.no_grad():
+            torch.compile(call, backend=backend, fullgraph=True)(*args, **kwargs)
+    except _Captured:
+        return result[0]
+    raise CachepassError("the model runs no tensor operation", where="explain")
+
+
+def _fresh_code(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function over a code object of its own: Dynamo's caches are per code object, so none is touched."""
+    method = model.forward if isinstance(model, torch.nn.Module) else model
+    function = getattr(method, "__func__", method)
+    if not isinstance(function, types.FunctionType):
+        return lambda *args, **kwargs: model(*args, **kwargs)
+    fresh = types.FunctionType(
+        function.__code__.replace(co_name="cachepass_explain"), function.__globals__, "cachepass_explain",
+        function.__defaults__, function.__closure__,
+    )  # fmt: skip
+    fresh.__kwdefaults__ = function.__kwdefaults__
+    owner = getattr(method, "__self__", None)
+    return fresh if owner is None else types.MethodType(fresh, owner)
+
+
+def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Explanation:
+    prepared: Prepared = prepare(gm, inputs, options)
+    regions = tuple(prepared.table.regions)
+    annotate(gm, list(prepared.targets), prepared.table)
+    programs: list[Program] = []
+
+    def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kw: Any) -> Callable[[list[Any]], Any]:
+        context = _torch.save_context(own_inputs, options.inductor, kw)
+        programs.append(build_program(aten, own_inputs, prepared, options, context))
+        return step_runner(programs[0], lambda: None)  # never called: the trace ends before anything runs
+
+    _torch.compile_once(gm, inputs, inner, options.inductor)
+    program = programs[0]
+    plain = readable(uncached(program.canonical).gm.graph, program.names)
+    never = prepared.method.never_predicts(options.num_inference_steps)
+    return Explanation(prepared.targets, prepared.skips, regions, program.plan, prepared.notes, never, program, plain)

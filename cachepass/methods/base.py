@@ -1,0 +1,121 @@
+"""What a method is: which regions it cuts, what forecasts them, and when. Host code only: no fx node comes here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import NoMatchError, listing
+from ..forecast import Forecast
+
+
+@dataclass(frozen=True)
+class Region:
+    """One call of a module in the traced graph.
+
+    Attributes:
+        id: The path, and ``@n`` behind it for the n-th further call of the same module.
+        path: Module path below the compiled module (``blocks.0.attn``).
+        class_name: Name of the module's class.
+        is_attention: It owns an attention computation.
+        is_cross: Its keys do not depend on the input that its queries come from (attention only).
+        is_mlp: It is a feed-forward.
+    """
+
+    id: str
+    path: str
+    class_name: str
+    is_attention: bool = False
+    is_cross: bool = False
+    is_mlp: bool = False
+
+    @property
+    def kind(self) -> str:
+        if self.is_attention:
+            return "cross-attention" if self.is_cross else "attention"
+        return "mlp" if self.is_mlp else "module"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A region that is not cut, and why."""
+
+    region: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A region to cut: the group that schedules it, the forecast of its outputs and the dtype they are kept in."""
+
+    region: Region
+    group: str
+    forecast: Forecast
+    history_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A method's choice among the regions of a graph."""
+
+    targets: tuple[Target, ...]
+    skips: tuple[Skip, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a call stands within its run: step index from 0, and the timestep if it is known."""
+
+    index: int
+    timestep: float | None = None
+
+
+@dataclass
+class GroupHistory:
+    """The steps at which a group's kept outputs were computed, newest first."""
+
+    steps: list[int] = field(default_factory=list)
+
+
+class Method(ABC):
+    """A caching method: a config made executable."""
+
+    #: The config; each method narrows the type.
+    config: Any
+
+    #: The schedule reads the timestep.
+    needs_timestep: bool = False
+
+    @abstractmethod
+    def select(self, regions: Sequence[Region]) -> Selection:
+        """Choose regions, their groups and forecasts; NoMatchError if a pattern of the user's finds nothing."""
+
+    @abstractmethod
+    def predicts(self, group: str, step: Step) -> bool:
+        """The schedule: True if the group is predicted at this step, given that it has a history."""
+
+    @abstractmethod
+    def never_predicts(self, num_inference_steps: int | None) -> str | None:
+        """The reason why no step of a run can be predicted, or None if one may be."""
+
+    def weights(self, group: str, step: Step, history: GroupHistory) -> tuple[float, ...]:
+        """Weights for a predicted step, newest output first; only asked for forecasts without constant weights."""
+        raise NotImplementedError
+
+    def why_idle(self, timesteps: tuple[float, float] | None) -> str:
+        """Why a whole run predicted nothing, for the warning; ``timesteps`` is the (lowest, highest) seen."""
+        seen = f"; timesteps seen: {timesteps[0]:g} to {timesteps[1]:g}" if timesteps else ""
+        return "the schedule chose to compute every step" + seen
+
+
+def no_match(where: str, patterns: Sequence[str], candidates: Sequence[str], more: str = "") -> NoMatchError:
+    """The error for patterns that match no module of the traced graph."""
+    return NoMatchError(
+        f"{', '.join(map(repr, patterns))} matches no module that the model calls",
+        where=where, hint=f"{more}candidates: {listing(candidates)}",
+    )  # fmt: skip

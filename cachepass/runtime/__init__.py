@@ -1,0 +1,1 @@
+"""What happens on each call of a compiled model: clock, state, program, dispatch."""

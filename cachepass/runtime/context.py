@@ -1,0 +1,37 @@
+"""Cache contexts: separate states for calls that belong to different runs, such as "cond" and "uncond"."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+DEFAULT = "default"
+_current: contextvars.ContextVar[str] = contextvars.ContextVar("cachepass_context", default=DEFAULT)
+
+
+@contextlib.contextmanager
+def cache_context(name: str) -> Iterator[None]:
+    """Give calls of compiled models inside this block a state of their own, called ``name``.
+
+    A pipeline that calls its model twice per step (conditional, then unconditional) must keep the two apart::
+
+        with cachepass.cache_context("cond"):
+            velocity = compiled(latents, t, prompt)
+        with cachepass.cache_context("uncond"):
+            baseline = compiled(latents, t, empty)
+
+    Each context has its own history, clock and runs, for every method. Contexts are per thread and per task. Calls
+    outside any context use one default state.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"cache_context takes a name such as 'cond', got {name!r}")
+    token = _current.set(name)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_context() -> str:
+    return _current.get()

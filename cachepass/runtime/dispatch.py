@@ -1,0 +1,202 @@
+"""Dispatch: what happens on each call of a compiled model, around its program.
+
+    clock -> schedule -> phase and weights -> variant(inputs + weights + slots) -> commit
+
+The dispatcher stands where Dynamo calls the compiled graph, so it sees the model's inputs by name: the parameters,
+whose identity tells which instance of the model is called, and the timestep.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..config import CompileOptions
+from ..errors import CachepassWarning
+from ..methods import Method, Step
+from .context import current_context
+from .program import Program, StepCall
+from .state import RunState
+
+logger = logging.getLogger(__name__)
+LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+_QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """Where things stand among the inputs of a Dynamo graph.
+
+    Attributes:
+        parameters: Indices of the parameters and buffers.
+        timestep: Index of the timestep input, if there is one.
+        names: All inputs that are neither, by name.
+    """
+
+    parameters: tuple[int, ...]
+    timestep: int | None
+    names: tuple[str, ...]
+
+
+@dataclass
+class Instance:
+    """One model instance: its states by context, and what they did in runs that are over."""
+
+    parameters: frozenset[int]
+    states: dict[str, RunState] = field(default_factory=dict)
+    computed: dict[str, int] = field(default_factory=dict)
+    predicted: dict[str, int] = field(default_factory=dict)
+    runs: int = 0
+    steps: int = 0
+
+
+class Dispatcher:
+    """The callable that Dynamo gets for one graph."""
+
+    def __init__(self, method: Method, options: CompileOptions, layout: InputLayout,
+                 roots: Sequence[torch.nn.Module]) -> None:  # fmt: skip
+        self.method, self.options, self.layout = method, options, layout
+        self.roots = [weakref.ref(root) for root in roots]
+        self.instances: dict[tuple[int, ...], Instance] = {}
+        self.program: Program | None = None  # set by the backend while the graph is compiled
+        self.compiled: Callable[..., Any] | None = None
+        self._thread = threading.local()
+        self._lock = threading.Lock()
+        self._warned = False
+        self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
+        self._watch_timestep = method.needs_timestep or options.num_inference_steps is None
+        self._read_parameters = operator.itemgetter(*layout.parameters) if layout.parameters else None
+        LIVE.add(self)
+
+    # ---- a call -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *inputs: Any) -> Any:
+        assert self.compiled is not None
+        if self.program is None:  # nothing to cache in this graph
+            return self.compiled(*inputs)
+        instance = self._instance(inputs)
+        state = self._state(instance, current_context())
+        with state.exclusively():
+            timestep = self._timestep(inputs)
+            if state.clock.starts_run(timestep):
+                self._end_run(instance, state)
+            call = self._decide(state, timestep)
+            self._thread.call = call
+            try:
+                result = self.compiled(*inputs)
+            finally:
+                self._thread.call = None
+            if state.clock.index == 0:
+                instance.runs += 1
+            self._count(instance, call)
+            state.commit(call.computed, call.predicted, timestep)
+            if state.clock.index == self.options.num_inference_steps:
+                self._report_idle(state)
+        return result
+
+    def current_call(self) -> StepCall | None:
+        """The call that this thread is in; the program asks for it."""
+        return getattr(self._thread, "call", None)
+
+    def _decide(self, state: RunState, timestep: float | None) -> StepCall:
+        step = Step(state.clock.index, timestep)
+        predicted, computed, weights = [], [], {}
+        for group, history in state.groups.items():
+            if history.steps and self.method.predicts(group, step):
+                predicted.append(group)
+                if state.plan.weighted(group):
+                    weights[group] = self.method.weights(group, step, history)
+            else:
+                computed.append(group)
+        return StepCall(state, tuple(predicted), tuple(computed), weights)
+
+    def _timestep(self, inputs: Sequence[Any]) -> float | None:
+        """The timestep in the unit of the config's ranges. On an accelerator reading it waits for the device once."""
+        if not self._watch_timestep:
+            return None
+        if self._callback is not None:
+            return float(self._callback())
+        if self.layout.timestep is None:
+            return None
+        value = inputs[self.layout.timestep]
+        if isinstance(value, torch.Tensor):
+            value = (value if value.ndim == 0 else value.flatten()[0]).item()
+        return float(value) * self.options.timestep_scale
+
+    # ---- instances and states ---------------------------------------------------------------------------------------
+
+    def _instance(self, inputs: Sequence[Any]) -> Instance:
+        if self._read_parameters is None:
+            key: tuple[int, ...] = ()
+        elif len(self.layout.parameters) == 1:
+            key = (id(self._read_parameters(inputs)),)
+        else:
+            key = tuple(map(id, self._read_parameters(inputs)))
+        instance = self.instances.get(key)
+        if instance is None:
+            with self._lock:
+                instance = self.instances.setdefault(key, Instance(frozenset(key)))
+            for index in self.layout.parameters[:1]:
+                # The key is made of ids, which are given anew when the parameters are gone: so must the state be.
+                weakref.finalize(inputs[index], _forget_instance, weakref.ref(self), key)
+        return instance
+
+    def _state(self, instance: Instance, context: str) -> RunState:
+        state = instance.states.get(context)
+        if state is None:
+            assert self.program is not None
+            with self._lock:
+                fresh = RunState(context, self.program.plan, self.options.num_inference_steps)
+                state = instance.states.setdefault(context, fresh)
+        return state
+
+    def reset(self, instance: Instance) -> None:
+        """End the current run in every context of an instance."""
+        for state in instance.states.values():
+            with state.exclusively():
+                state.forget_history()
+                state.clock.forget()
+
+    def belongs_to(self, model: torch.nn.Module) -> list[Instance]:
+        """The instances that are ``model`` (their parameters are among its own)."""
+        own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        is_root = any(root() is model for root in self.roots)
+        return [i for key, i in self.instances.items() if (set(key) <= own if key else is_root)]
+
+    # ---- accounting -------------------------------------------------------------------------------------------------
+
+    def _count(self, instance: Instance, call: StepCall) -> None:
+        instance.steps += 1
+        for group in call.computed:
+            instance.computed[group] = instance.computed.get(group, 0) + 1
+        for group in call.predicted:
+            instance.predicted[group] = instance.predicted.get(group, 0) + 1
+
+    def _end_run(self, instance: Instance, state: RunState) -> None:
+        if self.options.num_inference_steps is None and state.clock.index >= _QUIET_STEPS:
+            self._report_idle(state)
+        logger.debug("run of %d steps ended in context %r (%d so far)", state.clock.index, state.context, instance.runs)
+        state.forget_history()
+
+    def _report_idle(self, state: RunState) -> None:
+        """Warn once if a run is over and nothing was predicted in it."""
+        if not self._warned and state.groups and all(g.predicted == 0 for g in state.groups.values()):
+            self._warned = True
+            warnings.warn(
+                f"the cache never fired in a run of {state.clock.index} steps: "
+                + self.method.why_idle(state.clock.seen), CachepassWarning, stacklevel=2,
+            )  # fmt: skip
+
+
+def _forget_instance(dispatcher: weakref.ref[Dispatcher], key: tuple[int, ...]) -> None:
+    owner = dispatcher()
+    if owner is not None:
+        owner.instances.pop(key, None)
