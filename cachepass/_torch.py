@@ -16,6 +16,7 @@ from torch._dynamo.backends.registry import CompiledFn
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import Source
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.cond import cond_op
@@ -34,6 +35,8 @@ __all__ = [
     "SavedContext",
     "Source",
     "compile_once",
+    "compile_statistics",
+    "reset_compile_statistics",
     "dump_graph",
     "fake_mode_of",
     "inductor_keys",
@@ -81,6 +84,19 @@ def placeholder_source(node: fx.Node) -> str | None:
     if source is None:
         return None
     return source.name
+
+
+def reset_compile_statistics() -> None:
+    """Empty Dynamo's caches and counters."""
+    torch._dynamo.reset()
+    counters.clear()
+    clear_compilation_metrics()
+
+
+def compile_statistics() -> tuple[int, int, int]:
+    """Graphs captured, graph breaks and recompiles since :func:`reset_compile_statistics`."""
+    recompiles = sum(metric.recompile_reason is not None for metric in get_compilation_metrics())
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), recompiles
 
 
 # ---- AOTAutograd and Inductor ---------------------------------------------------------------------------------------

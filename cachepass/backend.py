@@ -85,7 +85,8 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
     if idle is not None:
         # Nothing would ever read a slot: no marker, no slot, the very program that Inductor makes.
         warnings.warn(f"the cache never fires: {idle}", CachepassWarning, stacklevel=3)
-        dispatcher.compiled = _torch.plain_inductor(gm, inputs, options.inductor)
+        dispatcher.idle_groups = tuple(dict.fromkeys(target.group for target in prepared.targets))
+        dispatcher.compiled = _uncached(gm, inputs, options)
         return dispatcher
     annotate(gm, list(prepared.targets), prepared.table)
 
@@ -96,6 +97,12 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
 
     dispatcher.compiled = _torch.compile_once(gm, inputs, inner, options.inductor)
     return dispatcher
+
+
+def _uncached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Callable[..., Any]:
+    if options.lowering == "eager":
+        return gm.forward
+    return _torch.plain_inductor(gm, inputs, options.inductor)
 
 
 def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Prepared:

@@ -106,6 +106,9 @@ class CachePlan:
         return any(c.group == group and c.live and c.forecast.constant_weights is None for c in self.cuts)
 
 
+NOTHING = CachePlan((), (), ((),), spare=False)  # the plan of a graph in which nothing is cached
+
+
 def phase_name(phase: Phase, groups: Sequence[str]) -> str:
     """``"compute"``, ``"predict"``, or ``"predict:cross+spatial"`` where only some groups are predicted."""
     if not phase:

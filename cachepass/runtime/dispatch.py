@@ -21,6 +21,7 @@ import torch
 
 from ..config import CompileOptions
 from ..errors import CachepassWarning
+from ..graph.plan import NOTHING
 from ..methods import Method, Step
 from .context import current_context
 from .program import Program, StepCall
@@ -66,7 +67,8 @@ class Dispatcher:
         self.method, self.options, self.layout = method, options, layout
         self.roots = [weakref.ref(root) for root in roots]
         self.instances: dict[tuple[int, ...], Instance] = {}
-        self.program: Program | None = None  # set by the backend while the graph is compiled
+        self.program: Program | None = None  # set by the backend while the graph is compiled; None: nothing is cached
+        self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
         self.compiled: Callable[..., Any] | None = None
         self._thread = threading.local()
         self._lock = threading.Lock()
@@ -80,8 +82,6 @@ class Dispatcher:
 
     def __call__(self, *inputs: Any) -> Any:
         assert self.compiled is not None
-        if self.program is None:  # nothing to cache in this graph
-            return self.compiled(*inputs)
         instance = self._instance(inputs)
         state = self._state(instance, current_context())
         with state.exclusively():
@@ -96,7 +96,7 @@ class Dispatcher:
                 self._thread.call = None
             if state.clock.index == 0:
                 instance.runs += 1
-            self._count(instance, call)
+            self._count(instance, call.computed or self.idle_groups, call.predicted)
             state.commit(call.computed, call.predicted, timestep)
             if state.clock.index == self.options.num_inference_steps:
                 self._report_idle(state)
@@ -152,9 +152,9 @@ class Dispatcher:
     def _state(self, instance: Instance, context: str) -> RunState:
         state = instance.states.get(context)
         if state is None:
-            assert self.program is not None
+            plan = NOTHING if self.program is None else self.program.plan
             with self._lock:
-                fresh = RunState(context, self.program.plan, self.options.num_inference_steps)
+                fresh = RunState(context, plan, self.options.num_inference_steps)
                 state = instance.states.setdefault(context, fresh)
         return state
 
@@ -173,11 +173,11 @@ class Dispatcher:
 
     # ---- accounting -------------------------------------------------------------------------------------------------
 
-    def _count(self, instance: Instance, call: StepCall) -> None:
+    def _count(self, instance: Instance, computed: Sequence[str], predicted: Sequence[str]) -> None:
         instance.steps += 1
-        for group in call.computed:
+        for group in computed:
             instance.computed[group] = instance.computed.get(group, 0) + 1
-        for group in call.predicted:
+        for group in predicted:
             instance.predicted[group] = instance.predicted.get(group, 0) + 1
 
     def _end_run(self, instance: Instance, state: RunState) -> None:

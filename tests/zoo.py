@@ -1,0 +1,159 @@
+"""Tiny configurations of diffusers' transformers (zoo.json), and the oracle: diffusers' own cache hooks.
+
+Adding a model is adding its JSON: ``init`` arguments and ``inputs`` with dtype, shape and, where random numbers would
+make no sense, values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dynamo cannot trace the device context in which these make their rotary tables; the first call keeps the tables.
+EAGER_FIRST = {"ZImageTransformer2DModel"}
+
+ZOO: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "zoo.json").read_text())
+
+
+def build(name: str, seed: int = 0) -> torch.nn.Module:
+    """The tiny model with random weights (the same for the same seed)."""
+    import diffusers
+
+    entry = ZOO[name]
+    torch.manual_seed(seed)
+    init = {k: tuple(v) if isinstance(v, list) and v and k != "dual_attention_layers" else v
+            for k, v in entry["init"].items()}  # fmt: skip
+    model = getattr(diffusers, entry["model"])(**init).eval().requires_grad_(False)
+    for parameter in model.parameters():  # zero-initialised gates would hide whatever stands behind them
+        if parameter.ndim == 0 or not parameter.any():
+            parameter.normal_(std=0.02)
+    if name in EAGER_FIRST:
+        model(**inputs_of(name))
+    return model
+
+
+def _tensor(spec: Any, generator: torch.Generator) -> Any:
+    if isinstance(spec, dict) and "dtype" in spec:
+        dtype = getattr(torch, spec["dtype"])
+        if "values" in spec:
+            return torch.tensor(spec["values"], dtype=dtype)
+        if dtype.is_floating_point:
+            return torch.randn(spec["shape"], dtype=dtype, generator=generator)
+        return torch.ones(spec["shape"], dtype=dtype)
+    if isinstance(spec, dict):
+        return {k: _tensor(v, generator) for k, v in spec.items()}
+    if isinstance(spec, list):
+        if all(isinstance(v, int) for v in spec):
+            return tuple(spec)  # a shape
+        return [_tensor(v, generator) for v in spec]
+    return spec
+
+
+def inputs_of(name: str, seed: int = 1) -> dict[str, Any]:
+    """Keyword arguments for one call."""
+    generator = torch.Generator().manual_seed(seed)
+    return {k: _tensor(v, generator) for k, v in ZOO[name]["inputs"].items()}
+
+
+def trajectory(name: str, steps: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[float, dict[str, Any]]]:
+    """``steps`` calls of a denoising run: the timestep (falling from 950) and the keyword arguments.
+
+    The latents change smoothly with some noise; models whose timestep runs from 1 to 0 get it so.
+    """
+    base = inputs_of(name)
+    latents = "hidden_states" if "hidden_states" in base else "x"
+    clock = "timestep" if "timestep" in base else "t"
+    unit = 1000.0 if base[clock].is_floating_point() and float(base[clock].max()) <= 1.0 else 1.0
+    generator = torch.Generator().manual_seed(7)
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cast(v) for v in value]
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def move(value: Any, step: int) -> Any:
+        if isinstance(value, list):
+            return [move(v, step) for v in value]
+        noise = torch.randn(value.shape, generator=generator)
+        return value * (1 - 0.03 * step) + 0.05 * noise
+
+    for step in range(steps):
+        timestep = 950.0 - 880.0 * step / steps
+        call = dict(base)
+        call[latents] = move(base[latents], step)
+        scaled = timestep / unit if base[clock].is_floating_point() else int(timestep)
+        call[clock] = torch.full_like(base[clock], scaled)
+        yield float(call[clock].flatten()[0]) * unit, {k: cast(v) for k, v in call.items()}
+
+
+def timestep_scale(name: str) -> float:
+    """Factor from the model's timestep input to 0..1000 in :func:`trajectory`."""
+    base = inputs_of(name)
+    clock = base.get("timestep", base.get("t"))
+    return 1000.0 if clock.is_floating_point() and float(clock.max()) <= 1.0 else 1.0
+
+
+def first_tensor(result: Any) -> torch.Tensor:
+    """The model's sample, whatever it is wrapped in."""
+    while not isinstance(result, torch.Tensor):
+        result = result[0]
+    return result
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    difference = (value.double() - reference.double()).norm()
+    return float(difference / reference.double().norm().clamp_min(1e-12))
+
+
+class Oracle:
+    """A model under diffusers' own hooks."""
+
+    def __init__(self, model: torch.nn.Module, apply: Callable[[torch.nn.Module], None]) -> None:
+        self.model = model
+        apply(model)
+
+    def hooked(self) -> list[str]:
+        """Paths of the modules that carry a hook."""
+        return [n for n, m in self.model.named_modules() if getattr(getattr(m, "_diffusers_hook", None), "hooks", None)]
+
+    def __call__(self, context: str = "default", **kwargs: Any) -> torch.Tensor:
+        from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+        _set_cache_context(self.model, CacheContext(context))
+        return first_tensor(self.model(**kwargs))
+
+    def reset(self) -> None:
+        from diffusers.hooks import HookRegistry
+
+        HookRegistry.check_if_exists_or_initialize(self.model).reset_stateful_hooks(recurse=True)
+
+
+def taylorseer_oracle(name: str, **fields: Any) -> Oracle:
+    from diffusers import TaylorSeerCacheConfig
+    from diffusers.hooks import apply_taylorseer_cache
+
+    return Oracle(build(name), lambda model: apply_taylorseer_cache(model, TaylorSeerCacheConfig(**fields)))
+
+
+def pab_oracle(name: str, now: list[float], **fields: Any) -> Oracle:
+    """PAB hooks that read the timestep from ``now[0]``."""
+    from diffusers import PyramidAttentionBroadcastConfig
+    from diffusers.hooks import apply_pyramid_attention_broadcast
+
+    config = PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: now[0], **fields)
+    return Oracle(build(name), lambda model: apply_pyramid_attention_broadcast(model, config))
+
+
+@contextlib.contextmanager
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch._dynamo.reset()
