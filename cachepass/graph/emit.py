@@ -23,7 +23,8 @@ class Emitter:
         self.graph, self.fake_mode = graph, fake_mode
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
+        # A stem of their own: the model's nodes keep their names, so prints differ only where something changed.
+        name = "cached_" + getattr(getattr(target, "overloadpacket", target), "__name__", "node").strip("_")
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         fake = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.fake_mode, torch.no_grad():

@@ -23,14 +23,16 @@ def readable(graph: fx.Graph, names: dict[str, str] | None = None) -> str:
     return "\n".join(_lines(graph, names or {}, "")) + "\n"
 
 
-def _lines(graph: fx.Graph, names: dict[str, str], indent: str) -> Iterator[str]:
+def _lines(graph: fx.Graph, names: dict[str, str], indent: str, *, inputs: bool = True) -> Iterator[str]:
+    """``inputs=False`` for a branch: its inputs are the outer values of the same name."""
+
     def name(node: fx.Node) -> str:
         return names.get(node.name, node.name)
 
     owner = graph.owning_module
     for node in graph.nodes:
         if node.op == "placeholder":
-            if node.users:
+            if inputs and node.users:
                 yield f"{indent}{name(node)}: {_type(node.meta.get('val'))}"
         elif node.op == "output":
             yield f"{indent}return {_text(node.args[0], name)}"
@@ -45,18 +47,9 @@ def _lines(graph: fx.Graph, names: dict[str, str], indent: str) -> Iterator[str]
                 inner = owner.get_submodule(branch.target)
                 assert isinstance(inner, fx.GraphModule) and isinstance(operands, tuple)
                 yield f"{indent}  {label}:"
-                yield from (line for line in _branch_lines(inner.graph, names, indent + "    "))
+                yield from _lines(inner.graph, names, indent + "    ", inputs=False)
         else:
             yield f"{indent}{node.name}: {_type(node.meta.get('val'))} = {_call(node, name)}"
-
-
-def _branch_lines(graph: fx.Graph, names: dict[str, str], indent: str) -> Iterator[str]:
-    inputs = {node.name for node in graph.find_nodes(op="placeholder")}
-    for line in _lines(graph, names, indent):
-        head = line.strip().split(":")[0]
-        if head in inputs or head in {names.get(i) for i in inputs}:
-            continue  # a branch's inputs are the outer values of the same name
-        yield line
 
 
 def _call(node: fx.Node, name) -> str:
