@@ -21,16 +21,18 @@ from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.cond import cond_op
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import inductor_prims, list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses import FakeTensorMode
 
 COND = cond_op
+FORCE_STRIDES = inductor_prims.force_stride_order
 
 __all__ = [
     "COND",
+    "FORCE_STRIDES",
     "CompiledFn",
     "SavedContext",
     "Source",

@@ -90,12 +90,16 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
         return dispatcher
     annotate(gm, list(prepared.targets), prepared.table)
 
+    programs: list[Program] = []  # not the dispatcher: what compile_once keeps of `inner` must not keep that alive
+    current = dispatcher.current
+
     def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
         context = _torch.save_context(own_inputs, options.inductor, kwargs)
-        dispatcher.program = build_program(aten, own_inputs, prepared, options, context)
-        return step_runner(dispatcher.program, dispatcher.current_call)
+        programs.append(build_program(aten, own_inputs, prepared, options, context))
+        return step_runner(programs[-1], current)
 
     dispatcher.compiled = _torch.compile_once(gm, inputs, inner, options.inductor)
+    dispatcher.program = programs[-1]
     return dispatcher
 
 

@@ -41,7 +41,7 @@ class CompileCounts:
 def count_compiles() -> Iterator[CompileCounts]:
     """Count graphs, graph breaks and recompiles; the numbers are there when the block ends.
 
-    Dynamo's caches are emptied first, so the block counts from nothing.
+    Dynamo's caches are emptied first (``torch._dynamo.reset()``), so the block counts from nothing.
     """
     reset_compile_statistics()
     counts = CompileCounts()

@@ -147,8 +147,9 @@ def role_names(roles: dict[str, Role], plan: CachePlan) -> dict[str, str]:
 
 
 def identifier(path: str) -> str:
-    """A module path as a Python identifier: ``blocks.0.attn`` -> ``blocks_0_attn``."""
-    return re.sub(r"\W", "_", path)
+    """A module path as a Python identifier: ``blocks.0.attn`` -> ``blocks_0_attn``, ``0`` -> ``_0``."""
+    name = re.sub(r"\W", "_", path)
+    return name if name.isidentifier() else f"_{name}"
 
 
 def _exclusive(cuts: Sequence[fx.Node], barrier: set[fx.Node]) -> list[fx.Node]:

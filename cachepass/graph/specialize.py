@@ -65,8 +65,38 @@ def _evaluate(canonical: Canonical, name: str, predicted: set[str], silent: set[
 
 
 def all_phases(canonical: Canonical) -> Variant:
-    """The canonical form itself as one program (``lowering="cond"``)."""
-    return Variant("cond", canonical.gm, tuple(canonical.roles.values()))
+    """The canonical form itself as one program (``lowering="cond"``).
+
+    Branches are compiled for the strides that their operands have in the graph, while Inductor may choose others for
+    a value that it computes; so each computed operand is held to its strides (no copy where they agree), and one with
+    gaps between its elements, which Inductor would close, is made dense first.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    held: dict[fx.Node, fx.Node] = {}
+    emit = Emitter(graph, _torch.fake_mode_of([n.meta.get("val") for n in canonical.gm.graph.nodes]))
+    for node in canonical.gm.graph.nodes:
+        if node.op == "call_function" and node.target is _torch.COND:
+            for operand in node.args[3]:
+                is_tensor = isinstance(operand.meta.get("val"), torch.Tensor)
+                if operand not in held and operand.op != "placeholder" and is_tensor:
+                    held[operand] = _hold_strides(env[operand], emit)
+            env[node] = graph.node_copy(node, lambda n: held.get(n, env[n]))
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.lint()
+    return Variant("cond", fx.GraphModule(canonical.gm, graph), tuple(canonical.roles.values()))
+
+
+def _hold_strides(operand: fx.Node, emit: Emitter) -> fx.Node:
+    value: torch.Tensor = operand.meta["val"]
+    with emit.fake_mode:
+        dense = torch.empty_like(value).stride()
+    if value.stride() != dense:
+        operand = emit(aten.clone.default, operand)
+    held = emit.graph.call_function(_torch.FORCE_STRIDES, (operand, dense))
+    held.meta["val"] = operand.meta["val"]
+    return held
 
 
 def _inline(source: fx.GraphModule, cond: fx.Node, graph: fx.Graph, env: dict[fx.Node, object],

@@ -19,7 +19,7 @@ from ..graph.plan import CachePlan, Phase, phase_name
 from ..graph.show import diff, readable
 from ..graph.specialize import specialize, uncached
 from ..methods import Region, Skip, Target
-from ..runtime.program import Program, step_runner
+from ..runtime.program import CurrentCall, Program, step_runner
 from .tables import human_bytes, table
 
 
@@ -162,7 +162,7 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
     def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kw: Any) -> Callable[[list[Any]], Any]:
         context = _torch.save_context(own_inputs, options.inductor, kw)
         programs.append(build_program(aten, own_inputs, prepared, options, context))
-        return step_runner(programs[0], lambda: None)  # never called: the trace ends before anything runs
+        return step_runner(programs[0], CurrentCall())  # never called: the trace ends before anything runs
 
     _torch.compile_once(gm, inputs, inner, options.inductor)
     program = programs[0]

@@ -24,7 +24,7 @@ from ..errors import CachepassWarning
 from ..graph.plan import NOTHING
 from ..methods import Method, Step
 from .context import current_context
-from .program import Program, StepCall
+from .program import CurrentCall, Program, StepCall
 from .state import RunState
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Dispatcher:
         self.program: Program | None = None  # set by the backend while the graph is compiled; None: nothing is cached
         self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
         self.compiled: Callable[..., Any] | None = None
-        self._thread = threading.local()
+        self.current = CurrentCall()
         self._lock = threading.Lock()
         self._warned = False
         self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
@@ -89,11 +89,11 @@ class Dispatcher:
             if state.clock.starts_run(timestep):
                 self._end_run(instance, state)
             call = self._decide(state, timestep)
-            self._thread.call = call
+            self.current.call = call
             try:
                 result = self.compiled(*inputs)
             finally:
-                self._thread.call = None
+                self.current.call = None
             if state.clock.index == 0:
                 instance.runs += 1
             self._count(instance, call.computed or self.idle_groups, call.predicted)
@@ -101,10 +101,6 @@ class Dispatcher:
             if state.clock.index == self.options.num_inference_steps:
                 self._report_idle(state)
         return result
-
-    def current_call(self) -> StepCall | None:
-        """The call that this thread is in; the program asks for it."""
-        return getattr(self._thread, "call", None)
 
     def _decide(self, state: RunState, timestep: float | None) -> StepCall:
         step = Step(state.clock.index, timestep)

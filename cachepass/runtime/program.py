@@ -116,16 +116,21 @@ def _slots_last(variant: Variant) -> Variant:
     return variant
 
 
-def step_runner(program: Program, current: Callable[[], StepCall | None]) -> Callable[[list[Any]], Any]:
+class CurrentCall(threading.local):
+    """The call that a thread is in: set by the dispatcher around the compiled graph, read inside it."""
+
+    call: StepCall | None = None
+
+
+def step_runner(program: Program, current: CurrentCall) -> Callable[[list[Any]], Any]:
     """The boxed callable that AOTAutograd calls in place of one compiled graph."""
 
     def run(inputs: list[Any]) -> Any:
-        call = current()
-        assert call is not None, "a compiled graph runs inside a call of its dispatcher"
-        return program.run(inputs, call)
+        assert current.call is not None, "a compiled graph runs inside a call of its dispatcher"
+        return program.run(inputs, current.call)
 
     run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
     return run
 
 
-__all__ = ["Program", "Role", "StepCall", "step_runner"]
+__all__ = ["CurrentCall", "Program", "Role", "StepCall", "step_runner"]

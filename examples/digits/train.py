@@ -23,7 +23,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from models import NULL_LABEL, build_classifier, build_dit
+from models import NULL_LABEL, build_classifier, build_dit, load_dit
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -32,10 +32,14 @@ HELD_OUT = 1000
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """All digits: images ``[10000, 1, 28, 28]`` in [-1, 1] and labels ``[10000]`` in 0..9."""
+    """All digits: images ``[10000, 1, 28, 28]`` in [-1, 1] and labels ``[10000]`` in 0..9.
+
+    In the file they are sorted by label; here they come in an order that is random and always the same.
+    """
     data = np.load(HERE / "digits.npz")
+    order = torch.randperm(len(data["labels"]), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(data["images"]).float().div(127.5).sub(1.0).unsqueeze(1)
-    return images, torch.from_numpy(data["labels"]).long()
+    return images[order], torch.from_numpy(data["labels"]).long()[order]
 
 
 def save_fp16(model: torch.nn.Module, name: str) -> None:
@@ -43,6 +47,13 @@ def save_fp16(model: torch.nn.Module, name: str) -> None:
         {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}, HERE / name
     )
     click.echo(f"wrote {name}: {(HERE / name).stat().st_size / 1e6:.2f} MB")
+
+
+def start_as_identity(model: torch.nn.Module) -> None:
+    """adaLN-zero: gates, shifts, scales and the last projection start at zero."""
+    for layer in [block.norm1.linear for block in model.transformer_blocks] + [model.proj_out_2]:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
 
 
 @click.group()
@@ -55,16 +66,14 @@ def main() -> None:
 @click.option("--minutes", default=1000.0, show_default=True, help="Stop (with the schedule finished) near this time.")
 @click.option("--batch", default=64, show_default=True)
 @click.option("--peak-lr", default=8e-4, show_default=True)
-def dit(steps: int, minutes: float, batch: int, peak_lr: float) -> None:
+@click.option("--resume", is_flag=True, help="Go on from the weights in dit.safetensors.")
+def dit(steps: int, minutes: float, batch: int, peak_lr: float, resume: bool) -> None:
     """Train the class-conditional DiT; the exponential moving average of the weights is what is saved."""
     images, labels = load_digits()
     images, labels = images[:-HELD_OUT], labels[:-HELD_OUT]
-    model = build_dit()
-    for block in model.transformer_blocks:  # adaLN-zero: every block starts as the identity
-        torch.nn.init.zeros_(block.norm1.linear.weight)
-        torch.nn.init.zeros_(block.norm1.linear.bias)
-    torch.nn.init.zeros_(model.proj_out_2.weight)
-    torch.nn.init.zeros_(model.proj_out_2.bias)
+    model = load_dit().requires_grad_(True) if resume else build_dit()
+    if not resume:
+        start_as_identity(model)
     ema = copy.deepcopy(model).requires_grad_(False)
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)

@@ -1,0 +1,170 @@
+"""Sample handwritten digits uncached and with each method; print what each one saves and what it costs.
+
+Run by ``cachepass demo`` (all options: ``cachepass demo --help``). Classifier-free guidance, diffusers'
+``FlowMatchEulerDiscreteScheduler``, one compiled model per method; every method gets the same noise and labels.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import guided_inputs, load_classifier, load_dit
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import cachepass
+
+_FORECAST = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 5, "max_order": 1,
+             "taylor_factors_dtype": torch.float32}  # fmt: skip
+_ALWAYS = (-1.0, 1001.0)
+
+#: One row each: what it is called, and ``options["cache"]`` (None: plain Inductor).
+METHODS: dict[str, dict[str, Any] | None] = {
+    "uncached": None,
+    "TaylorSeer, attention and MLP": {**_FORECAST, "cache_identifiers": [r".*\.(attn1|ff)"]},
+    "TaylorSeer, blocks": {**_FORECAST, "cache_identifiers": [r"transformer_blocks\.\d+"]},
+    "PAB, attention": {"method": "pab", "spatial_attention_block_skip_range": 3,
+                       "spatial_attention_timestep_skip_range": (100, 950)},
+    "PAB, attention and MLP": {"method": "pab", "spatial_attention_block_skip_range": 3, "mlp_block_skip_range": 3,
+                               "spatial_attention_timestep_skip_range": (100, 950),
+                               "mlp_timestep_skip_range": (100, 950)},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One method's run: images ``[n, 1, 28, 28]`` in [-1, 1], seconds, and what the cache did."""
+
+    images: torch.Tensor
+    seconds: float
+    computed: int
+    predicted: int
+    cache_bytes: int
+    planned_bytes: int
+
+
+def sample(model: Any, noise: torch.Tensor, labels: torch.Tensor, steps: int, guidance: float,
+           advance: Any = lambda: None) -> torch.Tensor:  # fmt: skip
+    """Denoise ``noise`` ``[n, 1, 28, 28]`` into the digits ``labels`` ``[n]``."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    latents = noise
+    for t in scheduler.timesteps:
+        batch, classes = guided_inputs(latents, labels)
+        velocity = model(batch, timestep=t.expand(len(batch)), class_labels=classes).sample
+        uncond, cond = velocity.chunk(2)
+        latents = scheduler.step(uncond + guidance * (cond - uncond), t, latents, return_dict=False)[0]
+        advance()
+    return latents.clamp(-1, 1)
+
+
+def run(cache: dict[str, Any] | None, noise: torch.Tensor, labels: torch.Tensor, steps: int,
+        guidance: float, lowering: str, advance: Any) -> Sampled:  # fmt: skip
+    """Compile (by a run of 8 steps that is not counted), sample, and ask the cache what it did."""
+    torch._dynamo.reset()
+    model = load_dit()
+    if cache is None:
+        compiled = torch.compile(model, fullgraph=True, backend="eager" if lowering == "eager" else "inductor")
+    else:
+        options = {"cache": cache, "lowering": lowering}
+        compiled = torch.compile(model, backend="cached_inductor", fullgraph=True, options=options)
+    sample(compiled, noise, labels, 8, guidance)
+    if cache is None:
+        before, predicted_before = 0, 0
+    else:
+        cachepass.reset(compiled)
+        before, predicted_before = _steps(cachepass.summary(compiled))
+    start = time.perf_counter()
+    images = sample(compiled, noise, labels, steps, guidance, advance)
+    seconds = time.perf_counter() - start
+    if cache is None:
+        return Sampled(images, seconds, steps, 0, 0, 0)
+    summary = cachepass.summary(compiled)
+    total, predicted = _steps(summary)
+    predicted -= predicted_before
+    return Sampled(images, seconds, total - before - predicted, predicted, summary.cache_bytes, summary.planned_bytes)
+
+
+def _steps(summary: cachepass.Summary) -> tuple[int, int]:
+    """Steps so far, and those of them that were predicted (by the group that was predicted most)."""
+    return summary.steps, max(summary.predicted.values(), default=0)
+
+
+def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB; the range of the images is 2."""
+    error = (images - reference).square().mean()
+    return float("inf") if error == 0 else float(10 * torch.log10(4 / error))
+
+
+def contact_sheet(rows: dict[str, torch.Tensor], path: Path, columns: int = 20) -> None:
+    """One row of digits per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(columns * 0.55, len(rows) * 0.86))
+    for axis, (name, images) in zip(axes, rows.items(), strict=True):
+        axis.imshow(torch.cat(list(images[:columns, 0]), dim=1).add(1).div(2), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(name, fontsize=9, loc="left", pad=2)
+        axis.axis("off")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(images: int, steps: int, guidance: float, lowering: str, out: Path, seed: int) -> list[dict[str, Any]]:
+    """The demo; returns the table's rows."""
+    console = Console()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(images, 1, 28, 28, generator=generator)
+    labels = torch.arange(images) % 10
+    classifier = load_classifier()
+    results: dict[str, Sampled] = {}
+    columns = (TextColumn("{task.description:32s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with torch.no_grad(), Progress(*columns, console=console) as progress, warnings.catch_warnings():
+        for name, cache in METHODS.items():
+            task = progress.add_task(f"{name}: compiling", total=steps)
+
+            def advance(task: Any = task, name: str = name) -> None:
+                progress.update(task, advance=1, description=name)
+
+            results[name] = run(cache, noise, labels, steps, guidance, lowering, advance)
+    reference = results["uncached"]
+    rows = []
+    for name, result in results.items():
+        hits = (classifier(result.images).argmax(1) == labels).float().mean().item()
+        rows.append({
+            "method": name, "computed": result.computed, "predicted": result.predicted,
+            "ms_per_image": 1000 * result.seconds / images, "speedup": reference.seconds / result.seconds,
+            "psnr_db": psnr(result.images, reference.images), "accuracy_percent": 100 * hits,
+            "cache_bytes": result.cache_bytes,
+        })  # fmt: skip
+    _print(console, rows, images, steps)
+    out.mkdir(parents=True, exist_ok=True)
+    contact_sheet({name: result.images for name, result in results.items()}, out / "digits.png")
+    console.print(f"contact sheet: {out / 'digits.png'}")
+    return rows
+
+
+def _print(console: Console, rows: list[dict[str, Any]], images: int, steps: int) -> None:
+    table = Table(title=f"{images} digits, {steps} steps, classifier-free guidance")
+    names = ("computed", "predicted", "ms/image", "speedup", "PSNR dB", "accuracy", "cache MiB")
+    table.add_column("method")
+    for column in names:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["method"], str(row["computed"]), str(row["predicted"]), f"{row['ms_per_image']:.1f}",
+            f"{row['speedup']:.2f}x", f"{row['psnr_db']:.1f}", f"{row['accuracy_percent']:.1f} %",
+            f"{row['cache_bytes'] / 2**20:.1f}",
+        )  # fmt: skip
+    console.print(table)

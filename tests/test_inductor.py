@@ -1,0 +1,214 @@
+"""Through Inductor: parity with diffusers' hooks, the three lowerings, capture counts, equality with plain Inductor."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from models import calls, transformer
+from zoo import build, first_tensor, pab_oracle, relative_error, taylorseer_oracle, timestep_scale, trajectory
+
+import cachepass
+from cachepass.testing import count_compiles
+
+pytestmark = pytest.mark.inductor
+
+STEPS = 7
+TAYLOR = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1,
+          "taylor_factors_dtype": torch.float32}  # fmt: skip
+PAB = {"method": "pab", "spatial_attention_block_skip_range": 2}
+
+
+def compiled(name_or_model, cache, **options):
+    model = build(name_or_model) if isinstance(name_or_model, str) else name_or_model
+    return torch.compile(model, backend="cached_inductor", fullgraph=True, options={"cache": cache, **options})
+
+
+def outputs(model, name, steps=STEPS):
+    return [first_tensor(model(**call)) for _, call in trajectory(name, steps)]
+
+
+@pytest.mark.parametrize("name", [
+    "DiTTransformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel", "SanaTransformer2DModel",
+    "WanTransformer3DModel",
+])  # fmt: skip
+def test_taylorseer_parity_through_inductor(name):
+    """1e-5 relative to diffusers' eager hooks, over two runs."""
+    fields = {k: v for k, v in TAYLOR.items() if k != "method"}
+    fields["cache_identifiers"] = [r".*\.(attn\d?|ff|ffn)"]
+    oracle, model = taylorseer_oracle(name, **fields), compiled(name, {**TAYLOR, **fields}, num_inference_steps=STEPS)
+    for run in range(2):
+        for step, (_, call) in enumerate(trajectory(name, STEPS)):
+            error = relative_error(first_tensor(model(**call)), oracle(**call))
+            assert error < 1e-5, f"run {run}, step {step}: {error:.1e}"
+        oracle.reset()
+    summary = cachepass.summary(model)
+    assert summary.predicted["taylorseer"] == 6
+    assert summary.cache_bytes == summary.planned_bytes
+
+
+@pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "LatteTransformer3DModel"])
+def test_pab_parity_through_inductor(name):
+    now, fields = [0.0], {"spatial_attention_block_skip_range": 2}
+    oracle, model = pab_oracle(name, now, **fields), compiled(name, {"method": "pab", **fields})
+    for run in range(2):
+        for step, (timestep, call) in enumerate(trajectory(name, STEPS)):
+            now[0] = timestep
+            error = relative_error(first_tensor(model(**call)), oracle(**call))
+            assert error < 1e-5, f"run {run}, step {step}: {error:.1e}"
+        oracle.reset()
+
+
+@pytest.mark.parametrize(("name", "cache"), [
+    ("FluxTransformer2DModel", TAYLOR), ("PixArtTransformer2DModel", TAYLOR),
+    ("DiTTransformer2DModel", PAB),
+])  # fmt: skip
+def test_the_three_lowerings_agree(name, cache):
+    scale = timestep_scale(name)
+    results = {}
+    for lowering in ("specialize", "cond", "eager"):
+        torch._dynamo.reset()
+        results[lowering] = outputs(compiled(name, cache, lowering=lowering, timestep_scale=scale), name)
+    for lowering in ("cond", "eager"):
+        for step, (a, b) in enumerate(zip(results[lowering], results["specialize"], strict=True)):
+            assert relative_error(a, b) < 1e-6, f"{lowering}, step {step}: {relative_error(a, b):.1e}"
+
+
+@pytest.mark.parametrize("cache", [TAYLOR, PAB], ids=["taylorseer", "pab"])
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_one_capture_no_break_no_recompile_over_three_runs(cache, lowering):
+    model = compiled(transformer(), cache, lowering=lowering)
+    with count_compiles() as counts:
+        for _ in range(3):
+            for call in calls(9):
+                model(*call)
+    assert (counts.graphs, counts.graph_breaks, counts.recompiles) == (1, 0, 0)
+    summary = cachepass.summary(model)
+    assert summary.runs == 3
+    assert set(summary.variants) == ({"cond"} if lowering == "cond" else {"compute", "predict"})
+
+
+def test_count_compiles_sees_what_it_counts():
+    """Negative: a graph break and a recompile are counted."""
+
+    def broken(x):
+        y = x + 1
+        print("", end="")
+        return y * 2
+
+    function = torch.compile(broken, backend="eager")
+    with count_compiles() as counts:
+        function(torch.ones(2))
+        function(torch.ones(3))
+    assert counts.graph_breaks >= 1
+    assert counts.recompiles >= 1
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "DiTTransformer2DModel"])
+def test_a_schedule_that_never_predicts_is_bit_equal_to_plain_inductor(name):
+    plain = outputs(torch.compile(build(name), fullgraph=True), name, 3)
+    torch._dynamo.reset()
+    model = compiled(name, {**TAYLOR, "cache_interval": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cachepass.CachepassWarning)
+        cached = outputs(model, name, 3)
+    for a, b in zip(cached, plain, strict=True):
+        assert torch.equal(a, b)
+    summary = cachepass.summary(model)
+    assert summary.cache_bytes == 0
+    assert summary.computed == {"taylorseer": 3}
+
+
+def test_computed_steps_are_those_of_plain_inductor():
+    name = "FluxTransformer2DModel"
+    plain = outputs(torch.compile(build(name), fullgraph=True), name)
+    torch._dynamo.reset()
+    cached = outputs(compiled(name, TAYLOR), name)
+    for step in (0, 1, 3, 6):
+        assert relative_error(cached[step], plain[step]) < 1e-6
+    for step in (2, 4, 5):
+        assert not torch.equal(cached[step], plain[step])
+
+
+def test_options_and_mode_reach_inductor(monkeypatch):
+    from torch._inductor import config
+
+    from cachepass import _torch
+
+    seen = []
+    compile_inner = _torch.compile_fx_inner
+
+    def spy(gm, inputs, **kwargs):
+        seen.append((config.max_autotune, config.epilogue_fusion, config.coordinate_descent_tuning))
+        return compile_inner(gm, inputs, **kwargs)
+
+    monkeypatch.setattr(_torch, "compile_fx_inner", spy)
+    model = compiled(transformer(depth=1), TAYLOR, max_autotune=False, **{"epilogue-fusion": False})
+    for call in calls(4):
+        model(*call)
+    assert seen == [(False, False, False)] * 2  # the second variant is compiled steps later, under the same settings
+    torch._dynamo.reset()
+    seen.clear()
+    backend = torch._dynamo.lookup_backend("cached_inductor")
+    tuned = torch.compile(
+        transformer(depth=1), fullgraph=True,
+        backend=lambda gm, inputs: backend(gm, inputs, mode="max-autotune-no-cudagraphs",
+                                           options={"cache": TAYLOR, "max_autotune": False}),
+    )  # fmt: skip
+    tuned(*calls(1)[0])
+    assert seen == [(False, True, True)]
+
+
+def test_the_backend_is_found_without_importing_cachepass():
+    code = (
+        "import sys, torch\n"
+        "assert 'cachepass' not in sys.modules\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()\n"
+        "with torch.no_grad():\n"
+        "    cached = torch.compile(model, backend='cached_inductor', options={'lowering': 'eager', "
+        "'num_inference_steps': 9, 'cache': {'method': 'taylorseer', 'cache_identifiers': ['0']}})\n"
+        "    assert torch.allclose(cached(torch.ones(2, 4)), model(torch.ones(2, 4)))\n"
+        "assert 'cachepass' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"lowering": "cond"}], ids=["specialize", "cond"])
+def test_contexts_through_inductor(options):
+    shared = compiled(transformer(), TAYLOR, **options)
+    alone = {name: compiled(transformer(), TAYLOR, **options) for name in ("cond", "uncond")}
+    for x, t in calls(6):
+        for name, value in (("cond", x), ("uncond", -2 * x)):
+            with cachepass.cache_context(name):
+                together = shared(value, t)
+            torch.testing.assert_close(together, alone[name](value, t), rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("cache", [TAYLOR, PAB], ids=["taylorseer", "pab"])
+def test_cuda(cache, lowering):
+    """The same results as the eager lowering, in fp32 on the device; no synchronisation when nothing reads it."""
+    device = torch.device("cuda")
+    steps = [(x.to(device), t.to(device)) for x, t in calls(9)]
+    model = transformer().to(device)
+    reference = torch.compile(model, backend="cached_inductor", options={"cache": cache, "lowering": "eager"})
+    expected = [reference(*step) for step in steps]
+    torch._dynamo.reset()
+    fast = compiled(model, cache, lowering=lowering)
+    for a, b in zip([fast(*step) for step in steps], expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+    if cache is TAYLOR and lowering == "specialize":
+        counted = compiled(transformer().to(device), cache, num_inference_steps=9)
+        for step in steps:
+            counted(*step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for step in steps:
+                counted(*step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
