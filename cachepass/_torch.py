@@ -41,8 +41,8 @@ __all__ = [
     "dump_graph",
     "fake_mode_of",
     "inductor_keys",
+    "inductor_modes",
     "input_index",
-    "mode_patches",
     "placeholder_source",
     "plain_inductor",
     "raise_unwrapped",
@@ -108,8 +108,9 @@ def inductor_keys() -> set[str]:
     return set(inductor_config.get_config_copy())
 
 
-def mode_patches(mode: str) -> dict[str, Any]:
-    return dict(list_mode_options(mode))
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """The config patches of every ``mode`` of torch.compile."""
+    return dict(list_mode_options())
 
 
 def plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:

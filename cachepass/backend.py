@@ -44,14 +44,15 @@ def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mappi
         gm, inputs: As Dynamo gives them to every backend.
         options: ``"cache"`` (a config of ours or of diffusers, a dict with ``"method"``, or a method's name),
             ``"lowering"``, ``"timestep_input"``, ``"timestep_scale"``, ``"num_inference_steps"`` (see
-            :class:`cachepass.CompileOptions`); every other key is an Inductor config.
-        mode: As for Inductor: ``"reduce-overhead"``, ``"max-autotune"``, ...
+            :class:`cachepass.CompileOptions`), ``"mode"``; every other key is an Inductor config.
+        mode: As for Inductor: ``"reduce-overhead"``, ``"max-autotune"``, ... (torch.compile takes either ``mode=`` or
+            ``options=``, so beside a cache it is given as an option).
 
     Raises:
         CachepassError: Any of its subclasses, before anything is compiled.
     """
     try:
-        parsed = parse_options(options, mode, _torch.inductor_keys(), _torch.mode_patches)
+        parsed = parse_options(options, mode, _torch.inductor_keys(), _torch.inductor_modes())
         if parsed.cache is None:
             warnings.warn(
                 "backend='cached_inductor' without options={'cache': ...}: nothing is cached, this is plain Inductor. "

@@ -256,12 +256,23 @@ class CompileOptions:
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
-def parse_options(options: Mapping[str, Any] | None, mode: str | None, inductor_keys: set[str],
-                  mode_patches: Callable[[str], dict[str, Any]]) -> CompileOptions:  # fmt: skip
-    """Split ``options`` into ours and Inductor's; ``mode``'s patches come first, ``options`` override them."""
+def parse_options(
+    options: Mapping[str, Any] | None,
+    mode: str | None,
+    inductor_keys: set[str],
+    modes: Mapping[str, dict[str, Any]],
+) -> CompileOptions:
+    """Split ``options`` into ours and Inductor's.
+
+    ``"mode"`` may stand among the options too, since torch.compile takes either ``mode=`` or ``options=``. A mode's
+    patches come first; single options override them.
+    """
     given = dict(options or {})
+    mode = given.pop("mode", mode) or "default"
+    if mode not in modes:
+        raise OptionError(f"there is no mode {mode!r}", where="torch.compile mode", hint=closest(str(mode), modes))
     ours: dict[str, Any] = {}
-    patches: dict[str, Any] = dict(mode_patches(mode)) if mode and mode != "default" else {}
+    patches: dict[str, Any] = dict(modes[mode])
     names = [f.name for f in dataclasses.fields(CompileOptions) if f.name != "inductor"]
     for key, value in given.items():
         if key in names:
@@ -271,7 +282,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None, inductor_
         else:
             raise OptionError(
                 f"unknown option {key!r}", where="torch.compile options",
-                hint=_option_hint(key, names, inductor_keys),
+                hint=_option_hint(key, ["mode", *names], inductor_keys),
             )  # fmt: skip
     if ours.get("cache") is not None:
         ours["cache"] = parse_cache(ours["cache"])

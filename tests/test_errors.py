@@ -58,6 +58,7 @@ def test_config_fields(make, where, says):
     (7, {}, "cannot be read as a cache config"),
     ("taylorseer", {"lowerin": "eager"}, "did you mean 'lowering'"),
     ("taylorseer", {"max_autotun": True}, "did you mean 'max_autotune'"),
+    ("taylorseer", {"mode": "max-autotun"}, "did you mean 'max-autotune'"),
     ("taylorseer", {"lowering": "fast"}, "there is no lowering 'fast'"),
     ("taylorseer", {"num_inference_steps": 0}, "expected an int >= 1"),
     ("taylorseer", {"timestep_input": 3}, "expected the name of a model input"),

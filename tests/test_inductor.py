@@ -152,12 +152,7 @@ def test_options_and_mode_reach_inductor(monkeypatch):
     assert seen == [(False, False, False)] * 2  # the second variant is compiled steps later, under the same settings
     torch._dynamo.reset()
     seen.clear()
-    backend = torch._dynamo.lookup_backend("cached_inductor")
-    tuned = torch.compile(
-        transformer(depth=1), fullgraph=True,
-        backend=lambda gm, inputs: backend(gm, inputs, mode="max-autotune-no-cudagraphs",
-                                           options={"cache": TAYLOR, "max_autotune": False}),
-    )  # fmt: skip
+    tuned = compiled(transformer(depth=1), TAYLOR, mode="max-autotune-no-cudagraphs", max_autotune=False)
     tuned(*calls(1)[0])
     assert seen == [(False, True, True)]
 

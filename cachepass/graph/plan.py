@@ -146,8 +146,7 @@ def _make_cut(index: int, node: fx.Node, target: Target, live: bool) -> Cut:
 
 
 def _slot_dtype(value: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The history's dtype; integers and booleans are kept as they are."""
-    return wanted if wanted is not None and value.is_floating_point else value
+    return value if wanted is None else wanted
 
 
 def _subsets(groups: Sequence[str]) -> tuple[Phase, ...]:

@@ -3,7 +3,7 @@
     find_regions : Dynamo GraphModule -> RegionTable
 
 Every node carries its ``nn_module_stack``: one entry per module call that it was traced in. A region is all nodes of
-one entry; its outputs are its tensors that are used outside. What a region *is* comes from what it does: an attention
+one entry; its outputs are its floating-point tensors that are used outside. What a region *is* comes from what it does: an attention
 is the module that owns a scaled-dot-product-attention call, and it is a cross-attention if the activations that its
 keys are projected from and those that its queries are projected from have nothing in common.
 """
@@ -110,15 +110,20 @@ def _find_outputs(table: RegionTable, gm: fx.GraphModule) -> None:
         table.nodes[region.id] = nodes
         table.outputs[region.id] = [
             n for n in nodes
-            if isinstance(n.meta.get("example_value"), torch.Tensor) and any(u not in members for u in n.users)
+            if _is_floating(n.meta.get("example_value")) and any(u not in members for u in n.users)
         ]  # fmt: skip
+
+
+def _is_floating(value: object) -> bool:
+    """What can be forecast: integers, masks and sizes that leave a region are always computed."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _unfit(region: Region, table: RegionTable, aliases: _Aliases) -> str | None:
     """Why a region cannot be cut, or None."""
     nodes, outputs = table.nodes[region.id], table.outputs[region.id]
     if not outputs:
-        return "no tensor leaves it"
+        return "no floating-point tensor leaves it"
     last = nodes[-1]
     members = set(nodes)
     for output in outputs:
