@@ -12,9 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx
-from torch._dynamo.backends.registry import CompiledFn
 from torch._dynamo.exc import ShortenTraceback
-from torch._dynamo.source import Source
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 from torch._functorch import config as functorch_config
@@ -33,9 +31,7 @@ FORCE_STRIDES = inductor_prims.force_stride_order
 __all__ = [
     "COND",
     "FORCE_STRIDES",
-    "CompiledFn",
     "SavedContext",
-    "Source",
     "compile_once",
     "compile_statistics",
     "dump_graph",

@@ -320,6 +320,17 @@ def test_an_untouched_module_has_no_diff():
     assert [line for line in diff.splitlines() if line.startswith("-")] == []
 
 
+def test_whole_blocks_keep_one_history():
+    """In the predict phase only the last block's forecast is read: the others have no slots and are not written."""
+    cache = {**TAYLOR, "cache_identifiers": [r"blocks\.\d+"]}
+    explanation = cachepass.explain(transformer(depth=4), *calls(1)[0], cache=cache, options=COUNT)
+    assert [cut.region for cut in explanation.plan.live_cuts] == ["blocks.3"]
+    assert explanation.cache_bytes == 2 * calls(1)[0][0].numel() * 4
+    assert explanation.graph("compute").count("aten.copy_") == 1
+    assert "blocks.0" not in explanation.graph("predict")
+    assert str(explanation).count("dead: no phase reads it") == 3
+
+
 def test_regions_outside_diffusers():
     model = transformer(cross=True)
     x, t = calls(1)[0]

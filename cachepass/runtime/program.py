@@ -101,8 +101,9 @@ class Program:
         if tensor is None:
             with torch.inference_mode(False):
                 tensor = torch.tensor(weights, dtype=dtype)
-                if device.type != "cpu":
-                    tensor = tensor.pin_memory().to(device, non_blocking=True)
+                if device.type == "cuda":
+                    tensor = tensor.pin_memory()
+                tensor = tensor.to(device, non_blocking=True)
             if len(self._weights) >= 4096:
                 self._weights.clear()
             self._weights[key] = tensor
