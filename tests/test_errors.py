@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import calls, transformer
+from small_models import calls, transformer
 from torch import nn
 
 import cachepass

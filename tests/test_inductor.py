@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from models import calls, transformer
+from small_models import calls, transformer
 from zoo import build, first_tensor, pab_oracle, relative_error, taylorseer_oracle, timestep_scale, trajectory
 
 import cachepass

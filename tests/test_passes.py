@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from expecttest import TestCase
-from models import Attention, FeedForward, calls, transformer
+from small_models import Attention, FeedForward, calls, transformer
 from torch import nn
 
 import cachepass

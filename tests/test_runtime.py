@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from models import calls, transformer
+from small_models import calls, transformer
 from zoo import relative_error
 
 import cachepass

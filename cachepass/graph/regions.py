@@ -3,9 +3,9 @@
     find_regions : Dynamo GraphModule -> RegionTable
 
 Every node carries its ``nn_module_stack``: one entry per module call that it was traced in. A region is all nodes of
-one entry; its outputs are its floating-point tensors that are used outside. What a region *is* comes from what it does: an attention
-is the module that owns a scaled-dot-product-attention call, and it is a cross-attention if the activations that its
-keys are projected from and those that its queries are projected from have nothing in common.
+one entry; its outputs are its floating-point tensors that are used outside. What a region *is* comes from what it
+does: an attention is the module that owns a scaled-dot-product-attention call, and it is a cross-attention if the
+activations that its keys are projected from and those that its queries are projected from have nothing in common.
 """
 
 from __future__ import annotations
