@@ -25,7 +25,7 @@ from . import _torch
 from .config import CompileOptions, method_names, parse_options
 from .errors import CachepassError, CachepassWarning, NoMatchError, TimestepError, TrainingError, listing
 from .graph.annotate import annotate, outermost
-from .graph.inputs import find_timestep, input_names
+from .graph.inputs import GraphInputs, find_timestep, read_inputs
 from .graph.plan import make_plan
 from .graph.regions import RegionTable, find_regions
 from .graph.rewrite import rewrite, role_names
@@ -119,14 +119,14 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) 
     if not table.regions:
         raise NoMatchError("the traced graph contains no module call that can be cached", where="torch.compile",
                            hint="compile the transformer itself (an nn.Module), not a function of tensors")  # fmt: skip
-    names, parameters = input_names(gm, inputs)
-    layout = _layout(names, parameters, inputs, method, options)
+    named = read_inputs(gm, inputs)
+    layout = _layout(named, inputs, method, options)
     selection = method.select(table.regions)
     targets, nested = outermost(selection.targets, table)
     for note in selection.notes:
         logger.info(note)
     skips = (*table.skips, *selection.skips, *nested)
-    return Prepared(gm, method, table, tuple(targets), skips, selection.notes, tuple(names), layout)
+    return Prepared(gm, method, table, tuple(targets), skips, selection.notes, named.names, layout)
 
 
 def build_program(aten: fx.GraphModule, own_inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
@@ -151,9 +151,8 @@ def _placeholder_names(aten: fx.GraphModule, names: Sequence[str]) -> dict[str, 
     return readable
 
 
-def _layout(names: Sequence[str], parameters: tuple[int, ...], inputs: Sequence[Any], method: Method,
-            options: CompileOptions) -> InputLayout:  # fmt: skip
-    own = {i: name for i, name in enumerate(names) if i not in set(parameters)}
+def _layout(named: GraphInputs, inputs: Sequence[Any], method: Method, options: CompileOptions) -> InputLayout:
+    own = {i: name for i, name in enumerate(named.names) if i not in set(named.held)}
     numeric = {i: name for i, name in own.items() if isinstance(inputs[i], (torch.Tensor, torch.SymInt))}
     timestep = find_timestep(numeric, options.timestep_input)
     has_callback = getattr(options.cache, "current_timestep_callback", None) is not None
@@ -171,7 +170,7 @@ def _layout(names: Sequence[str], parameters: tuple[int, ...], inputs: Sequence[
                 'runs, or give options["num_inference_steps"] or options["timestep_input"]',
                 CachepassWarning, stacklevel=4,
             )  # fmt: skip
-    return InputLayout(parameters, timestep, tuple(own.values()))
+    return InputLayout(named.identity, timestep)
 
 
 def _refuse_training(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:

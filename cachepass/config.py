@@ -268,11 +268,11 @@ def parse_options(
     patches come first; single options override them.
     """
     given = dict(options or {})
-    mode = given.pop("mode", mode) or "default"
-    if mode not in modes:
-        raise OptionError(f"there is no mode {mode!r}", where="torch.compile mode", hint=closest(str(mode), modes))
+    name: Any = given.pop("mode", mode) or "default"
+    if name not in modes:
+        raise OptionError(f"there is no mode {name!r}", where="torch.compile mode", hint=closest(str(name), modes))
     ours: dict[str, Any] = {}
-    patches: dict[str, Any] = dict(modes[mode])
+    patches: dict[str, Any] = dict(modes[name])
     names = [f.name for f in dataclasses.fields(CompileOptions) if f.name != "inductor"]
     for key, value in given.items():
         if key in names:

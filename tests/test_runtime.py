@@ -186,9 +186,9 @@ def test_same_context_in_two_threads_raises_and_separate_contexts_work():
 
 
 def _dispatcher(model):
-    from cachepass.inspect.summary import _programs_of
+    from cachepass.inspect.summary import programs_of
 
-    return next(_programs_of(model))[0]
+    return next(programs_of(model))[0]
 
 
 # ---- failures -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,11 +31,6 @@ def input_name(placeholder: fx.Node) -> str:
     return f"{match[1]}.{rest}" if rest else match[1]
 
 
-def is_parameter(placeholder: fx.Node, value: object) -> bool:
-    source = _torch.placeholder_source(placeholder) or ""
-    return isinstance(value, torch.nn.Parameter) or "_parameters[" in source or "_buffers[" in source
-
-
 def find_timestep(names: dict[int, str], wanted: str | None) -> int | None:
     """Index of the timestep among the inputs ``{index: name}``: the option's name, or one of the usual ones."""
 
@@ -51,13 +47,31 @@ def find_timestep(names: dict[int, str], wanted: str | None) -> int | None:
     return None
 
 
-def input_names(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[str], tuple[int, ...]]:
-    """The names of all inputs, and the indices of those that are parameters or buffers."""
+@dataclass(frozen=True)
+class GraphInputs:
+    """The inputs of a Dynamo graph.
+
+    Attributes:
+        names: Of all inputs, in order.
+        held: Indices of those that the module holds: parameters and buffers.
+        identity: Indices of those whose identity tells which instance of the module is called: its parameters
+            (buffers, where it has none: modules may replace those from call to call).
+    """
+
+    names: tuple[str, ...]
+    held: tuple[int, ...]
+    identity: tuple[int, ...]
+
+
+def read_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphInputs:
+    """Names and roles of a Dynamo graph's inputs."""
     placeholders = gm.graph.find_nodes(op="placeholder")
-    names = [input_name(node) for node in placeholders]
-    parameters = tuple(
-        i
-        for i, node in enumerate(placeholders)
-        if isinstance(inputs[i], torch.Tensor) and is_parameter(node, inputs[i])
-    )
-    return names, parameters
+    parameters, buffers = [], []
+    for i, node in enumerate(placeholders):
+        source = _torch.placeholder_source(node) or ""
+        if isinstance(inputs[i], torch.nn.Parameter) or "_parameters[" in source:
+            parameters.append(i)
+        elif isinstance(inputs[i], torch.Tensor) and "_buffers[" in source:
+            buffers.append(i)
+    held = tuple(sorted((*parameters, *buffers)))
+    return GraphInputs(tuple(map(input_name, placeholders)), held, tuple(parameters or buffers))

@@ -62,7 +62,7 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
     Raises:
         NotCompiledError: No program of ``backend="cached_inductor"`` belongs to the model (yet).
     """
-    found = list(_programs_of(model))
+    found = list(programs_of(model))
     if not found:
         raise NotCompiledError(
             f"no cached_inductor program belongs to this {type(_original(model)).__name__}",
@@ -103,7 +103,7 @@ def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:
     if model is None:
         found = [(d, instance) for d in list(LIVE) for instance in list(d.instances.values())]
     else:
-        found = list(_programs_of(model))
+        found = list(programs_of(model))
     for dispatcher, instance in found:
         dispatcher.reset(instance)
 
@@ -115,7 +115,7 @@ def _original(model: object) -> object:
     return getattr(original, "__self__", original)
 
 
-def _programs_of(model: object) -> Iterator[tuple[Dispatcher, Instance]]:
+def programs_of(model: object) -> Iterator[tuple[Dispatcher, Instance]]:
     module = _original(model)
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected a module or a compiled module, got {type(model).__name__}")

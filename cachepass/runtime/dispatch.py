@@ -37,21 +37,18 @@ class InputLayout:
     """Where things stand among the inputs of a Dynamo graph.
 
     Attributes:
-        parameters: Indices of the parameters and buffers.
+        identity: Indices of the tensors whose identity tells which instance of the model is called.
         timestep: Index of the timestep input, if there is one.
-        names: All inputs that are neither, by name.
     """
 
-    parameters: tuple[int, ...]
+    identity: tuple[int, ...]
     timestep: int | None
-    names: tuple[str, ...]
 
 
 @dataclass
 class Instance:
-    """One model instance: its states by context, and what they did in runs that are over."""
+    """One model instance: its states by context, and what they did so far."""
 
-    parameters: frozenset[int]
     states: dict[str, RunState] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
     predicted: dict[str, int] = field(default_factory=dict)
@@ -75,7 +72,7 @@ class Dispatcher:
         self._warned = False
         self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
         self._watch_timestep = method.needs_timestep or options.num_inference_steps is None
-        self._read_parameters = operator.itemgetter(*layout.parameters) if layout.parameters else None
+        self._read_identity = operator.itemgetter(*layout.identity) if layout.identity else None
         LIVE.add(self)
 
     # ---- a call -----------------------------------------------------------------------------------------------------
@@ -130,17 +127,17 @@ class Dispatcher:
     # ---- instances and states ---------------------------------------------------------------------------------------
 
     def _instance(self, inputs: Sequence[Any]) -> Instance:
-        if self._read_parameters is None:
+        if self._read_identity is None:
             key: tuple[int, ...] = ()
-        elif len(self.layout.parameters) == 1:
-            key = (id(self._read_parameters(inputs)),)
+        elif len(self.layout.identity) == 1:
+            key = (id(self._read_identity(inputs)),)
         else:
-            key = tuple(map(id, self._read_parameters(inputs)))
+            key = tuple(map(id, self._read_identity(inputs)))
         instance = self.instances.get(key)
         if instance is None:
             with self._lock:
-                instance = self.instances.setdefault(key, Instance(frozenset(key)))
-            for index in self.layout.parameters[:1]:
+                instance = self.instances.setdefault(key, Instance())
+            for index in self.layout.identity[:1]:
                 # The key is made of ids, which are given anew when the parameters are gone: so must the state be.
                 weakref.finalize(inputs[index], _forget_instance, weakref.ref(self), key)
         return instance
