@@ -1,29 +1,29 @@
-"""Steps and runs of cached models against what a user would pick instead, interleaved in one process.
+"""Steps and runs of cached models against what a user would pick instead, interleaved in one run.
 
     python benchmarks/steps.py                                     # all shapes and methods, on the device at hand
     python benchmarks/steps.py --shape flux --method taylorseer --rounds 7
 
-Every subject runs the same schedule on the same inputs. A round runs every subject once, in turn, so drift of the
-machine's speed hits all alike; medians over the rounds are reported, with ratios to plain Inductor and to diffusers'
-hooks under torch.compile from the same rounds. Writes ``benchmarks/results/<device>-<date>.json`` and prints the
-markdown table that docs/performance.md holds.
+Every subject runs the same schedule on the same inputs, in a process of its own; one works at a time. A round runs
+every subject once, in turn, so drift of the machine's speed hits all alike; medians over the rounds are reported, with
+ratios to plain Inductor and to diffusers' hooks under torch.compile from the same rounds. Writes
+``benchmarks/results/<device>-<date>.json`` and prints the markdown table that docs/performance.md holds.
 """
 
 from __future__ import annotations
 
 import datetime
-import gc
 import json
 import logging
+import multiprocessing
 import os
 import platform
-import shutil
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,30 @@ PAB: dict[str, Any] = {"spatial_attention_block_skip_range": 3}
 
 @dataclass
 class Subject:
-    """One way to run a model, and what was measured of it.
+    """One way to run a model.
 
-    ``phase(step)`` says what the step is: ``"compute"`` or ``"predict"``.
+    ``phase(step)`` says what the step is: ``"compute"`` or ``"predict"`` (None: not known from outside).
     """
 
     name: str
     call: Callable[..., Any]
     reset: Callable[[], None]
-    phase: Callable[[int], str]
+    phase: Callable[[int], str | None]
     cache_bytes: Callable[[], int | None] = lambda: None
-    compile_seconds: float = 0.0
-    graphs: int = 0
-    graph_breaks: int = 0
-    recompiles: int = 0
-    cache_dir: str = ""
+
+
+@dataclass
+class Measured:
+    """What was measured of a subject. Times in seconds."""
+
+    name: str
+    first_run: float
+    graphs: int
+    graph_breaks: int
+    recompiles: int
     steps: dict[str, list[float]] = field(default_factory=dict)
     runs: list[float] = field(default_factory=list)
+    cache_bytes: int | None = None
 
 
 def taylor_phase(step: int) -> str:
@@ -177,7 +184,7 @@ def cache_dit(shape: str, method: str, place: tuple[str, torch.dtype]) -> Subjec
     package.enable_cache(model, cache_config=config, calibrator_config=calibrator)
     model.compile_repeated_blocks()
     # It begins a new run by itself after num_inference_steps calls.
-    return Subject("cache-dit + compile_repeated_blocks", model, lambda: None, taylor_phase)
+    return Subject("cache-dit + compile_repeated_blocks", model, lambda: None, lambda _: None)
 
 
 def blocks(shape: str, method: str, place: tuple[str, torch.dtype]) -> Subject | None:
@@ -207,81 +214,103 @@ def _synchronize(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def run_once(subject: Subject, shape: str, place: tuple[str, torch.dtype], record: bool) -> None:
+def run_once(subject: Subject, shape: str, place: tuple[str, torch.dtype]) -> list[tuple[str | None, float]]:
+    """One run: the phase and the seconds of each step."""
     subject.reset()
-    spent = 0.0
+    steps = []
     for step in range(STEPS):
         inputs = step_inputs(shape, step, STEPS, *place)
         _synchronize(place[0])
         start = time.perf_counter()
         subject.call(**inputs)
         _synchronize(place[0])
-        seconds = time.perf_counter() - start
-        spent += seconds
-        if record:
-            subject.steps.setdefault(subject.phase(step), []).append(seconds)
-    if record:
-        subject.runs.append(spent)
+        steps.append((subject.phase(step), time.perf_counter() - start))
+    return steps
 
 
-def compile_subject(subject: Subject, shape: str, place: tuple[str, torch.dtype]) -> None:
-    """The first run, from empty caches: everything that a run needs is compiled in it.
+def worker(pipe: Connection, method: str, index: int, shape: str, place: tuple[str, torch.dtype]) -> None:
+    """A subject in a process of its own: Dynamo keeps state per code object, so subjects would disturb each other.
 
-    The table's cold compile is this time less that of a later run.
+    Answers "first" (a run from empty caches: everything that a run needs is compiled in it) with the time and the
+    compile counts, "run" with the steps, "bytes" with the cache's size. Ends at None.
     """
-    subject.cache_dir = tempfile.mkdtemp(prefix="cachepass-benchmark-")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = subject.cache_dir
-    with count_compiles() as counts:
-        start = time.perf_counter()
-        run_once(subject, shape, place, record=False)
-        subject.compile_seconds = time.perf_counter() - start
-    subject.graphs, subject.graph_breaks, subject.recompiles = counts.graphs, counts.graph_breaks, counts.recompiles
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    # At the default limit of 8 Dynamo gives hooks up; this is in their favour.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    with tempfile.TemporaryDirectory(prefix="cachepass-benchmark-") as folder, torch.no_grad():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=place[0]))  # what a process pays once
+        subject = SUBJECTS[method][index](shape, method, place)
+        pipe.send(None if subject is None else subject.name)
+        while subject is not None and (command := pipe.recv()) is not None:
+            if command == "first":
+                with count_compiles() as counts:
+                    seconds = sum(s for _, s in run_once(subject, shape, place))
+                pipe.send((seconds, counts.graphs, counts.graph_breaks, counts.recompiles))
+            elif command == "run":
+                pipe.send(run_once(subject, shape, place))
+            else:
+                pipe.send(subject.cache_bytes())
 
 
-def measure(shape: str, method: str, place: tuple[str, torch.dtype], rounds: int, progress: Progress) -> list[Subject]:
-    subjects = []
+def measure(shape: str, method: str, place: tuple[str, torch.dtype], rounds: int, progress: Progress) -> list[Measured]:
     task = progress.add_task(f"{shape}, {method}", total=len(SUBJECTS[method]) + rounds)
-    for make in SUBJECTS[method]:
-        subject = make(shape, method, place)
-        if subject is not None:
-            compile_subject(subject, shape, place)
-            subjects.append(subject)
+    context = multiprocessing.get_context("spawn")
+    measured: list[tuple[Connection, Measured]] = []
+    processes = []
+    for index in range(len(SUBJECTS[method])):
+        pipe, other = context.Pipe()
+        processes.append(context.Process(target=worker, args=(other, method, index, shape, place), daemon=True))
+        processes[-1].start()
+        name = pipe.recv()
+        if name is not None:
+            measured.append((pipe, Measured(name, *_ask(pipe, "first"))))
+            _ask(pipe, "run")
         progress.advance(task)
-    for subject in subjects:  # Dynamo was reset for each of them: capture again, from Inductor's now warm caches
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = subject.cache_dir
-        run_once(subject, shape, place, record=False)
-        run_once(subject, shape, place, record=False)
-        shutil.rmtree(subject.cache_dir, ignore_errors=True)
-    gc.collect()
     for _ in range(rounds):
-        for subject in subjects:
-            run_once(subject, shape, place, record=True)
+        for pipe, subject in measured:
+            steps = _ask(pipe, "run")
+            subject.runs.append(sum(seconds for _, seconds in steps))
+            for phase, seconds in steps:
+                if phase is not None:
+                    subject.steps.setdefault(phase, []).append(seconds)
         progress.advance(task)
-    return subjects
+    for pipe, subject in measured:
+        subject.cache_bytes = _ask(pipe, "bytes")
+        pipe.send(None)
+    for process in processes:
+        process.join()
+    return [subject for _, subject in measured]
 
 
-def row(subject: Subject, subjects: list[Subject]) -> dict[str, Any]:
+def _ask(pipe: Connection, command: str) -> Any:
+    pipe.send(command)
+    return pipe.recv()
+
+
+def row(subject: Measured, subjects: list[Measured]) -> dict[str, Any]:
     """One line of the table: medians in ms, and ratios from the same rounds."""
     base = subjects[0]
     peer = next((s for s in subjects if s.name.endswith("torch.compile")), None)
 
-    def median(s: Subject, phase: str) -> float | None:
+    def median(s: Measured, phase: str) -> float | None:
         return 1000 * statistics.median(s.steps[phase]) if s.steps.get(phase) else None
 
     compute, predict = median(subject, "compute"), median(subject, "predict")
     plain_step = median(base, "compute")
     peer_predict = None if peer is None else median(peer, "predict")
-    cold, cold_plain = (s.compile_seconds - statistics.median(s.runs) for s in (subject, base))
+    cold, cold_plain = (s.first_run - statistics.median(s.runs) for s in (subject, base))
     return {
         "subject": subject.name, "compute_ms": compute, "predict_ms": predict,
         "run_ms": 1000 * statistics.median(subject.runs),
         "compute_vs_plain": compute and plain_step and compute / plain_step,
         "predict_vs_compiled_hooks": predict and peer_predict and predict / peer_predict,
         "run_vs_plain": statistics.median(a / b for a, b in zip(subject.runs, base.runs, strict=True)),
-        "cold_compile_s": cold,
-        "cold_compile_vs_plain": cold / cold_plain,
+        "cold_compile_s": cold, "cold_compile_vs_plain": cold / cold_plain,
         "graphs": subject.graphs, "graph_breaks": subject.graph_breaks, "recompiles": subject.recompiles,
-        "cache_bytes": subject.cache_bytes(),
+        "cache_bytes": subject.cache_bytes,
     }  # fmt: skip
 
 
@@ -316,14 +345,11 @@ def _n(value: float | None, digits: int) -> str:
 def main(shapes: tuple[str, ...], methods: tuple[str, ...], rounds: int, device: str, dtype: str | None,
          out: Path | None) -> None:  # fmt: skip
     """Measure, print the markdown table and write the JSON."""
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     place = (device, getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32")))
     results = {}
-    with torch.no_grad(), Progress() as progress:
+    with Progress() as progress:
         for shape in shapes or SHAPES:
             for method in methods or SUBJECTS:
-                torch._dynamo.reset()
                 subjects = measure(shape, method, place, rounds, progress)
                 title = f"{method} on {shape} ({SHAPES[shape].about})"
                 results[title] = [row(subject, subjects) for subject in subjects]
