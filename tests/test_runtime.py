@@ -300,6 +300,19 @@ def test_dynamic_shapes_share_one_graph():
             assert relative_error(a, b) < 1e-6
 
 
+def test_a_new_batch_size_in_the_middle_of_a_run_never_meets_the_old_history():
+    options = {"cache": TAYLOR, "lowering": "eager", "num_inference_steps": 9}
+    model = torch.compile(transformer(), backend="cached_inductor", fullgraph=True, dynamic=True, options=options)
+    for call in calls(5):  # the next step would be predicted
+        model(*call)
+    larger = calls(9, batch=3)
+    results = [model(*call) for call in larger]
+    torch._dynamo.reset()
+    fresh = compiled(transformer())
+    for result, call in zip(results, larger, strict=True):
+        assert relative_error(result, fresh(*call)) < 1e-6
+
+
 def test_inference_mode_and_no_grad_share_state():
     model = compiled(transformer())
     expected = run(model)

@@ -35,6 +35,10 @@ class StepCall:
     computed: tuple[str, ...]
     weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
+    def compute_all(self) -> None:
+        """Predict nothing after all: the history that this was decided on does not fit the call."""
+        self.computed, self.predicted, self.weights = tuple(self.state.groups), (), {}
+
 
 class Program:
     """The variants of one canonical graph."""
@@ -45,7 +49,7 @@ class Program:
         self.variants: dict[str, LoweredVariant] = {}
         self._by_phase: dict[Phase, LoweredVariant] = {}
         self._inputs = list(inputs)
-        self._binder = SymbolBinder.of(inputs)
+        self._binder = SymbolBinder.of(inputs, [s for cut in plan.live_cuts for s in (*cut.shape, *cut.stride)])
         self._weights: dict[tuple[object, ...], torch.Tensor] = {}
         devices = {cut.group: cut.device for cut in plan.live_cuts if cut.history}
         self._weights_at = {g: (weights_dtype(plan, g), devices[g]) for g in plan.groups if plan.weighted(g)}
@@ -53,9 +57,10 @@ class Program:
 
     def run(self, inputs: list[Any], call: StepCall) -> Any:
         """Run the variant of the call's phase on the model's inputs (flat, as AOTAutograd gives them)."""
-        variant = self._by_phase.get(call.predicted) or self.compile(call.predicted)
         bound = self._binder.bind(inputs)
-        call.state.allocate(tuple(bound.values()), lambda size: resolve_size(size, bound))
+        if call.state.allocate(tuple(bound.values()), lambda size: resolve_size(size, bound)):
+            call.compute_all()
+        variant = self._by_phase.get(call.predicted) or self.compile(call.predicted)
         call.state.begin(call.computed)
         for role in variant.inputs:
             if role.kind == "predicate":

@@ -59,19 +59,24 @@ class RunState:
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
-    def allocate(self, sizes: tuple[int, ...], resolve: Callable[[object], int]) -> None:
-        """Make the slots, once per set of symbolic sizes; other sizes start a fresh history."""
+    def allocate(self, sizes: tuple[int, ...], resolve: Callable[[object], int]) -> bool:
+        """Make the slots, once per set of symbolic sizes; other sizes start a fresh history.
+
+        Returns whether a history was given up for it.
+        """
         if self.sizes == sizes:
             if self._stale:
                 self._clear_slots()
-            return
-        if self.sizes is not None:
+            return False
+        changed = self.sizes is not None
+        if changed:
             self.forget_history()
         with torch.inference_mode(False), torch.no_grad():
             self.rings = {cut.index: [_slot(cut, resolve) for _ in range(self.plan.slots(cut))]
                           for cut in self.plan.live_cuts if cut.history}  # fmt: skip
         self.sizes, self._stale = sizes, False
         self._slot_lists.clear()
+        return changed
 
     def _clear_slots(self) -> None:
         """A slot that holds nothing weighs 0, and 0 * inf is nan: what a diverged run left must not stay."""
@@ -135,7 +140,7 @@ def _slot(cut: Cut, resolve: Callable[[object], int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SymbolBinder:
-    """Finds the value of symbolic sizes from the inputs of a call.
+    """Finds the values of the symbols in given sizes from the inputs of a call.
 
     ``symbols`` maps a symbol to where it stands: an input index, and a dimension of it (None: the input itself).
     """
@@ -143,11 +148,12 @@ class SymbolBinder:
     symbols: dict[sympy.Symbol, tuple[int, int | None]] = field(default_factory=dict)
 
     @staticmethod
-    def of(values: Sequence[object]) -> SymbolBinder:
+    def of(values: Sequence[object], sizes: Sequence[object]) -> SymbolBinder:
+        needed = {symbol for s in sizes if isinstance(s, torch.SymInt) for symbol in s.node.expr.free_symbols}
         symbols: dict[sympy.Symbol, tuple[int, int | None]] = {}
 
         def add(size: object, index: int, dim: int | None) -> None:
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+            if isinstance(size, torch.SymInt) and size.node.expr in needed:
                 symbols.setdefault(size.node.expr, (index, dim))
 
         for index, value in enumerate(values):
