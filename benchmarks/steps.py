@@ -301,14 +301,14 @@ def row(subject: Measured, subjects: list[Measured]) -> dict[str, Any]:
     compute, predict = median(subject, "compute"), median(subject, "predict")
     plain_step = median(base, "compute")
     peer_predict = None if peer is None else median(peer, "predict")
-    cold, cold_plain = (s.first_run - statistics.median(s.runs) for s in (subject, base))
+    cold, cold_plain = (s.first_run - statistics.median(s.runs) if s.graphs else None for s in (subject, base))
     return {
         "subject": subject.name, "compute_ms": compute, "predict_ms": predict,
         "run_ms": 1000 * statistics.median(subject.runs),
         "compute_vs_plain": compute and plain_step and compute / plain_step,
         "predict_vs_compiled_hooks": predict and peer_predict and predict / peer_predict,
         "run_vs_plain": statistics.median(a / b for a, b in zip(subject.runs, base.runs, strict=True)),
-        "cold_compile_s": cold, "cold_compile_vs_plain": cold / cold_plain,
+        "cold_compile_s": cold, "cold_compile_vs_plain": cold and cold_plain and cold / cold_plain,
         "graphs": subject.graphs, "graph_breaks": subject.graph_breaks, "recompiles": subject.recompiles,
         "cache_bytes": subject.cache_bytes,
     }  # fmt: skip
