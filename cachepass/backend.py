@@ -66,9 +66,8 @@ def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mappi
 
 @dataclass(frozen=True)
 class Prepared:
-    """A Dynamo graph with its cuts marked, and what was learned on the way."""
+    """What is to be cut in a Dynamo graph, and what was learned on the way."""
 
-    gm: fx.GraphModule
     method: Method
     table: RegionTable
     targets: tuple[Target, ...]
@@ -126,7 +125,7 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) 
     for note in selection.notes:
         logger.info(note)
     skips = (*table.skips, *selection.skips, *nested)
-    return Prepared(gm, method, table, tuple(targets), skips, selection.notes, named.names, layout)
+    return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout)
 
 
 def build_program(aten: fx.GraphModule, own_inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,

@@ -41,11 +41,10 @@ class Role:
 
 @dataclass(frozen=True)
 class Canonical:
-    """The canonical program: the graph, the role of each added placeholder (by name, in order) and the model's own."""
+    """The canonical program: the graph and the role of each added placeholder (by name, in order)."""
 
     gm: fx.GraphModule
     roles: dict[str, Role]
-    own_inputs: int
 
 
 def rewrite(gm: fx.GraphModule, plan: CachePlan) -> Canonical:
@@ -56,7 +55,6 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan) -> Canonical:
     result = fx.GraphModule(gm, graph)
     markers = cut_nodes(graph)
     assert len(markers) == len(plan.cuts)
-    own_inputs = len(graph.find_nodes(op="placeholder"))
     fake_mode = _torch.fake_mode_of([n.meta["val"] for n in graph.nodes if n.op == "placeholder"])
     emit = Emitter(graph, fake_mode)
     for marker, cut in zip(markers, plan.cuts, strict=True):
@@ -75,7 +73,7 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan) -> Canonical:
     graph.eliminate_dead_code(is_impure_node=is_impure)
     graph.lint()
     result.recompile()
-    return Canonical(result, added.roles, own_inputs)
+    return Canonical(result, added.roles)
 
 
 def _drop_marker(marker: fx.Node, cut: Cut, emit: Emitter) -> None:

@@ -23,10 +23,9 @@ from .clock import Clock
 
 @dataclass
 class GroupState(GroupHistory):
-    """One schedule's history: where its rings stand, and what it did so far in this run."""
+    """One schedule's history: where its rings stand, and how often it was predicted in this run."""
 
     head: int = 0
-    computed: int = 0
     predicted: int = 0
 
 
@@ -109,7 +108,7 @@ class RunState:
         """Nothing kept counts any more; the memory stays."""
         for state in self.groups.values():
             state.steps.clear()
-            state.computed = state.predicted = 0
+            state.predicted = 0
         self.clock.restart()
         self._stale = True
 
@@ -127,7 +126,6 @@ class RunState:
             state.steps.insert(0, self.clock.index)
             del state.steps[max(history, 1) :]
             state.head = (state.head - 1) % max(history + self.plan.spare, 1)
-            state.computed += 1
         for group in predicted:
             self.groups[group].predicted += 1
         self.clock.commit(timestep)
