@@ -4,8 +4,9 @@ compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
                          options={"cache": cachepass.TaylorSeerCacheConfig(cache_interval=5, max_order=1)})
 """
 
-from .config import CompileOptions, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from .config import FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from .errors import (
+    BatchError,
     CachepassError,
     CachepassWarning,
     ConcurrencyError,
@@ -13,25 +14,30 @@ from .errors import (
     NoMatchError,
     NotCompiledError,
     OptionError,
+    OutputError,
     TimestepError,
     TrainingError,
 )
 from .inspect.explain import Explanation, explain
 from .inspect.summary import Summary, reset, summary
+from .options import CompileOptions
 from .runtime.context import cache_context
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchError",
     "CachepassError",
     "CachepassWarning",
     "CompileOptions",
     "ConcurrencyError",
     "ConfigError",
     "Explanation",
+    "FasterCacheConfig",
     "NoMatchError",
     "NotCompiledError",
     "OptionError",
+    "OutputError",
     "PyramidAttentionBroadcastConfig",
     "Summary",
     "TaylorSeerCacheConfig",

@@ -6,13 +6,14 @@ Nothing here knows what caching is. Whatever a new torch release renames is rena
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import fx
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 from torch._functorch import config as functorch_config
@@ -21,9 +22,12 @@ from torch._higher_order_ops.cond import cond_op
 from torch._inductor import config as inductor_config
 from torch._inductor import inductor_prims, list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 COND = cond_op
 FORCE_STRIDES = inductor_prims.force_stride_order
@@ -31,21 +35,29 @@ FORCE_STRIDES = inductor_prims.force_stride_order
 __all__ = [
     "COND",
     "FORCE_STRIDES",
+    "Frame",
     "SavedContext",
+    "capture",
     "compile_once",
     "compile_statistics",
+    "current_frame",
     "dump_graph",
     "fake_mode_of",
+    "flatten",
     "inductor_keys",
     "inductor_modes",
     "input_index",
+    "is_symbolic",
     "placeholder_source",
     "plain_inductor",
     "raise_unwrapped",
     "reset_compile_statistics",
+    "restart_static",
     "root_modules",
     "save_context",
     "storage_of",
+    "trace",
+    "unflatten",
 ]
 
 
@@ -74,6 +86,77 @@ def root_modules() -> list[torch.nn.Module]:
         return []
     names = sorted(scope, key=lambda name: name != "self")
     return [scope[name] for name in names if isinstance(scope[name], torch.nn.Module)]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The call that Dynamo is tracing: its code and its arguments, as they were when it began."""
+
+    code: types.CodeType
+    globals: dict[str, Any]
+    locals: dict[str, Any]
+
+
+def current_frame() -> Frame:
+    """The outermost frame of the graph that a backend was just given."""
+    tx: Any = InstructionTranslator.current_tx().output.root_tx
+    return Frame(tx.f_code, tx.f_globals, dict(tx.f_locals))
+
+
+class _Captured(Exception):
+    """Ends a captured call before anything runs."""
+
+
+def capture(frame: Frame, args: Sequence[Any], kwargs: dict[str, Any],
+            backend: Callable[[fx.GraphModule, Sequence[Any]], None]) -> None:  # fmt: skip
+    """Trace a frame's code on other arguments, as one graph, and hand that to ``backend``; nothing runs.
+
+    The code object is a copy, so Dynamo's caches of the original, which are per code object, stay as they are.
+    """
+    closure = tuple(types.CellType(frame.locals[name]) for name in frame.code.co_freevars)
+    code = frame.code.replace(co_name=f"{frame.code.co_name}_at_half_batch")
+    function = types.FunctionType(code, frame.globals, code.co_name, None, closure)
+
+    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            backend(gm, inputs)
+        except ValueError as error:
+            raise_unwrapped(error)
+
+        def stop(*_: Any) -> Any:
+            raise _Captured
+
+        return stop
+
+    try:
+        torch.compile(function, backend=compiler, fullgraph=True)(*args, **kwargs)
+    except _Captured:
+        return
+    raise RuntimeError("the frame ran without a graph")
+
+
+def is_symbolic(gm: fx.GraphModule) -> bool:
+    """Some input of a Dynamo graph is a symbolic size or has one."""
+    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    return any(
+        isinstance(value, torch.SymInt)
+        or (isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape))
+        for value in values
+    )
+
+
+def restart_static(inputs: Sequence[Any]) -> bool:
+    """Let Dynamo trace the frame once more, with static sizes for the tensors among the graph's inputs.
+
+    Does not return if that may help; False if all of them are static already.
+    """
+    own = [v for v in inputs if isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter)]
+    dynamic = [v for v in own if len(getattr(v, "_dynamo_static_indices", ())) < v.ndim]
+    if not dynamic:
+        return False
+    for value in dynamic:
+        torch._dynamo.mark_static(value)
+    raise TensorifyScalarRestartAnalysis(restart_reason="cachepass: static sizes")
 
 
 def placeholder_source(node: fx.Node) -> str | None:
@@ -164,6 +247,33 @@ def input_index(placeholder: fx.Node) -> int | None:
 def storage_of(value: torch.Tensor) -> int:
     """An identity of the memory behind a (fake) tensor: equal for aliases."""
     return value.untyped_storage()._cdata
+
+
+# ---- tracing --------------------------------------------------------------------------------------------------------
+
+
+def flatten(value: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure of nested lists, tuples and dicts."""
+    return pytree.tree_flatten(value)
+
+
+def unflatten(leaves: Sequence[Any], spec: Any) -> Any:
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def trace(function: Callable[..., Any], leaves: Sequence[torch.Tensor], spec: Any) -> tuple[fx.GraphModule, Any]:
+    """A torch function as an ATen graph, decomposed as Inductor wants it; the structure of its result.
+
+    ``leaves`` and ``spec`` are the flattened arguments; the graph takes and returns flat lists.
+    """
+    results: list[Any] = []
+
+    def flat(*inputs: torch.Tensor) -> list[Any]:
+        outputs, result = pytree.tree_flatten(function(*pytree.tree_unflatten(inputs, spec)))
+        results.append(result)
+        return outputs
+
+    return make_fx(flat, decomposition_table=select_decomp_table())(*leaves), results[-1]
 
 
 def dump_graph(name: str, text: Callable[[], str]) -> None:

@@ -1,10 +1,10 @@
 """``torch.compile(model, backend="cached_inductor", options={"cache": ...})``: the whole way, from top to bottom.
 
     cached_inductor   Dynamo graph -> callable
-      prepare           regions -> the method's targets -> annotate            (before anything is compiled)
-      compile_once      AOTAutograd, decompositions, joint passes: one ATen graph for all phases
-      build_program     plan -> rewrite (the canonical form)
-      Program           specialize -> lower: one variant per phase, when a step first needs it
+      prepare           regions -> the method's targets                        (before anything is compiled)
+      build             annotate -> AOTAutograd, decompositions, joint passes: one ATen graph for all phases -> plan;
+                        for guidance batches also the graph of half a batch
+      Program           rewrite (the canonical form) -> specialize -> lower: one variant per phase, when first needed
       Dispatcher        clock -> schedule -> phase and weights -> variant -> commit, on each call
 
 torch finds this backend by its entry point, so ``import cachepass`` is not needed to use it.
@@ -12,6 +12,7 @@ torch finds this backend by its entry point, so ``import cachepass`` is not need
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,16 +23,20 @@ import torch
 from torch import fx
 
 from . import _torch
-from .config import CompileOptions, method_names, parse_options
-from .errors import CachepassError, CachepassWarning, NoMatchError, TimestepError, TrainingError, listing
-from .graph.annotate import annotate, outermost
+from .config import method_names
+from .errors import BatchError, CachepassError, CachepassWarning, NoMatchError, TimestepError, TrainingError, listing
+from .frequency import Latents
+from .graph.annotate import annotate, annotate_output, outermost
+from .graph.half import HalfCall, capture_half, check_halves, common_targets
 from .graph.inputs import GraphInputs, find_timestep, read_inputs
+from .graph.outputs import paired_outputs, sample_output
 from .graph.plan import make_plan
 from .graph.regions import RegionTable, find_regions
-from .graph.rewrite import rewrite, role_names
 from .methods import Method, Skip, Target, make_method
-from .runtime.dispatch import Dispatcher, InputLayout
-from .runtime.program import Program, step_runner
+from .options import CompileOptions, parse_options
+from .runtime.context import current_context, guidance_partner
+from .runtime.dispatch import Dispatcher, HalfRun, InputLayout
+from .runtime.program import CurrentCall, Program, Traced, step_runner
 
 logger = logging.getLogger(__name__)
 
@@ -88,19 +93,112 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
         dispatcher.idle_groups = tuple(dict.fromkeys(target.group for target in prepared.targets))
         dispatcher.compiled = _uncached(gm, inputs, options)
         return dispatcher
-    annotate(gm, list(prepared.targets), prepared.table)
+    built = build(gm, inputs, prepared, options, dispatcher.current)
+    dispatcher.compiled, dispatcher.half, dispatcher.program = built.run, built.half, built.program
+    return dispatcher
 
-    programs: list[Program] = []  # not the dispatcher: what compile_once keeps of `inner` must not keep that alive
-    current = dispatcher.current
+
+@dataclass(frozen=True)
+class Built:
+    """A model's program, its graph as a callable and, where steps may skip half of the batch, that of half a batch."""
+
+    program: Program
+    run: Callable[..., Any]
+    half: HalfRun | None
+
+
+def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
+          current: CurrentCall) -> Built:  # fmt: skip
+    """From the Dynamo graph to the program whose variants are compiled on demand."""
+    guidance, targets, skips = prepared.method.guidance, prepared.targets, prepared.skips
+    outputs: list[fx.Node] = []
+    latents = half = None
+    if guidance is not None:
+        _require_static(gm, inputs)
+        latents = guidance.latents
+        if guidance_partner(current_context()) is not None:
+            outputs = sample_output(gm, latents)
+        else:
+            half = _build_half(gm, inputs, prepared, options, current)
+            outputs, latents, targets = half.outputs_of_full, half.latents, half.targets
+            skips = (*skips, *half.skips)
+    annotate(gm, list(targets), prepared.table)
+    annotate_output(gm, outputs)
+    full, run = _trace(gm, inputs, prepared.names, options, current)
+    planned = full if half is None else half.traced
+    if half is not None:
+        check_halves(full.gm.graph, half.traced.gm.graph)
+    plan = make_plan(planned.gm, targets, spare=options.lowering == "cond", skips=skips, notes=prepared.notes,
+                     guidance=guidance, latents=latents, halved=half is not None)  # fmt: skip
+    for cut in plan.cuts:
+        logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")
+    program = Program(full, None if half is None else half.traced, plan, options.lowering)
+    return Built(program, run, None if half is None else HalfRun(half.run, half.call))
+
+
+def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], options: CompileOptions,
+           current: CurrentCall) -> tuple[Traced, Callable[..., Any]]:  # fmt: skip
+    """AOTAutograd over an annotated Dynamo graph: its ATen graph, and the callable that runs the current call."""
+    traced: list[Traced] = []
 
     def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
         context = _torch.save_context(own_inputs, options.inductor, kwargs)
-        programs.append(build_program(aten, own_inputs, prepared, options, context))
-        return step_runner(programs[-1], current)
+        traced.append(Traced(aten, tuple(own_inputs), context, _placeholder_names(aten, names)))
+        return step_runner(current)
 
-    dispatcher.compiled = _torch.compile_once(gm, inputs, inner, options.inductor)
-    dispatcher.program = programs[-1]
-    return dispatcher
+    run = _torch.compile_once(gm, inputs, inner, options.inductor)
+    return traced[-1], run
+
+
+@dataclass(frozen=True)
+class _Half:
+    """The half-batch graph, traced, and what it says about the full one."""
+
+    traced: Traced
+    run: Callable[..., Any]
+    call: HalfCall
+    latents: Latents
+    outputs_of_full: list[fx.Node]
+    targets: tuple[Target, ...]
+    skips: tuple[Skip, ...]
+
+
+def _build_half(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
+                current: CurrentCall) -> _Half:  # fmt: skip
+    """Capture the frame at half batch, cut the regions that both graphs have, trace."""
+    guidance = prepared.method.guidance
+    assert guidance is not None
+    built: list[_Half] = []
+
+    def trace_half(half: fx.GraphModule, half_inputs: Sequence[Any], call: HalfCall) -> None:
+        full_outputs, half_outputs, latents = paired_outputs(gm, half, guidance.latents)
+        table = find_regions(half)
+        targets, skips = common_targets(prepared.targets, prepared.table, table)
+        pairs = tuple(_position(half, node) for node in half_outputs) if latents.listed else ()
+        annotate(half, targets, table)
+        annotate_output(half, half_outputs)
+        names = read_inputs(half, half_inputs).names
+        traced, run = _trace(half, half_inputs, names, options, current)
+        call = dataclasses.replace(call, pairs=pairs)
+        built.append(_Half(traced, run, call, latents, full_outputs, tuple(targets), tuple(skips)))
+
+    first = guidance.latents.unconditional_first
+    capture_half(gm, inputs, guidance.inputs, first, trace_half)
+    logger.info("captured once more at half batch, for steps that skip the unconditional branch")
+    return built[0]
+
+
+def _position(gm: fx.GraphModule, value: fx.Node) -> int:
+    returned: Any = gm.graph.output_node().args[0]
+    return list(returned).index(value)
+
+
+def _require_static(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Programs under guidance have static shapes: where Dynamo gave symbolic ones, it is asked to trace again."""
+    if _torch.is_symbolic(gm) and not _torch.restart_static(inputs):
+        raise BatchError("its sizes are symbolic, and cached guidance is compiled for static ones", where="torch.compile",
+                         hint="compile with dynamic=False, and give integers that change from call to call as "
+                              "tensors")  # fmt: skip
 
 
 def _uncached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Callable[..., Any]:
@@ -126,18 +224,6 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) 
         logger.info(note)
     skips = (*table.skips, *selection.skips, *nested)
     return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout)
-
-
-def build_program(aten: fx.GraphModule, own_inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
-                  context: _torch.SavedContext) -> Program:  # fmt: skip
-    """From the ATen graph, markers in place, to the program whose variants are compiled on demand."""
-    plan = make_plan(aten, prepared.targets, spare=options.lowering == "cond", skips=prepared.skips,
-                     notes=prepared.notes)  # fmt: skip
-    canonical = rewrite(aten, plan)
-    for cut in plan.cuts:
-        logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")
-    names = {**_placeholder_names(aten, prepared.names), **role_names(canonical.roles, plan)}
-    return Program(canonical, plan, own_inputs, options.lowering, context, names)
 
 
 def _placeholder_names(aten: fx.GraphModule, names: Sequence[str]) -> dict[str, str]:

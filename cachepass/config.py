@@ -1,4 +1,4 @@
-"""What the user says: one config class per method, and the compile options.
+"""What the user says about a method: one config class for each.
 
 The configs carry diffusers' class and field names, defaults and meaning, so ``diffusers.TaylorSeerCacheConfig(...)``
 itself, ``{"method": "taylorseer", ...}`` and ``"taylorseer"`` all parse to the same object. Everything is checked when
@@ -12,15 +12,14 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from .errors import ConfigError, OptionError, closest
 
-LOWERINGS = ("specialize", "cond", "eager")
-_ALIASES = {"pyramid_attention_broadcast": "pab"}
+_ALIASES = {"pyramid_attention_broadcast": "pab", "faster_cache": "fastercache"}
 _METHODS: dict[str, type[CacheConfig]] = {}
 _T = TypeVar("_T", bound="CacheConfig")
 
@@ -156,12 +155,142 @@ class PyramidAttentionBroadcastConfig(CacheConfig):
 
     def kind(self, name: str) -> tuple[int | None, tuple[float, float], tuple[str, ...]]:
         """Skip range, timestep range and identifiers of ``"spatial"``, ``"temporal"``, ``"cross"`` or ``"mlp"``."""
-        prefix = "mlp" if name == "mlp" else f"{name}_attention"
-        return (
-            getattr(self, f"{prefix}_block_skip_range"),
-            getattr(self, f"{prefix}_timestep_skip_range"),
-            tuple(getattr(self, f"{prefix}_block_identifiers")),
-        )
+        return _kind_of(self, name)
+
+
+# Inputs that carry [uncond, cond] batches: diffusers' list, and further names under which its models take them. The
+# longer list applies as long as the user gives none.
+_GUIDED_INPUTS = ("hidden_states", "encoder_hidden_states", "timestep", "attention_mask", "encoder_attention_mask")
+MORE_GUIDED_INPUTS = (
+    "added_cond_kwargs", "cap_feats", "class_labels", "encoder_hidden_states_image", "encoder_hidden_states_mask",
+    "encoder_hidden_states_t5", "guidance", "image_meta_size", "pooled_projections", "sample", "style", "t",
+    "text_embedding_mask", "text_embedding_mask_t5", "x",
+)  # fmt: skip
+TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
+
+
+@_method("fastercache")
+class FasterCacheConfig(CacheConfig):
+    """FasterCache (https://arxiv.org/abs/2410.19355): attention outputs extrapolated, the unconditional branch estimated.
+
+    A step whose unconditional half is skipped runs the transformer on the conditional half of the batch. The
+    unconditional output is estimated as ``cond + a_low * D_low + a_high * D_high``, where ``D_low`` and ``D_high`` are
+    the low and high spatial frequencies of ``uncond - cond`` at the last full step; on such steps attentions may be
+    forecast too, as ``h_0 + w * (h_0 - h_1)``. All timestep ranges ``(lo, hi)`` are exclusive.
+
+    Attributes:
+        spatial_attention_block_skip_range, temporal_attention_block_skip_range, mlp_block_skip_range: Of ``N`` steps one
+            computes this kind of module, the others may forecast it; None: never forecast.
+        spatial_attention_timestep_skip_range, temporal_attention_timestep_skip_range, mlp_timestep_skip_range: Timesteps
+            in which the kind may be forecast.
+        low_frequency_weight_update_timestep_range, high_frequency_weight_update_timestep_range: Timesteps in which a
+            skipped step multiplies the weight of ``D_low`` (``D_high``) by its alpha.
+        alpha_low_frequency, alpha_high_frequency: Those factors, > 0.
+        unconditional_batch_skip_range: Of ``N`` steps one computes the unconditional half (1: all of them do).
+        unconditional_batch_timestep_skip_range: Timesteps in which the unconditional half may be skipped.
+        spatial_attention_block_identifiers, temporal_attention_block_identifiers, mlp_block_identifiers: Regexes
+            (``re.search`` on module paths) of the kinds' modules. Where diffusers' own spatial patterns match nothing,
+            every self-attention found by what it does is taken.
+        attention_weight_callback: Module -> ``w`` of its forecast; None: 0.5.
+        low_frequency_weight_callback, high_frequency_weight_callback: Model -> factor on each skipped step, in place of
+            the alphas and their ranges.
+        tensor_format: Layout of the model's output: ``"BCFHW"``, ``"BFCHW"``, ``"BCHW"``, or ``"BSC"`` (tokens).
+        is_guidance_distilled: The model takes no [uncond, cond] batch: only attentions are forecast.
+        current_timestep_callback: Returns the current timestep. None: it is read from the model's timestep input.
+        _unconditional_conditional_input_kwargs_identifiers: Names of the inputs that carry [uncond, cond] batches.
+        latent_grid: For ``"BSC"``: (frames, height, width) or (height, width) in tokens.
+        unconditional_first: Batches are [uncond, cond]; False: [cond, uncond].
+    """
+
+    spatial_attention_block_skip_range: int | None = 2
+    temporal_attention_block_skip_range: int | None = None
+    spatial_attention_timestep_skip_range: tuple[float, float] = (-1, 681)
+    temporal_attention_timestep_skip_range: tuple[float, float] = (-1, 681)
+    low_frequency_weight_update_timestep_range: tuple[float, float] = (99, 901)
+    high_frequency_weight_update_timestep_range: tuple[float, float] = (-1, 301)
+    alpha_low_frequency: float = 1.1
+    alpha_high_frequency: float = 1.1
+    unconditional_batch_skip_range: int = 5
+    unconditional_batch_timestep_skip_range: tuple[float, float] = (-1, 641)
+    spatial_attention_block_identifiers: tuple[str, ...] = (
+        "^blocks.*attn", "^transformer_blocks.*attn", "^single_transformer_blocks.*attn",
+    )  # fmt: skip
+    temporal_attention_block_identifiers: tuple[str, ...] = ("^temporal_transformer_blocks.*attn",)
+    attention_weight_callback: Callable[[torch.nn.Module], float] | None = None
+    low_frequency_weight_callback: Callable[[torch.nn.Module], float] | None = None
+    high_frequency_weight_callback: Callable[[torch.nn.Module], float] | None = None
+    tensor_format: str = "BCFHW"
+    is_guidance_distilled: bool = False
+    current_timestep_callback: Callable[[], float] | None = None
+    _unconditional_conditional_input_kwargs_identifiers: tuple[str, ...] = _GUIDED_INPUTS
+    latent_grid: tuple[int, ...] | None = None
+    unconditional_first: bool = True
+    mlp_block_skip_range: int | None = None
+    mlp_timestep_skip_range: tuple[float, float] = (-1, 681)
+    mlp_block_identifiers: tuple[str, ...] = _SPATIAL
+
+    def _check(self) -> None:
+        for prefix in ("spatial_attention", "temporal_attention", "mlp"):
+            _check_int(self, f"{prefix}_block_skip_range", 1, optional=True)
+            _check_range(self, f"{prefix}_timestep_skip_range")
+            _check_identifiers(self, f"{prefix}_block_identifiers", optional=False)
+        _check_int(self, "unconditional_batch_skip_range", 1)
+        _check_range(self, "unconditional_batch_timestep_skip_range")
+        for kind in ("low", "high"):
+            _check_range(self, f"{kind}_frequency_weight_update_timestep_range")
+            alpha = getattr(self, f"alpha_{kind}_frequency")
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+                raise self._fail(f"alpha_{kind}_frequency", f"expected a positive number, got {alpha!r}")
+        callbacks = [f"{name}_weight_callback" for name in ("attention", "low_frequency", "high_frequency")]
+        for name in (*callbacks, "current_timestep_callback"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise self._fail(name, f"expected a function, got {getattr(self, name)!r}")
+        _check_names(self, "_unconditional_conditional_input_kwargs_identifiers")
+        for name in ("is_guidance_distilled", "unconditional_first"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._fail(name, f"expected a bool, got {getattr(self, name)!r}")
+        self._check_format()
+
+    def _check_format(self) -> None:
+        if self.tensor_format not in TENSOR_FORMATS:
+            raise self._fail("tensor_format", f"there is no format {self.tensor_format!r}",
+                             closest(str(self.tensor_format), TENSOR_FORMATS))  # fmt: skip
+        grid, tokens = self.latent_grid, self.tensor_format == "BSC"
+        if not tokens and grid is not None:
+            raise self._fail("latent_grid", f"{grid!r} is given, but tensor_format is {self.tensor_format!r}",
+                             'a grid belongs to tensor_format="BSC"')  # fmt: skip
+        if not tokens or (self.is_guidance_distilled and grid is None):
+            return
+        if not isinstance(grid, (tuple, list)) or len(grid) not in (2, 3) or any(
+            isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in grid
+        ):  # fmt: skip
+            raise self._fail("latent_grid", f"expected (height, width) or (frames, height, width), got {grid!r}",
+                             'tensor_format="BSC" needs the grid that the tokens stand for')  # fmt: skip
+
+    def kind(self, name: str) -> tuple[int | None, tuple[float, float], tuple[str, ...]]:
+        """Skip range, timestep range and identifiers of ``"spatial"``, ``"temporal"`` or ``"mlp"``."""
+        return _kind_of(self, name)
+
+    @property
+    def guided_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that carry [uncond, cond] batches."""
+        names = tuple(self._unconditional_conditional_input_kwargs_identifiers)
+        return (*names, *MORE_GUIDED_INPUTS) if names == _GUIDED_INPUTS else names
+
+
+def _kind_of(config: CacheConfig, name: str) -> tuple[int | None, tuple[float, float], tuple[str, ...]]:
+    prefix = "mlp" if name == "mlp" else f"{name}_attention"
+    return (
+        getattr(config, f"{prefix}_block_skip_range"),
+        getattr(config, f"{prefix}_timestep_skip_range"),
+        tuple(getattr(config, f"{prefix}_block_identifiers")),
+    )
+
+
+def _check_names(config: CacheConfig, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, (list, tuple)) or not value or any(not isinstance(v, str) for v in value):
+        raise config._fail(name, f"expected a list of input names, got {value!r}", "such as ['hidden_states', ...]")
 
 
 def _check_int(config: CacheConfig, name: str, low: int, high: float = math.inf, *, optional: bool = False) -> None:
@@ -231,86 +360,3 @@ def _config_class(name: str) -> Callable[..., CacheConfig]:
 
 def _methods_hint() -> str:
     return "methods: " + ", ".join(method_names())
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """``torch.compile(..., options=...)``, parsed.
-
-    Attributes:
-        cache: The method's config; None: plain Inductor.
-        lowering: ``"specialize"`` (one straight-line program per phase), ``"cond"`` (one program with conditional
-            branches) or ``"eager"`` (the rewritten variants, uncompiled).
-        timestep_input: Name of the graph input that holds the timestep; None: found by name.
-        timestep_scale: Factor from the input's unit to the unit of the config's ranges (1000 for FLUX-like models,
-            whose input runs from 1 to 0).
-        num_inference_steps: Calls per run. When given, runs are told apart by counting alone.
-        inductor: Everything else, as Inductor config patches.
-    """
-
-    cache: CacheConfig | None = None
-    lowering: str = "specialize"
-    timestep_input: str | None = None
-    timestep_scale: float = 1.0
-    num_inference_steps: int | None = None
-    inductor: dict[str, Any] = field(default_factory=dict)
-
-
-def parse_options(
-    options: Mapping[str, Any] | None,
-    mode: str | None,
-    inductor_keys: set[str],
-    modes: Mapping[str, dict[str, Any]],
-) -> CompileOptions:
-    """Split ``options`` into ours and Inductor's.
-
-    ``"mode"`` may stand among the options too, since torch.compile takes either ``mode=`` or ``options=``. A mode's
-    patches come first; single options override them.
-    """
-    given = dict(options or {})
-    name: Any = given.pop("mode", mode) or "default"
-    if name not in modes:
-        raise OptionError(f"there is no mode {name!r}", where="torch.compile mode", hint=closest(str(name), modes))
-    ours: dict[str, Any] = {}
-    patches: dict[str, Any] = dict(modes[name])
-    names = [f.name for f in dataclasses.fields(CompileOptions) if f.name != "inductor"]
-    for key, value in given.items():
-        if key in names:
-            ours[key] = value
-        elif key.replace("-", "_") in inductor_keys:
-            patches[key.replace("-", "_")] = value
-        else:
-            raise OptionError(
-                f"unknown option {key!r}", where="torch.compile options",
-                hint=_option_hint(key, ["mode", *names], inductor_keys),
-            )  # fmt: skip
-    if ours.get("cache") is not None:
-        ours["cache"] = parse_cache(ours["cache"])
-    parsed = CompileOptions(**ours, inductor=patches)
-    _check_options(parsed)
-    return parsed
-
-
-def _option_hint(key: str, names: list[str], inductor_keys: set[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(key, [*names, *inductor_keys], n=1, cutoff=0.6)
-    prefix = f"did you mean {near[0]!r}? " if near else ""
-    return prefix + "cachepass's own: " + ", ".join(names) + "; every Inductor config key is accepted too"
-
-
-def _check_options(options: CompileOptions) -> None:
-    def fail(name: str, what: str, hint: str | None = None) -> OptionError:
-        return OptionError(what, where=f'options["{name}"]', hint=hint)
-
-    if options.lowering not in LOWERINGS:
-        raise fail("lowering", f"there is no lowering {options.lowering!r}", closest(str(options.lowering), LOWERINGS))
-    steps = options.num_inference_steps
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise fail("num_inference_steps", f"expected an int >= 1 or None, got {steps!r}")
-    name = options.timestep_input
-    if name is not None and not isinstance(name, str):
-        raise fail("timestep_input", f"expected the name of a model input, got {name!r}")
-    scale = options.timestep_scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise fail("timestep_scale", f"expected a positive number, got {scale!r}")

@@ -35,6 +35,14 @@ class TimestepError(CachepassError):
     """The schedule needs the timestep and none can be read."""
 
 
+class BatchError(CachepassError):
+    """The model's inputs carry no batch of unconditional and conditional samples that could be halved."""
+
+
+class OutputError(CachepassError):
+    """The model's output is not what the method's settings say it is."""
+
+
 class TrainingError(CachepassError):
     """The model is in training mode or gradients are required: caching is for inference."""
 

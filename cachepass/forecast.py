@@ -27,11 +27,15 @@ class Forecast:
         name: For people: ``"reuse"``, ``"zeros"``, ``"taylor(1)"``.
         history: Number of outputs kept per cut.
         constant_weights: The weights, newest output first, where they never change; None: given at each step.
+        recursive: A prediction becomes the newest entry of the history, as a computed output does.
+        per_region: The weights may differ from region to region of a group.
     """
 
     name: str
     history: int
     constant_weights: tuple[float, ...] | None = None
+    recursive: bool = False
+    per_region: bool = False
 
     def __str__(self) -> str:
         return self.name

@@ -219,7 +219,7 @@ def failing_program(program):
 
     def failing(lowered):
         def run(inputs):
-            roles = dict(zip(map(id, inputs[len(program._inputs) :]), lowered.inputs, strict=True))
+            roles = dict(zip(map(id, inputs[len(program.full.inputs) :]), lowered.inputs, strict=True))
             slots = [x for x in inputs if id(x) in roles and roles[id(x)].kind == "next"]
             lowered.run(inputs)
             for slot in slots:

@@ -13,6 +13,8 @@ region. It is pure and its result never aliases its operand, so no pass may move
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -32,6 +34,7 @@ def _fake_cut(value: torch.Tensor, region: str, output: int) -> torch.Tensor:  #
 
 
 CUT = torch.ops.cachepass.cut.default
+OUTPUT = "(output)"  # the region of the model's own output
 
 
 def outermost(targets: tuple[Target, ...], table: RegionTable) -> tuple[list[Target], list[Skip]]:
@@ -61,6 +64,20 @@ def annotate(gm: fx.GraphModule, targets: list[Target], table: RegionTable) -> f
             marker.meta = {k: v for k, v in value.meta.items() if k in ("example_value", "nn_module_stack")}
             value.replace_all_uses_with(marker, lambda user: user not in members and user is not marker)  # noqa: B023
             anchor = marker
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def annotate_output(gm: fx.GraphModule, values: Sequence[fx.Node]) -> fx.GraphModule:
+    """Put the marker, as region ``OUTPUT``, between the given values and the graph's output."""
+    output = gm.graph.output_node()
+    markers: dict[fx.Node, fx.Node] = {}
+    with gm.graph.inserting_before(output):
+        for index, value in enumerate(values):
+            marker = markers[value] = gm.graph.call_function(CUT, (value, OUTPUT, index))
+            marker.meta = {k: v for k, v in value.meta.items() if k == "example_value"}
+    output.args = (fx.map_arg(output.args[0], lambda node: markers.get(node, node)),)
     gm.graph.lint()
     gm.recompile()
     return gm

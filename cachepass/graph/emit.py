@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .. import _torch
+from ..frequency import wide_dtype
 from .plan import Cut
 
 aten = torch.ops.aten
@@ -39,9 +41,10 @@ class Emitter:
     def to(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
         return value if value.meta["val"].dtype == dtype else self(_convert, value, dtype)
 
-    def dense(self, value: fx.Node, cut: Cut) -> fx.Node:
+    def dense(self, value: fx.Node, marker: fx.Node) -> fx.Node:
         """``value`` with the strides that the marker gave to everything behind it (it densifies, as clone does)."""
-        return value if tuple(value.meta["val"].stride()) == cut.stride else self(aten.clone.default, value)
+        same = value.meta["val"].stride() == marker.meta["val"].stride()
+        return value if same else self(aten.clone.default, value)
 
     def clone(self, value: fx.Node) -> fx.Node:
         """A copy made only because a branch may not return an alias; dropped when the branch is inlined."""
@@ -58,7 +61,7 @@ class Emitter:
             return self._zeros(cut, sizes)
         if cut.forecast.constant_weights == (1.0,):
             return self.to(history[0], cut.dtype)
-        wide = accumulation_dtype(cut.dtype)
+        wide = wide_dtype(cut.dtype)
         total: fx.Node | None = None
         for j, slot in enumerate(history):
             weight = self._weight(cut, weights, j, wide)
@@ -71,7 +74,20 @@ class Emitter:
         if cut.forecast.constant_weights is not None:
             return cut.forecast.constant_weights[j]
         assert weights is not None, cut.name
-        return self.to(self(aten.select.int, weights, 0, j), wide)
+        return self.to(self(aten.select.int, weights, 0, cut.row * cut.forecast.history + j), wide)
+
+    def traced(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The nodes of a torch function, traced; ``args`` and the result are nodes, in any nesting of lists."""
+        leaves, spec = _torch.flatten(args)
+        with self.fake_mode, torch.no_grad():
+            gm, result_spec = _torch.trace(function, [leaf.meta["val"] for leaf in leaves], spec)
+        env = dict(zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=True))
+        for node in gm.graph.nodes:
+            if node.op == "call_function":
+                copied = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = self(node.target, *copied[0], **copied[1])
+        results = [env[node] for node in gm.graph.output_node().args[0]]
+        return _torch.unflatten(results, result_spec)
 
     def _zeros(self, cut: Cut, sizes: fx.Graph) -> fx.Node:
         """Zeros in the cut's own memory layout: made in stride order, then permuted."""
@@ -94,10 +110,6 @@ class Emitter:
                     if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr:
                         return self(aten.sym_size.int, node, d)
         raise NotImplementedError(f"no input of the graph has the symbolic size {size}")
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def alias_root(node: fx.Node) -> fx.Node:

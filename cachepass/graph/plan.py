@@ -17,10 +17,17 @@ import torch
 from torch import fx
 
 from ..forecast import Forecast
-from ..methods import Skip, Target
-from .annotate import CUT
+from ..frequency import Latents, wide_dtype
+from ..methods import WHOLE, Guidance, Route, Skip, Target
+from .annotate import CUT, OUTPUT
 
-Phase = tuple[str, ...]  # the groups that are predicted, in the plan's order
+
+@dataclass(frozen=True)
+class Phase:
+    """What a call does: the groups that are predicted, in the plan's order, and its route through the model."""
+
+    predicted: tuple[str, ...] = ()
+    route: Route = WHOLE
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Cut:
         shape, stride, dtype, device: Of the value. Sizes may be symbolic.
         slot_dtype: Dtype in which its history is kept.
         live: Some phase reads its forecast; if not, it has no slots.
+        row: Which region of its group it belongs to: where weights differ by region, its row of them.
     """
 
     index: int
@@ -47,6 +55,7 @@ class Cut:
     device: torch.device
     slot_dtype: torch.dtype
     live: bool = True
+    row: int = 0
 
     @property
     def name(self) -> str:
@@ -60,8 +69,49 @@ class Cut:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot; 0 while a size is symbolic."""
-        known = [size for size in self.shape if isinstance(size, int)]
-        return math.prod(known) * self.slot_dtype.itemsize if len(known) == len(self.shape) else 0
+        return _bytes(self.shape, self.slot_dtype)
+
+
+def _bytes(shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> int:
+    known = [size for size in shape if isinstance(size, int)]
+    return math.prod(known) * dtype.itemsize if len(known) == len(shape) else 0
+
+
+@dataclass(frozen=True)
+class OutputSlot:
+    """What is kept of the model's output under one name: shape and dtype as of a :class:`Cut`'s slot."""
+
+    name: str
+    shape: tuple[int | torch.SymInt, ...]
+    stride: tuple[int | torch.SymInt, ...]
+    slot_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def slot_bytes(self) -> int:
+        return _bytes(self.shape, self.slot_dtype)
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """What is done with the model's output.
+
+    Attributes:
+        guidance: The method's part: schedule, routes, slots.
+        latents: How the output carries its samples.
+        slots: What is kept.
+        halved: A call brings [uncond, cond] batches; if not, the two come as two calls.
+    """
+
+    guidance: Guidance
+    latents: Latents
+    slots: tuple[OutputSlot, ...]
+    halved: bool
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        guidance = self.guidance
+        return (guidance.both, guidance.half) if self.halved else (guidance.cond, guidance.uncond, guidance.answer)
 
 
 @dataclass(frozen=True)
@@ -75,6 +125,7 @@ class CachePlan:
         spare: One more slot per ring, so that a step never writes what it may read (the cond lowering needs it).
         skips: Regions that are not cut, with the reason.
         notes: Remarks of the method.
+        output: What is done with the model's output, if anything.
     """
 
     cuts: tuple[Cut, ...]
@@ -83,6 +134,7 @@ class CachePlan:
     spare: bool
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
+    output: OutputPlan | None = None
 
     @property
     def live_cuts(self) -> tuple[Cut, ...]:
@@ -94,8 +146,10 @@ class CachePlan:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all slots for one context of one model instance; symbolic sizes count as 0."""
-        return sum(self.slots(cut) * cut.slot_bytes for cut in self.cuts)
+        """Bytes of all slots for one context of one model instance (for guidance by two calls: for the pair of their
+        contexts); symbolic sizes count as 0."""
+        output = 0 if self.output is None else sum(slot.slot_bytes for slot in self.output.slots)
+        return output + sum(self.slots(cut) * cut.slot_bytes for cut in self.cuts)
 
     def history(self, group: str) -> int:
         """Outputs kept by the group's deepest ring."""
@@ -105,43 +159,100 @@ class CachePlan:
         """Some live cut of the group takes weights at run time."""
         return any(c.group == group and c.live and c.forecast.constant_weights is None for c in self.cuts)
 
+    def recursive(self, group: str) -> bool:
+        """Predictions of the group are kept as computed outputs are."""
+        return any(c.group == group and c.live and c.forecast.recursive for c in self.cuts)
 
-NOTHING = CachePlan((), (), ((),), spare=False)  # the plan of a graph in which nothing is cached
+    def weight_regions(self, group: str) -> tuple[str, ...]:
+        """Paths of the regions whose weights differ, in order of their rows; one nameless one where none do."""
+        cuts = [c for c in self.cuts if c.group == group]
+        if not any(c.forecast.per_region for c in cuts):
+            return ("",)
+        return tuple(dict.fromkeys(c.region.split("@")[0] for c in cuts))
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Everything that is scheduled: the groups, and the guidance's."""
+        return self.groups if self.output is None else (*self.groups, self.output.guidance.group)
+
+
+NOTHING = CachePlan((), (), (Phase(),), spare=False)  # the plan of a graph in which nothing is cached
 
 
 def phase_name(phase: Phase, groups: Sequence[str]) -> str:
-    """``"compute"``, ``"predict"``, or ``"predict:cross+spatial"`` where only some groups are predicted."""
-    if not phase:
-        return "compute"
-    return "predict" if len(phase) == len(groups) else "predict:" + "+".join(phase)
+    """``"compute"``, ``"predict"``, or ``"predict:cross+spatial"`` where only some groups are predicted; behind the
+    route's name (``"half/predict"``), if it has one."""
+    names = [phase.route.name] if phase.route.name else []
+    if phase.predicted:
+        names.append("predict" if len(phase.predicted) == len(groups) else "predict:" + "+".join(phase.predicted))
+    return "/".join(names) or "compute"
 
 
-def make_plan(gm: fx.GraphModule, targets: Sequence[Target], *, spare: bool = False,
-              skips: Iterable[Skip] = (), notes: Iterable[str] = ()) -> CachePlan:  # fmt: skip
-    """Plan the cuts whose markers stand in ``gm``."""
-    by_region = {target.region.id: target for target in targets}
+def make_plan(gm: fx.GraphModule, targets: Sequence[Target], *, spare: bool = False, skips: Iterable[Skip] = (),
+              notes: Iterable[str] = (), guidance: Guidance | None = None, latents: Latents | None = None,
+              halved: bool = False) -> CachePlan:  # fmt: skip
+    """Plan the cuts whose markers stand in ``gm``; with ``halved`` that is the graph of the conditional half."""
+    target_of = {target.region.id: target for target in targets}
     markers = cut_nodes(gm.graph)
-    groups = tuple(dict.fromkeys(by_region[str(node.args[1])].group for node in markers))
-    live = _live_markers(gm.graph, {node: by_region[str(node.args[1])].group for node in markers}, groups)
-    cuts = tuple(
-        _make_cut(i, node, by_region[str(node.args[1])], node in live) for i, node in enumerate(markers)
-    )  # fmt: skip
+    group_of = {node: target_of[str(node.args[1])].group for node in markers}
+    groups = tuple(dict.fromkeys(group_of.values()))
+    live = _live_markers(gm.graph, group_of, groups)
+    rows: dict[str, list[str]] = {}
+    cuts = []
+    for i, node in enumerate(markers):
+        target = target_of[str(node.args[1])]
+        row = _row(rows.setdefault(target.group, []), target)
+        cuts.append(_make_cut(i, node, target, node in live, row))
     groups = tuple(group for group in groups if any(cut.live and cut.group == group for cut in cuts))
-    return CachePlan(cuts, groups, _subsets(groups), spare, tuple(skips), tuple(notes))
+    output = None
+    if guidance is not None:
+        output = _plan_output(gm, guidance, latents or guidance.latents, halved)
+    routes = (WHOLE,) if output is None else output.routes
+    phases = tuple(Phase(p, route) for route in routes for p in (_subsets(groups) if route.predicts else [()]))
+    return CachePlan(tuple(cuts), groups, phases, spare, tuple(skips), tuple(notes), output)
+
+
+def _row(rows: list[str], target: Target) -> int:
+    """Calls of one module share their weights."""
+    if not target.forecast.per_region:
+        return 0
+    if target.region.path not in rows:
+        rows.append(target.region.path)
+    return rows.index(target.region.path)
+
+
+def _plan_output(gm: fx.GraphModule, guidance: Guidance, latents: Latents, halved: bool) -> OutputPlan:
+    values: list[torch.Tensor] = [node.meta["val"] for node in output_nodes(gm.graph)]
+    sample = values[0]
+    shape = (len(values), *sample.shape) if latents.listed else tuple(sample.shape)
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    dtypes = {True: wide_dtype(sample.dtype), False: sample.dtype}
+    routes = (guidance.both, guidance.half) if halved else (guidance.cond, guidance.uncond)
+    written = {name for route in routes for name in route.writes}
+    slots = [OutputSlot(name, shape, tuple(strides), dtypes[wide], sample.device)
+             for name, wide in guidance.slots.items() if name in written]  # fmt: skip
+    return OutputPlan(guidance, latents, tuple(slots), halved)
 
 
 def cut_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The cut markers of an ATen graph, in order."""
-    return graph.find_nodes(op="call_function", target=CUT)
+    """The cut markers of an ATen graph, in order, without those of the model's output."""
+    return [n for n in graph.find_nodes(op="call_function", target=CUT) if n.args[1] != OUTPUT]
 
 
-def _make_cut(index: int, node: fx.Node, target: Target, live: bool) -> Cut:
+def output_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The markers of the model's output."""
+    return [n for n in graph.find_nodes(op="call_function", target=CUT) if n.args[1] == OUTPUT]
+
+
+def _make_cut(index: int, node: fx.Node, target: Target, live: bool, row: int) -> Cut:
     value: torch.Tensor = node.meta["val"]
     region, output = node.args[1:]
     assert isinstance(region, str) and isinstance(output, int)
     return Cut(
         index, region, output, target.group, target.forecast, tuple(value.shape), tuple(value.stride()),
-        value.dtype, value.device, _slot_dtype(value.dtype, target.history_dtype), live,
+        value.dtype, value.device, _slot_dtype(value.dtype, target.history_dtype), live, row,
     )  # fmt: skip
 
 
@@ -149,7 +260,7 @@ def _slot_dtype(value: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return value if wanted is None else wanted
 
 
-def _subsets(groups: Sequence[str]) -> tuple[Phase, ...]:
+def _subsets(groups: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(p for n in range(len(groups) + 1) for p in itertools.combinations(groups, n))
 
 

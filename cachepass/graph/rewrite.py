@@ -16,6 +16,7 @@ slots are placeholders behind the model's own, so the indices of the model's inp
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Sequence
@@ -25,110 +26,173 @@ import torch
 from torch import fx
 
 from .. import _torch
-from .emit import Emitter, accumulation_dtype, alias_root, aten, operands_of
-from .plan import CachePlan, Cut, cut_nodes, is_impure
+from ..frequency import OUTPUT_WEIGHTS, wide_dtype
+from ..methods import WHOLE, Route
+from .emit import Emitter, alias_root, aten, operands_of
+from .plan import CachePlan, Cut, OutputPlan, OutputSlot, cut_nodes, is_impure, output_nodes
 
 
 @dataclass(frozen=True)
 class Role:
-    """What the host gives to a placeholder: ``kind`` is predicate, weights, history (with its age) or next."""
+    """What the host gives to a placeholder: ``kind`` is predicate, weights, history (with its age), next or output
+    (with the name of what is kept of the model's output)."""
 
     kind: str
     group: str
     cut: int = -1
     age: int = -1
+    slot: str = ""
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """The canonical program: the graph and the role of each added placeholder (by name, in order)."""
+    """The canonical program of a route: the graph and the role of each added placeholder (by name, in order)."""
 
     gm: fx.GraphModule
     roles: dict[str, Role]
 
 
-def rewrite(gm: fx.GraphModule, plan: CachePlan) -> Canonical:
-    """Build the canonical form; ``gm`` is left as it is."""
+def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE) -> Canonical:
+    """Build the canonical form of a route; ``gm`` is left as it is.
+
+    Where the route allows no prediction, regions stay as they are; where it keeps nothing, no slot is written.
+    """
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
-    graph.output(output)
+    graph.output(output).meta = dict(gm.graph.output_node().meta)
     result = fx.GraphModule(gm, graph)
-    markers = cut_nodes(graph)
+    markers, ends = cut_nodes(graph), output_nodes(graph)
     assert len(markers) == len(plan.cuts)
     fake_mode = _torch.fake_mode_of([n.meta["val"] for n in graph.nodes if n.op == "placeholder"])
     emit = Emitter(graph, fake_mode)
-    for marker, cut in zip(markers, plan.cuts, strict=True):
-        if not cut.live:
-            _drop_marker(marker, cut, emit)
-    added = _Added(plan, emit)
+    added = _Added(plan, route, emit)
     regions: dict[str, list[tuple[fx.Node, Cut]]] = {}
-    for marker, cut in zip(markers, plan.cuts, strict=True):
-        if cut.live:
-            regions.setdefault(cut.region, []).append((marker, cut))
-    barrier = {marker for group in regions.values() for marker, _ in group}
     writes: list[tuple[Cut, fx.Node]] = []
+    for marker, cut in zip(markers, plan.cuts, strict=True):
+        if cut.live and route.predicts:
+            regions.setdefault(cut.region, []).append((marker, cut))
+        else:
+            value = _drop_marker(marker, emit)
+            if route.keeps and cut.history:
+                writes.append((cut, value))
+    barrier = {marker for group in regions.values() for marker, _ in group}
     for region, cuts in regions.items():
         writes += _make_cond(result, region, cuts, added, emit, barrier)
-    _write_slots(graph, writes, added, emit)
+    if route.transform is not None:
+        assert plan.output is not None
+        _transform_output(graph, ends, plan.output, route, added, emit)
+    for marker in ends:
+        _drop_marker(marker, emit)
+    if route.keeps:
+        _write_slots(graph, writes, plan, added, emit)
     graph.eliminate_dead_code(is_impure_node=is_impure)
+    roles = drop_unread(graph, added.roles)
     graph.lint()
     result.recompile()
-    return Canonical(result, added.roles)
+    return Canonical(result, roles)
 
 
-def _drop_marker(marker: fx.Node, cut: Cut, emit: Emitter) -> None:
+def drop_unread(graph: fx.Graph, roles: dict[str, Role]) -> dict[str, Role]:
+    """Erase the added placeholders that nothing reads; what remains, in order."""
+    kept = {}
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in roles:
+            if node.users:
+                kept[node.name] = roles[node.name]
+            else:
+                graph.erase_node(node)
+    return kept
+
+
+def _transform_output(graph: fx.Graph, ends: Sequence[fx.Node], plan: OutputPlan, route: Route, added: _Added,
+                      emit: Emitter) -> None:  # fmt: skip
+    """What the route does with the model's output, traced into the graph in front of the graph's end."""
+    assert route.transform is not None
+    state = [added.output[name] for name in route.reads]
+    if route.weighted:
+        state.append(added.weights[plan.guidance.group])
+    function = functools.partial(route.transform, plan.latents)
+    end = graph.output_node()
+    with graph.inserting_before(end):
+        values, *kept = emit.traced(function, list(ends), *state)
+        for name, value in zip(route.writes, kept, strict=True):
+            emit(aten.copy_.default, added.output[name], value)
+    replaced = dict(zip(ends, values, strict=True))
+    end.args = (fx.map_arg(end.args[0], lambda node: replaced.get(node, node)),)
+
+
+def _drop_marker(marker: fx.Node, emit: Emitter) -> fx.Node:
+    """Put the value, with the marker's strides, in the marker's place."""
     value = marker.args[0]
     assert isinstance(value, fx.Node)
     with emit.graph.inserting_before(marker):
-        dense = emit.dense(value, cut)
+        dense = emit.dense(value, marker)
     marker.replace_all_uses_with(dense)
     emit.graph.erase_node(marker)
+    return dense
 
 
 class _Added:
     """The placeholders for predicates, weights and slots, behind the model's own."""
 
-    def __init__(self, plan: CachePlan, emit: Emitter) -> None:
+    def __init__(self, plan: CachePlan, route: Route, emit: Emitter) -> None:
         self.roles: dict[str, Role] = {}
         self.predicate: dict[str, fx.Node] = {}
         self.weights: dict[str, fx.Node] = {}
         self.history: dict[int, list[fx.Node]] = {}
         self.next: dict[int, fx.Node] = {}
+        self.output: dict[str, fx.Node] = {}
         self._emit = emit
         placeholders = emit.graph.find_nodes(op="placeholder")
         first = next(n for n in emit.graph.nodes if n.op != "placeholder")
         assert not placeholders or placeholders[-1].next is first, "placeholders come first in an ATen graph"
         with emit.graph.inserting_before(first), emit.fake_mode, torch.no_grad():
-            for group in plan.groups:
+            for group in plan.groups if route.predicts else ():
                 self.predicate[group] = self._add(f"predict_{group}", torch.empty((), dtype=torch.bool), "predicate",
                                                   group)  # fmt: skip
                 if plan.weighted(group):
                     cut = next(c for c in plan.live_cuts if c.group == group and c.history)
-                    value = torch.empty(plan.history(group), dtype=weights_dtype(plan, group), device=cut.device)
+                    size = plan.history(group) * len(plan.weight_regions(group))
+                    value = torch.empty(size, dtype=weights_dtype(plan, group), device=cut.device)
                     self.weights[group] = self._add(f"weights_{group}", value, "weights", group)
+            if plan.output is not None and route.weighted:
+                group, slot = plan.output.guidance.group, plan.output.slots[0]
+                value = torch.empty(len(OUTPUT_WEIGHTS), dtype=weights_dtype(plan, group), device=slot.device)
+                self.weights[group] = self._add(f"weights_{group}", value, "weights", group)
             for cut in plan.live_cuts:
-                self._add_ring(cut)
+                self._add_ring(cut, plan)
+            for slot in () if plan.output is None else plan.output.slots:
+                group = plan.output.guidance.group  # pyright: ignore[reportOptionalMemberAccess]
+                self.output[slot.name] = self._add(f"output_{slot.name}", empty_slot(slot), "output", group,
+                                                   slot=slot.name)  # fmt: skip
 
-    def _add_ring(self, cut: Cut) -> None:
-        def slot() -> torch.Tensor:
-            return torch.empty_strided(cut.shape, cut.stride, dtype=cut.slot_dtype, device=cut.device)
-
+    def _add_ring(self, cut: Cut, plan: CachePlan) -> None:
         stem = identifier(f"{cut.region}_{cut.output}")
         self.history[cut.index] = [
-            self._add(f"{stem}_h{age}", slot(), "history", cut.group, cut.index, age) for age in range(cut.history)
+            self._add(f"{stem}_h{age}", empty_slot(cut), "history", cut.group, cut.index, age) for age in range(cut.history)
         ]
-        if cut.history:
-            self.next[cut.index] = self._add(f"{stem}_next", slot(), "next", cut.group, cut.index)
+        if cut.history and cut.forecast.recursive and not plan.spare:
+            # A predicted step reads the slot that it writes: as one placeholder, so that the compiler knows it.
+            self.next[cut.index] = self.history[cut.index][-1]
+        elif cut.history:
+            self.next[cut.index] = self._add(f"{stem}_next", empty_slot(cut), "next", cut.group, cut.index)
 
-    def _add(self, name: str, value: torch.Tensor, kind: str, group: str, cut: int = -1, age: int = -1) -> fx.Node:
+    def _add(self, name: str, value: torch.Tensor, kind: str, group: str, cut: int = -1, age: int = -1,
+             slot: str = "") -> fx.Node:  # fmt: skip
         node = self._emit.placeholder(name, value)
-        self.roles[node.name] = Role(kind, group, cut, age)
+        self.roles[node.name] = Role(kind, group, cut, age, slot)
         return node
 
 
+def empty_slot(slot: Cut | OutputSlot) -> torch.Tensor:
+    return torch.empty_strided(slot.shape, slot.stride, dtype=slot.slot_dtype, device=slot.device)
+
+
 def weights_dtype(plan: CachePlan, group: str) -> torch.dtype:
-    """fp32; fp64 if a cut of the group is fp64."""
-    dtypes = {accumulation_dtype(cut.dtype) for cut in plan.live_cuts if cut.group == group and cut.history}
+    """fp32; fp64 if a cut of the group (the model's output, for the guidance's group) is fp64."""
+    dtypes = {wide_dtype(cut.dtype) for cut in plan.live_cuts if cut.group == group and cut.history}
+    if plan.output is not None and group == plan.output.guidance.group:
+        dtypes |= {slot.slot_dtype for slot in plan.output.slots}
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
@@ -138,6 +202,8 @@ def role_names(roles: dict[str, Role], plan: CachePlan) -> dict[str, str]:
     for name, role in roles.items():
         if role.kind in ("predicate", "weights"):
             names[name] = f"{'predict' if role.kind == 'predicate' else 'weights'}[{role.group}]"
+        elif role.kind == "output":
+            names[name] = f"output[{role.slot}]"
         else:
             age = "[next]" if role.kind == "next" else f"[{role.age}]"
             names[name] = f"history[{plan.cuts[role.cut].name}]{age}"
@@ -218,7 +284,7 @@ def _compute_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cone: Sequ
     emit = Emitter(graph, outer.fake_mode)
     for node in cone:
         env[node] = graph.node_copy(node, env.__getitem__)
-    values = [emit.dense(env[marker.args[0]], cut) for marker, cut in cuts]  # pyright: ignore[reportArgumentType]
+    values = [emit.dense(env[marker.args[0]], marker) for marker, _ in cuts]  # pyright: ignore[reportArgumentType]
     return _finish_branch(owner, graph, values, emit)
 
 
@@ -247,7 +313,29 @@ def _finish_branch(owner: fx.GraphModule, graph: fx.Graph, values: list[fx.Node]
     return fx.GraphModule(owner, graph)
 
 
-def _write_slots(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], added: _Added, emit: Emitter) -> None:
+def _write_slots(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], plan: CachePlan, added: _Added,
+                 emit: Emitter) -> None:  # fmt: skip
     with graph.inserting_before(graph.output_node()):
         for cut, value in writes:
-            emit(aten.copy_.default, added.next[cut.index], emit.to(value, cut.slot_dtype))
+            kept = _conditional_half(cut, value, plan.output, emit) if plan.output is not None else value
+            emit(aten.copy_.default, added.next[cut.index], emit.to(kept, cut.slot_dtype))
+
+
+def _conditional_half(cut: Cut, value: fx.Node, output: OutputPlan, emit: Emitter) -> fx.Node:
+    """What a slot for the conditional half keeps of a value: all of it, or its half where it holds both."""
+    shape = tuple(value.meta["val"].shape)
+    if not output.halved or shape == cut.shape:
+        return value
+    doubled = halved_dimension(shape, cut.shape)
+    assert doubled is not None, cut.name
+    size = cut.shape[doubled]
+    start = size if output.latents.unconditional_first else 0
+    return emit(aten.slice.Tensor, value, doubled, start, start + size)
+
+
+def halved_dimension(full: Sequence[int | torch.SymInt], half: Sequence[int | torch.SymInt]) -> int | None:
+    """The one dimension in which ``full`` is twice ``half``; None if they do not differ so."""
+    if len(full) != len(half):
+        return None
+    differing = [d for d, (a, b) in enumerate(zip(full, half, strict=True)) if a != b]
+    return differing[0] if len(differing) == 1 and full[differing[0]] == 2 * half[differing[0]] else None

@@ -1,6 +1,6 @@
 """Specialize: partial evaluation of the canonical form for one phase.
 
-    specialize : Canonical, CachePlan, phase -> Variant
+    specialize : Canonical of the phase's route, CachePlan, phase -> Variant
 
 The phase says which predicates are true. Each conditional is replaced by its taken branch, writes of predicted groups
 go, and so does everything that only fed what is gone - norms and projections before a skipped attention included -
@@ -18,7 +18,7 @@ from torch import fx
 from .. import _torch
 from .emit import Emitter, alias_root, aten
 from .plan import CachePlan, Phase, is_impure, phase_name
-from .rewrite import Canonical, Role
+from .rewrite import Canonical, Role, drop_unread
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,8 @@ class Variant:
 
 def specialize(canonical: Canonical, plan: CachePlan, phase: Phase) -> Variant:
     """The straight-line program in which exactly the groups of ``phase`` are predicted."""
-    return _evaluate(canonical, phase_name(phase, plan.groups), predicted=set(phase), silent=set(phase))
-
-
-def uncached(canonical: Canonical) -> Variant:
-    """The all-computed program that keeps nothing: the model as it would be without a cache."""
-    return _evaluate(canonical, "plain", predicted=set(), silent={role.group for role in canonical.roles.values()})
+    silent = {group for group in phase.predicted if not plan.recursive(group)}
+    return _evaluate(canonical, phase_name(phase, plan.groups), predicted=set(phase.predicted), silent=silent)
 
 
 def _evaluate(canonical: Canonical, name: str, predicted: set[str], silent: set[str]) -> Variant:
@@ -59,13 +55,13 @@ def _evaluate(canonical: Canonical, name: str, predicted: set[str], silent: set[
     fake_mode = _torch.fake_mode_of([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
     _own_outputs(graph, canonical.roles, Emitter(graph, fake_mode))
     graph.eliminate_dead_code(is_impure_node=is_impure)
-    roles = _drop_unread(graph, canonical.roles)
+    roles = tuple(drop_unread(graph, canonical.roles).values())
     graph.lint()
     return Variant(name, fx.GraphModule(source, graph), roles)
 
 
-def all_phases(canonical: Canonical) -> Variant:
-    """The canonical form itself as one program (``lowering="cond"``).
+def all_phases(canonical: Canonical, name: str) -> Variant:
+    """The canonical form of a route itself as one program (``lowering="cond"``).
 
     Branches are compiled for the strides that their operands have in the graph, while Inductor may choose others for
     a value that it computes; so each computed operand is held to its strides (no copy where they agree), and one with
@@ -85,7 +81,7 @@ def all_phases(canonical: Canonical) -> Variant:
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
     graph.lint()
-    return Variant("cond", fx.GraphModule(canonical.gm, graph), tuple(canonical.roles.values()))
+    return Variant(name, fx.GraphModule(canonical.gm, graph), tuple(canonical.roles.values()))
 
 
 def _hold_strides(operand: fx.Node, emit: Emitter) -> fx.Node:
@@ -145,14 +141,3 @@ def _own_outputs(graph: fx.Graph, roles: dict[str, Role], emit: Emitter) -> None
             return emit(aten.clone.default, value) if is_slot else value
 
         output.args = (fx.map_arg(output.args[0], own),)
-
-
-def _drop_unread(graph: fx.Graph, roles: dict[str, Role]) -> tuple[Role, ...]:
-    kept = []
-    for node in graph.find_nodes(op="placeholder"):
-        if node.name in roles:
-            if node.users:
-                kept.append(roles[node.name])
-            else:
-                graph.erase_node(node)
-    return tuple(kept)

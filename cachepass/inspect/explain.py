@@ -11,15 +11,14 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..backend import Prepared, build_program, prepare
-from ..config import CompileOptions, parse_cache
+from ..backend import Prepared, build, prepare
+from ..config import parse_cache
 from ..errors import CachepassError
-from ..graph.annotate import annotate
 from ..graph.plan import CachePlan, Phase, phase_name
 from ..graph.show import diff, readable
-from ..graph.specialize import specialize, uncached
-from ..methods import Region, Skip, Target
-from ..runtime.program import CurrentCall, Program, step_runner
+from ..methods import PLAIN, Region, Route, Skip, Target
+from ..options import CompileOptions
+from ..runtime.program import CurrentCall, Program
 from .tables import human_bytes, table
 
 
@@ -43,7 +42,6 @@ class Explanation:
     notes: tuple[str, ...]
     never: str | None
     _program: Program = field(repr=False)
-    _plain: str = field(repr=False)
 
     @property
     def cache_bytes(self) -> int:
@@ -56,27 +54,39 @@ class Explanation:
         return tuple(phase_name(phase, self.plan.groups) for phase in self.plan.phases)
 
     def graph(self, phase: str = "canonical") -> str:
-        """The readable graph of a phase; ``"plain"``: without caching, ``"canonical"``: the conditional form."""
+        """The readable graph of a phase; ``"plain"``: without caching, ``"canonical"``: the conditional form.
+
+        Where calls take different routes, each has a canonical form: ``"canonical:half"``.
+        """
+        program = self._program
         if phase == "plain":
-            return self._plain
-        if phase == "canonical":
-            return readable(self._program.canonical.gm.graph, self._program.names)
-        return readable(self._gm(phase).graph, self._program.names)
+            return readable(program.canonical(PLAIN).gm.graph, program.names(PLAIN))
+        if phase in self._canonical:
+            route = self._canonical[phase]
+            return readable(program.canonical(route).gm.graph, program.names(route))
+        found = self._phase(phase)
+        return readable(program.specialized(found).gm.graph, program.names(found.route))
+
+    @property
+    def _canonical(self) -> dict[str, Route]:
+        routes = dict.fromkeys(phase.route for phase in self.plan.phases)
+        return {f"canonical:{route.name}" if route.name else "canonical": route for route in routes}
 
     def diff(self, phase: str = "predict", context: int = 1) -> str:
         """Unified diff from the model's plain graph to that of a phase."""
-        return diff(self._plain, self.graph(phase), fromfile="plain", tofile=phase, context=context)
+        return diff(self.graph("plain"), self.graph(phase), fromfile="plain", tofile=phase, context=context)
 
     def nodes(self, phase: str) -> int:
         """Number of ATen operations in a phase."""
-        return sum(node.op == "call_function" for node in self._gm(phase).graph.nodes)
+        return sum(node.op == "call_function" for node in self.variant(phase).graph.nodes)
 
-    def _gm(self, phase: str) -> fx.GraphModule:
-        return specialize(self._program.canonical, self.plan, self._phase(phase)).gm
+    def variant(self, phase: str) -> fx.GraphModule:
+        """The program of a phase as it is lowered."""
+        return self._program.specialized(self._phase(phase)).gm
 
     def _phase(self, name: str) -> Phase:
         if name not in self.phases:
-            known = ", ".join(("plain", "canonical", *self.phases))
+            known = ", ".join(("plain", *self._canonical, *self.phases))
             raise CachepassError(f"there is no phase {name!r}", where="explain", hint=f"phases: {known}")
         return self.plan.phases[self.phases.index(name)]
 
@@ -87,6 +97,9 @@ class Explanation:
              human_bytes(plan.slots(cut) * cut.slot_bytes) if cut.live else "dead: no phase reads it")
             for cut in forecasts.values()
         ]  # fmt: skip
+        if plan.output is not None:
+            rows += [("(output)", slot.name, plan.output.guidance.group, "guidance", _shape(slot.shape), "1",
+                      human_bytes(slot.slot_bytes)) for slot in plan.output.slots]  # fmt: skip
         text = table(("region", "out", "group", "forecast", "value", "slots", "bytes"), rows, title="cuts")
         text += "\n" + table(("phase", "operations"), [(p, self.nodes(p)) for p in self.phases], title="phases")
         if self.skips:
@@ -156,16 +169,6 @@ def _fresh_code(model: Callable[..., Any]) -> Callable[..., Any]:
 def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Explanation:
     prepared: Prepared = prepare(gm, inputs, options)
     regions = tuple(prepared.table.regions)
-    annotate(gm, list(prepared.targets), prepared.table)
-    programs: list[Program] = []
-
-    def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kw: Any) -> Callable[[list[Any]], Any]:
-        context = _torch.save_context(own_inputs, options.inductor, kw)
-        programs.append(build_program(aten, own_inputs, prepared, options, context))
-        return step_runner(programs[0], CurrentCall())  # never called: the trace ends before anything runs
-
-    _torch.compile_once(gm, inputs, inner, options.inductor)
-    program = programs[0]
-    plain = readable(uncached(program.canonical).gm.graph, program.names)
+    program = build(gm, inputs, prepared, options, CurrentCall()).program  # never called: nothing runs
     never = prepared.method.never_predicts(options.num_inference_steps)
-    return Explanation(prepared.targets, prepared.skips, regions, program.plan, prepared.notes, never, program, plain)
+    return Explanation(prepared.targets, program.plan.skips, regions, program.plan, prepared.notes, never, program)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..config import CacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
-from .base import GroupHistory, Method, Region, Selection, Skip, Step, Target
+from ..config import CacheConfig, FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from .base import PLAIN, WHOLE, GroupHistory, Guidance, Method, Region, Route, Selection, Skip, Step, Target
+from .fastercache import FasterCache
 from .pab import PyramidAttentionBroadcast
 from .taylorseer import TaylorSeer
 
 _IMPLEMENTATIONS: dict[type[CacheConfig], Callable[[Any], Method]] = {
     TaylorSeerCacheConfig: TaylorSeer,
+    FasterCacheConfig: FasterCache,
     PyramidAttentionBroadcastConfig: PyramidAttentionBroadcast,
 }
 
@@ -21,4 +23,17 @@ def make_method(config: CacheConfig) -> Method:
     return _IMPLEMENTATIONS[type(config)](config)
 
 
-__all__ = ["GroupHistory", "Method", "Region", "Selection", "Skip", "Step", "Target", "make_method"]
+__all__ = [
+    "PLAIN",
+    "WHOLE",
+    "GroupHistory",
+    "Guidance",
+    "Method",
+    "Region",
+    "Route",
+    "Selection",
+    "Skip",
+    "Step",
+    "Target",
+    "make_method",
+]

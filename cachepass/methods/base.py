@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from ..errors import NoMatchError, listing
 from ..forecast import Forecast
+from ..frequency import Latents
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,72 @@ class Selection:
 
 @dataclass(frozen=True)
 class Step:
-    """Where a call stands within its run: step index from 0, and the timestep if it is known."""
+    """Where a call stands within its run: step index from 0, the timestep if it is known, and the model called."""
 
     index: int
     timestep: float | None = None
+    model: torch.nn.Module | None = field(default=None, repr=False)
 
 
 @dataclass
 class GroupHistory:
-    """The steps at which a group's kept outputs were computed, newest first."""
+    """The steps at which a group's kept outputs were computed, newest first, and the last weights used since."""
 
     steps: list[int] = field(default_factory=list)
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One way of a call through the model: on which batch it runs, and what becomes of the model's output.
+
+    Attributes:
+        name: For people; empty: the model as it is.
+        half: Runs on the conditional half of a guidance batch.
+        predicts: Groups may be predicted on it.
+        keeps: What is computed on it is kept.
+        reads, writes: Names of the guidance's slots that ``transform`` takes and returns.
+        weighted: ``transform`` takes the weights of the guidance's group.
+        transform: ``(latents, values, *reads, [weights]) -> (values, *writes)``, a torch function; None: identity.
+    """
+
+    name: str = ""
+    half: bool = False
+    predicts: bool = True
+    keeps: bool = True
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    weighted: bool = False
+    transform: Callable[..., tuple[Any, ...]] | None = None
+
+
+WHOLE = Route()
+PLAIN = Route("plain", predicts=False, keeps=False)  # the model as it would be without a cache
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a method does with classifier-free guidance.
+
+    Attributes:
+        group: The schedule of the unconditional branch.
+        latents: The model's output, handed to the routes' transforms.
+        inputs: Names of the inputs that carry guidance batches.
+        slots: What is kept of the output, by name; True: in fp32 (fp64 for fp64), False: in the output's dtype.
+        both, half: Routes of a guidance batch: computed in full, and on its conditional half.
+        cond, uncond, answer: Routes of a step of two calls: the conditional one, the unconditional one computed, and
+            answered without running the model.
+    """
+
+    group: str
+    latents: Latents
+    inputs: tuple[str, ...]
+    slots: Mapping[str, bool]
+    both: Route
+    half: Route
+    cond: Route
+    uncond: Route
+    answer: Route
 
 
 class Method(ABC):
@@ -90,6 +146,9 @@ class Method(ABC):
 
     #: The schedule reads the timestep.
     needs_timestep: bool = False
+
+    #: What is done with classifier-free guidance; None: nothing.
+    guidance: Guidance | None = None
 
     @abstractmethod
     def select(self, regions: Sequence[Region]) -> Selection:
@@ -103,8 +162,11 @@ class Method(ABC):
     def never_predicts(self, num_inference_steps: int | None) -> str | None:
         """The reason why no step of a run can be predicted, or None if one may be."""
 
-    def weights(self, group: str, step: Step, history: GroupHistory) -> tuple[float, ...]:
-        """Weights for a predicted step, newest output first; only asked for forecasts without constant weights."""
+    def weights(self, group: str, step: Step, history: GroupHistory, region: str = "") -> tuple[float, ...]:
+        """Weights for a predicted step, newest output first; only asked for forecasts without constant weights.
+
+        ``region`` is the path of the module whose output is forecast, where the forecast says ``per_region``.
+        """
         raise NotImplementedError
 
     def why_idle(self, timesteps: tuple[float, float] | None) -> str:

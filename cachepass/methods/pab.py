@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Sequence
 
 from ..config import ATTENTION_KINDS, PyramidAttentionBroadcastConfig
 from ..errors import CachepassWarning
 from ..forecast import REUSE
-from .base import Method, Region, Selection, Skip, Step, Target, no_match
+from .base import Method, Region, Selection, Skip, Step, Target
+from .kinds import describe_ranges, kind_of, out_of_range, require_kinds
 
 _KINDS = (*ATTENTION_KINDS, "mlp")
 
@@ -35,41 +35,13 @@ class PyramidAttentionBroadcast(Method):
         for region in regions:
             if not (region.is_attention or region.is_mlp):
                 continue
-            kind = self._kind(region)
+            kind = kind_of(region, self.kinds, self.config)
             if kind is None:
                 skips.append(Skip(region.id, f"{region.kind}: no kind with a skip range has an identifier for it"))
             else:
                 targets.append(Target(region, kind, REUSE))
-        self._require(targets, regions)
+        require_kinds(self.kinds, targets, regions, self.config, at_least_one=True)
         return Selection(tuple(targets), tuple(skips))
-
-    def _kind(self, region: Region) -> str | None:
-        """The first kind, in diffusers' order, that is switched on, fits the region and has an identifier for it."""
-        for kind in self.kinds:
-            fits = region.is_mlp if kind == "mlp" else region.is_attention and region.is_cross == (kind == "cross")
-            if fits and any(re.search(p, region.path) for p in self.config.kind(kind)[2]):
-                return kind
-        return None
-
-    def _require(self, targets: Sequence[Target], regions: Sequence[Region]) -> None:
-        reached = {target.group for target in targets}
-        for kind in self.kinds:
-            if kind in reached:
-                continue
-            if kind == "mlp":
-                candidates = [r.path for r in regions if r.is_mlp]
-            else:
-                candidates = [r.path for r in regions if r.is_attention and r.is_cross == (kind == "cross")]
-            prefix = "mlp" if kind == "mlp" else f"{kind}_attention"
-            default = getattr(PyramidAttentionBroadcastConfig, f"{prefix}_block_identifiers")
-            identifiers = self.config.kind(kind)[2]
-            if not reached or tuple(identifiers) != tuple(default):
-                where = f"{type(self.config).__name__}.{prefix}_block_identifiers"
-                raise no_match(where, identifiers, candidates, f"{kind} ")
-            warnings.warn(
-                f"PyramidAttentionBroadcastConfig.{prefix}_block_skip_range has no effect: the model has no {kind} "
-                f"module that the identifiers match", CachepassWarning, stacklevel=2,
-            )  # fmt: skip
 
     def predicts(self, group: str, step: Step) -> bool:
         skip_range, (low, high), _ = self.config.kind(group)
@@ -84,9 +56,4 @@ class PyramidAttentionBroadcast(Method):
         return None
 
     def why_idle(self, timesteps: tuple[float, float] | None) -> str:
-        ranges = ", ".join(f"{kind} {self.config.kind(kind)[1]}" for kind in self.kinds)
-        seen = f"{timesteps[0]:g} to {timesteps[1]:g}" if timesteps else "none"
-        return (
-            f"no step that could be skipped had a timestep within its range ({ranges}); timesteps seen: {seen}. "
-            'Where the model\'s input is scaled (1 to 0 instead of 1000 to 0) give options["timestep_scale"]=1000'
-        )
+        return out_of_range(describe_ranges(self.kinds, self.config), timesteps)

@@ -99,7 +99,7 @@ class TaylorSeer(Method):
         given = ", ".join(f"{name}={value}" for name, value in limits.items() if value is not None)
         return f"with {given} and disable_cache_before_step={config.disable_cache_before_step} every step is computed"
 
-    def weights(self, group: str, step: Step, history: GroupHistory) -> tuple[float, ...]:  # noqa: ARG002
+    def weights(self, group: str, step: Step, history: GroupHistory, region: str = "") -> tuple[float, ...]:  # noqa: ARG002
         return taylor_weights(self.config.max_order, history.steps, step.index)
 
 

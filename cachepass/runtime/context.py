@@ -23,6 +23,9 @@ def cache_context(name: str) -> Iterator[None]:
 
     Each context has its own history, clock and runs, for every method. Contexts are per thread and per task. Calls
     outside any context use one default state.
+
+    For methods that skip the unconditional branch, ``"cond"`` and ``"uncond"`` are the two calls of one step, as are
+    ``"<name>/cond"`` and ``"<name>/uncond"``.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"cache_context takes a name such as 'cond', got {name!r}")
@@ -35,3 +38,11 @@ def cache_context(name: str) -> Iterator[None]:
 
 def current_context() -> str:
     return _current.get()
+
+
+def guidance_partner(context: str) -> tuple[str, str] | None:
+    """For a context of two-call guidance: ``"cond"`` or ``"uncond"``, and the other call's context."""
+    prefix, slash, name = context.rpartition("/")
+    if name not in ("cond", "uncond"):
+        return None
+    return name, prefix + slash + ("uncond" if name == "cond" else "cond")

@@ -8,6 +8,7 @@ whose identity tells which instance of the model is called, and the timestep.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 import threading
@@ -19,16 +20,18 @@ from typing import Any
 
 import torch
 
-from ..config import CompileOptions
-from ..errors import CachepassWarning
-from ..graph.plan import NOTHING
-from ..methods import Method, Step
-from .context import current_context
+from ..errors import BatchError, CachepassWarning
+from ..graph.half import HalfCall
+from ..graph.plan import NOTHING, Phase
+from ..methods import PLAIN, WHOLE, Guidance, Method, Route, Step
+from ..options import CompileOptions
+from .context import current_context, guidance_partner
 from .program import CurrentCall, Program, StepCall
 from .state import RunState
 
 logger = logging.getLogger(__name__)
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+_MODULE_CALLBACKS = ("attention_weight_callback", "low_frequency_weight_callback", "high_frequency_weight_callback")
 _QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
 
 
@@ -43,6 +46,14 @@ class InputLayout:
 
     identity: tuple[int, ...]
     timestep: int | None
+
+
+@dataclass(frozen=True)
+class HalfRun:
+    """The half-batch graph as a callable, and how to call it."""
+
+    run: Callable[..., Any]
+    call: HalfCall
 
 
 @dataclass
@@ -67,9 +78,11 @@ class Dispatcher:
         self.program: Program | None = None  # set by the backend while the graph is compiled; None: nothing is cached
         self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
         self.compiled: Callable[..., Any] | None = None
+        self.half: HalfRun | None = None  # for guidance batches
         self.current = CurrentCall()
         self._lock = threading.Lock()
         self._warned = False
+        self._callbacks = any(callable(getattr(method.config, name, None)) for name in _MODULE_CALLBACKS)
         self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
         self._watch_timestep = method.needs_timestep or options.num_inference_steps is None
         self._read_identity = operator.itemgetter(*layout.identity) if layout.identity else None
@@ -80,36 +93,101 @@ class Dispatcher:
     def __call__(self, *inputs: Any) -> Any:
         assert self.compiled is not None
         instance = self._instance(inputs)
-        state = self._state(instance, current_context())
-        with state.exclusively():
+        context = current_context()
+        state, partner = self._state(instance, context), None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(state.exclusively())
+            if self.method.guidance is not None and self.program is not None:
+                partner = self._partner(instance, context)
+                if partner is not None:
+                    stack.enter_context(partner.exclusively())
             timestep = self._timestep(inputs)
             if state.clock.starts_run(timestep):
                 self._end_run(instance, state)
-            call = self._decide(state, timestep)
+            call = self._decide(state, partner, timestep)
             self.current.call = call
             try:
-                result = self.compiled(*inputs)
+                result = self._run(call, inputs)
             finally:
                 self.current.call = None
             if state.clock.index == 0:
                 instance.runs += 1
             self._count(instance, call.computed or self.idle_groups, call.predicted)
-            state.commit(call.computed, call.predicted, timestep)
+            state.commit(call.weights, call.computed, call.predicted, timestep)
             if state.clock.index == self.options.num_inference_steps:
-                self._report_idle(state)
+                self._report_idle(state, partner)
         return result
 
-    def _decide(self, state: RunState, timestep: float | None) -> StepCall:
-        step = Step(state.clock.index, timestep)
+    def _run(self, call: StepCall, inputs: Sequence[Any]) -> Any:
+        assert self.compiled is not None
+        if not call.phase.route.half:
+            return self.compiled(*inputs)
+        assert self.half is not None
+        return self.half.call.outputs(self.half.run(*self.half.call.inputs(inputs)))
+
+    def _decide(self, state: RunState, partner: RunState | None, timestep: float | None) -> StepCall:
+        """The schedule: the call's route, and what is predicted on it with which weights."""
+        step = Step(state.clock.index, timestep, self._root() if self._callbacks else None)
+        route, allowed, scheduled = WHOLE, True, tuple(state.groups)
+        guidance = self.method.guidance
         predicted, computed, weights = [], [], {}
-        for group, history in state.groups.items():
-            if history.steps and self.method.predicts(group, step):
-                predicted.append(group)
+        if guidance is not None and self.program is not None:
+            route = self._route(guidance, state, partner, step)
+            allowed = route.predicts and (partner is None or self._skips(guidance, partner, step))
+            scheduled = tuple(group for group in scheduled if route.keeps and group != guidance.group)
+            if route.weighted:
+                predicted.append(guidance.group)
+                weights[guidance.group] = self.method.weights(guidance.group, step, state.groups[guidance.group])
+            elif route in (guidance.both, guidance.uncond):
+                computed.append(guidance.group)
+        groups = []
+        for group in scheduled:
+            history = state.groups[group]
+            if allowed and history.steps and self.method.predicts(group, step):
+                groups.append(group)
                 if state.plan.weighted(group):
-                    weights[group] = self.method.weights(group, step, history)
+                    weights[group] = self._weights(state, group, step)
             else:
                 computed.append(group)
-        return StepCall(state, tuple(predicted), tuple(computed), weights)
+        phase = Phase(tuple(groups), route)
+        return StepCall(self.program, state, phase, (*predicted, *groups), tuple(computed), weights, partner)
+
+    def _weights(self, state: RunState, group: str, step: Step) -> tuple[float, ...]:
+        history, regions = state.groups[group], state.plan.weight_regions(group)
+        if len(regions) == 1:
+            return self.method.weights(group, step, history, regions[0])
+        return tuple(w for region in regions for w in self.method.weights(group, step, history, region))
+
+    # ---- guidance ---------------------------------------------------------------------------------------------------
+
+    def _partner(self, instance: Instance, context: str) -> RunState | None:
+        """The state of the other call of a two-call guidance step; None for a guidance batch."""
+        pair = guidance_partner(context)
+        if pair is not None:
+            return self._state(instance, pair[1])
+        if self.half is None:
+            raise BatchError(
+                "this call brings a guidance batch, but the model was captured for two calls per step (in the cache "
+                "contexts 'cond' and 'uncond')", where=f"cache context {context!r}",
+                hint="call it in those contexts, or call torch._dynamo.reset() before changing the way of calling",
+            )  # fmt: skip
+        return None
+
+    def _route(self, guidance: Guidance, state: RunState, partner: RunState | None, step: Step) -> Route:
+        if partner is None:
+            return guidance.half if self._skips(guidance, state, step) else guidance.both
+        if guidance_partner(state.context) == ("cond", partner.context):
+            return guidance.cond
+        if partner.clock.index != state.clock.index + 1:
+            return PLAIN  # the conditional call of this step did not come first: there is nothing to compare with
+        return guidance.answer if self._skips(guidance, state, step) else guidance.uncond
+
+    def _skips(self, guidance: Guidance, state: RunState, step: Step) -> bool:
+        """The unconditional branch is skipped in this step; ``state`` keeps its difference."""
+        return bool(state.groups[guidance.group].steps) and self.method.predicts(guidance.group, step)
+
+    def _root(self) -> torch.nn.Module | None:
+        return self.roots[0]() if self.roots else None
 
     def _timestep(self, inputs: Sequence[Any]) -> float | None:
         """The timestep in the unit of the config's ranges. On an accelerator reading it waits for the device once."""
@@ -175,13 +253,18 @@ class Dispatcher:
 
     def _end_run(self, instance: Instance, state: RunState) -> None:
         if self.options.num_inference_steps is None and state.clock.index >= _QUIET_STEPS:
-            self._report_idle(state)
+            self._report_idle(state, self._other(instance, state))
         logger.debug("run of %d steps ended in context %r (%d so far)", state.clock.index, state.context, instance.runs)
         state.forget_history()
 
-    def _report_idle(self, state: RunState) -> None:
+    def _other(self, instance: Instance, state: RunState) -> RunState | None:
+        pair = guidance_partner(state.context) if self.method.guidance is not None else None
+        return instance.states.get(pair[1]) if pair is not None else None
+
+    def _report_idle(self, state: RunState, partner: RunState | None) -> None:
         """Warn once if a run is over and nothing was predicted in it."""
-        if not self._warned and state.groups and all(g.predicted == 0 for g in state.groups.values()):
+        groups = [*state.groups.values(), *(partner.groups.values() if partner is not None else ())]
+        if not self._warned and groups and all(g.predicted == 0 for g in groups):
             self._warned = True
             warnings.warn(
                 f"the cache never fired in a run of {state.clock.index} steps: "

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
 from .. import _torch
 from ..graph.plan import CachePlan, Phase
-from ..graph.rewrite import Canonical, Role, weights_dtype
+from ..graph.rewrite import Canonical, Role, rewrite, role_names, weights_dtype
 from ..graph.show import readable
 from ..graph.specialize import Variant, all_phases, specialize
 from ..lower import LoweredVariant, lower
+from ..methods import WHOLE, Route
 from .state import RunState, SymbolBinder, resolve_size
 
 logger = logging.getLogger(__name__)
@@ -28,40 +30,61 @@ _TRUE_FALSE = (torch.tensor(False), torch.tensor(True))
 
 @dataclass
 class StepCall:
-    """One call: the state it runs on, what is predicted in it, and the weights of the groups that need them."""
+    """One call: the program and the state it runs on, its phase, what it computes to keep, and weights.
 
+    ``partner`` is the state of the other call of a two-call guidance step. ``predicted`` and ``computed`` name
+    schedules: groups, and the guidance's.
+    """
+
+    program: Program | None  # None: nothing is cached
     state: RunState
-    predicted: Phase
+    phase: Phase
+    predicted: tuple[str, ...]
     computed: tuple[str, ...]
     weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    partner: RunState | None = None
 
     def compute_all(self) -> None:
         """Predict nothing after all: the history that this was decided on does not fit the call."""
-        self.computed, self.predicted, self.weights = tuple(self.state.groups), (), {}
+        assert self.phase.route is WHOLE, "calls under guidance have static shapes"
+        self.computed, self.predicted, self.phase, self.weights = tuple(self.state.groups), (), Phase(), {}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """An ATen graph with markers, AOTAutograd's example inputs, the context to compile it in, and input names."""
+
+    gm: fx.GraphModule
+    inputs: tuple[Any, ...]
+    context: _torch.SavedContext
+    names: dict[str, str]
 
 
 class Program:
-    """The variants of one canonical graph."""
+    """The variants of one model: of its graph and, where steps may skip half of the batch, of its half-batch graph."""
 
-    def __init__(self, canonical: Canonical, plan: CachePlan, inputs: Sequence[Any], lowering: str,
-                 context: _torch.SavedContext, names: dict[str, str]) -> None:  # fmt: skip
-        self.canonical, self.plan, self.lowering, self.context, self.names = canonical, plan, lowering, context, names
+    def __init__(self, full: Traced, half: Traced | None, plan: CachePlan, lowering: str) -> None:
+        self.full, self.half, self.plan, self.lowering = full, half, plan, lowering
         self.variants: dict[str, LoweredVariant] = {}
-        self._by_phase: dict[Phase, LoweredVariant] = {}
-        self._inputs = list(inputs)
-        self._binder = SymbolBinder.of(inputs, [s for cut in plan.live_cuts for s in (*cut.shape, *cut.stride)])
+        self._canonical: dict[Route, Canonical] = {}
+        self._by_phase: dict[tuple[Route, tuple[str, ...]], LoweredVariant] = {}
+        self._binder = SymbolBinder.of(full.inputs, [s for cut in plan.live_cuts for s in (*cut.shape, *cut.stride)])
         self._weights: dict[tuple[object, ...], torch.Tensor] = {}
         devices = {cut.group: cut.device for cut in plan.live_cuts if cut.history}
         self._weights_at = {g: (weights_dtype(plan, g), devices[g]) for g in plan.groups if plan.weighted(g)}
+        if plan.output is not None:
+            group = plan.output.guidance.group
+            self._weights_at[group] = weights_dtype(plan, group), plan.output.slots[0].device
         self._lock = threading.RLock()
 
     def run(self, inputs: list[Any], call: StepCall) -> Any:
         """Run the variant of the call's phase on the model's inputs (flat, as AOTAutograd gives them)."""
-        bound = self._binder.bind(inputs)
-        if call.state.allocate(tuple(bound.values()), lambda size: resolve_size(size, bound)):
+        bound = {} if call.phase.route.half else self._binder.bind(inputs)
+        if call.state.prepare(tuple(bound.values()), lambda size: resolve_size(size, bound)):
             call.compute_all()
-        variant = self._by_phase.get(call.predicted) or self.compile(call.predicted)
-        call.state.begin(call.computed)
+        phase = call.phase
+        variant = self._by_phase.get((phase.route, phase.predicted)) or self.compile(phase)
+        call.state.begin(call.computed, call.predicted)
         for role in variant.inputs:
             if role.kind == "predicate":
                 inputs.append(_TRUE_FALSE[role.group in call.predicted])
@@ -69,29 +92,53 @@ class Program:
                 inputs.append(self._weights_tensor(role.group, call.weights.get(role.group)))
             else:
                 break  # slots come last
-        inputs.extend(call.state.slot_list(variant.inputs))
+        inputs.extend(call.state.slot_list(variant.inputs, call.partner))
         return variant.run(inputs)
 
     def compile(self, phase: Phase) -> LoweredVariant:
-        """The lowered variant of a phase, compiled once. The cond lowering has one for all phases."""
+        """The lowered variant of a phase, compiled once. The cond lowering has one for all phases of a route."""
+        key = phase.route, phase.predicted
         with self._lock:
-            if phase in self._by_phase:
-                return self._by_phase[phase]
+            if key in self._by_phase:
+                return self._by_phase[key]
             variant = self.variant(phase)
             lowered = self.variants.get(variant.name)
             if lowered is None:
-                _torch.dump_graph(f"variant_{variant.name}", lambda: readable(variant.gm.graph, self.names))
-                lowered = lower(_slots_last(variant), self._inputs, self.lowering, self.context)
+                traced, names = self._traced(phase.route), self.names(phase.route)
+                _torch.dump_graph(f"variant_{variant.name}", lambda: readable(variant.gm.graph, names))
+                lowered = lower(_slots_last(variant), traced.inputs, self.lowering, traced.context)
                 logger.info("variant %s: %d nodes, %.2f s", lowered.name, lowered.nodes, lowered.compile_seconds)
                 self.variants[variant.name] = lowered
-            self._by_phase[phase] = lowered
+            self._by_phase[key] = lowered
             return lowered
 
     def variant(self, phase: Phase) -> Variant:
         """The graph that runs in a phase, before it is lowered."""
-        if self.lowering == "cond":
-            return all_phases(self.canonical)
-        return specialize(self.canonical, self.plan, phase)
+        if self.lowering == "cond" and phase.route.predicts:
+            name = "/".join(part for part in (phase.route.name, "cond") if part)
+            return all_phases(self.canonical(phase.route), name)
+        return self.specialized(phase)
+
+    def specialized(self, phase: Phase) -> Variant:
+        """The straight-line graph of a phase."""
+        return specialize(self.canonical(phase.route), self.plan, phase)
+
+    def canonical(self, route: Route = WHOLE) -> Canonical:
+        """The canonical form of a route."""
+        with self._lock:
+            if route not in self._canonical:
+                self._canonical[route] = rewrite(self._traced(route).gm, self.plan, route)
+            return self._canonical[route]
+
+    def names(self, route: Route = WHOLE) -> dict[str, str]:
+        """What the inputs of a route's graphs are called in prints."""
+        return {**self._traced(route).names, **role_names(self.canonical(route).roles, self.plan)}
+
+    def _traced(self, route: Route) -> Traced:
+        if not route.half:
+            return self.full
+        assert self.half is not None, "a half-batch route needs the half-batch graph"
+        return self.half
 
     def _weights_tensor(self, group: str, weights: tuple[float, ...] | None) -> torch.Tensor:
         """The weights on the device, made once per set of values: a schedule that repeats copies nothing.
@@ -100,7 +147,7 @@ class Program:
         """
         dtype, device = self._weights_at[group]
         if weights is None:  # the cond program takes them in every phase and reads them in none but predicted ones
-            weights = (0.0,) * self.plan.history(group)
+            weights = (0.0,) * (self.plan.history(group) * len(self.plan.weight_regions(group)))
         key = (group, weights)
         tensor = self._weights.get(key)
         if tensor is None:
@@ -117,7 +164,7 @@ class Program:
 
 def _slots_last(variant: Variant) -> Variant:
     """``run`` gives predicates and weights first, then all slots: hold the variant to that order."""
-    kinds: list[bool] = [role.kind in ("history", "next") for role in variant.inputs]
+    kinds: list[bool] = [role.kind in ("history", "next", "output") for role in variant.inputs]
     assert kinds == sorted(kinds), "slots come after predicates and weights"
     return variant
 
@@ -128,15 +175,16 @@ class CurrentCall(threading.local):
     call: StepCall | None = None
 
 
-def step_runner(program: Program, current: CurrentCall) -> Callable[[list[Any]], Any]:
-    """The boxed callable that AOTAutograd calls in place of one compiled graph."""
+def step_runner(current: CurrentCall) -> Callable[[list[Any]], Any]:
+    """The boxed callable that AOTAutograd calls in place of a compiled graph: the program of the call runs."""
 
     def run(inputs: list[Any]) -> Any:
-        assert current.call is not None, "a compiled graph runs inside a call of its dispatcher"
-        return program.run(inputs, current.call)
+        call = current.call
+        assert call is not None and call.program is not None, "a compiled graph runs inside a call of its dispatcher"
+        return call.program.run(inputs, call)
 
     run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
     return run
 
 
-__all__ = ["CurrentCall", "Program", "Role", "StepCall", "step_runner"]
+__all__ = ["CurrentCall", "Program", "Role", "StepCall", "Traced", "step_runner"]

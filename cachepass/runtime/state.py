@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
 import torch
 
 from ..errors import ConcurrencyError
-from ..graph.plan import CachePlan, Cut
+from ..graph.plan import CachePlan, Cut, OutputSlot
 from ..graph.rewrite import Role
 from ..methods import GroupHistory
 from .clock import Clock
@@ -35,11 +35,13 @@ class RunState:
     def __init__(self, context: str, plan: CachePlan, num_inference_steps: int | None) -> None:
         self.context, self.plan = context, plan
         self.clock = Clock(num_inference_steps)
-        self.groups = {group: GroupState() for group in plan.groups}
+        self.groups = {group: GroupState() for group in plan.schedules}
         self.rings: dict[int, list[torch.Tensor]] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
         self.sizes: tuple[int, ...] | None = None
         self._slot_lists: dict[tuple[object, ...], list[torch.Tensor]] = {}
         self._stale = False
+        self._resolve: Callable[[object], int] = int  # pyright: ignore[reportAttributeAccessIssue]
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -58,10 +60,10 @@ class RunState:
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
-    def allocate(self, sizes: tuple[int, ...], resolve: Callable[[object], int]) -> bool:
-        """Make the slots, once per set of symbolic sizes; other sizes start a fresh history.
+    def prepare(self, sizes: tuple[int, ...], resolve: Callable[[object], int]) -> bool:
+        """Get ready for a call with these values of the symbolic sizes; other sizes start a fresh history.
 
-        Returns whether a history was given up for it.
+        Returns whether a history was given up for it. Slots are made when a program first asks for them.
         """
         if self.sizes == sizes:
             if self._stale:
@@ -70,11 +72,10 @@ class RunState:
         changed = self.sizes is not None
         if changed:
             self.forget_history()
-        with torch.inference_mode(False), torch.no_grad():
-            self.rings = {cut.index: [_slot(cut, resolve) for _ in range(self.plan.slots(cut))]
-                          for cut in self.plan.live_cuts if cut.history}  # fmt: skip
-        self.sizes, self._stale = sizes, False
+        self.rings.clear()
+        self.outputs.clear()
         self._slot_lists.clear()
+        self.sizes, self._stale, self._resolve = sizes, False, resolve
         return changed
 
     def _clear_slots(self) -> None:
@@ -87,20 +88,34 @@ class RunState:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the slots that are allocated."""
-        return sum(slot.untyped_storage().nbytes() for ring in self.rings.values() for slot in ring)
+        slots = [*self.outputs.values(), *(slot for ring in self.rings.values() for slot in ring)]
+        return sum(slot.untyped_storage().nbytes() for slot in slots)
 
-    def slot_list(self, inputs: Sequence[Role]) -> list[torch.Tensor]:
-        """The slots for a variant's history and next placeholders, in order, as the rings stand now."""
+    def slot_list(self, inputs: Sequence[Role], partner: RunState | None = None) -> list[torch.Tensor]:
+        """The slots for a variant's history, next and output placeholders, in order, as the rings stand now."""
         key = (id(inputs), *(state.head for state in self.groups.values()))
         slots = self._slot_lists.get(key)
         if slots is None:
-            slots = [self._slot(role) for role in inputs if role.kind in ("history", "next")]
+            slots = [self._slot(role, partner) for role in inputs if role.kind in ("history", "next", "output")]
             self._slot_lists[key] = slots
         return slots
 
-    def _slot(self, role: Role) -> torch.Tensor:
-        ring, head = self.rings[role.cut], self.groups[role.group].head
-        return ring[(head + (role.age if role.kind == "history" else -1)) % len(ring)]
+    def _slot(self, role: Role, partner: RunState | None) -> torch.Tensor:
+        if role.kind == "output":
+            holds = partner is not None and role.slot in partner.outputs
+            return partner.outputs[role.slot] if holds else self._output(role.slot)  # pyright: ignore
+        ring = self.rings.get(role.cut)
+        if ring is None:
+            cut = self.plan.cuts[role.cut]
+            ring = self.rings[role.cut] = [_slot(cut, self._resolve) for _ in range(self.plan.slots(cut))]
+        return ring[(self.groups[role.group].head + (role.age if role.kind == "history" else -1)) % len(ring)]
+
+    def _output(self, name: str) -> torch.Tensor:
+        if name not in self.outputs:
+            assert self.plan.output is not None
+            slot = next(slot for slot in self.plan.output.slots if slot.name == name)
+            self.outputs[name] = _slot(slot, self._resolve)
+        return self.outputs[name]
 
     # ---- history ----------------------------------------------------------------------------------------------------
 
@@ -108,32 +123,44 @@ class RunState:
         """Nothing kept counts any more; the memory stays."""
         for state in self.groups.values():
             state.steps.clear()
+            state.weights = ()
             state.predicted = 0
         self.clock.restart()
         self._stale = True
 
-    def begin(self, computed: Sequence[str]) -> None:
-        """A step is about to write the next slot of these groups: without a spare one, the oldest output is gone."""
-        for group in computed:
+    def begin(self, computed: Sequence[str], predicted: Sequence[str]) -> None:
+        """A step is about to write the next slot of what it keeps: without a spare one, the oldest output is gone."""
+        for group in (*computed, *(group for group in predicted if self.plan.recursive(group))):
             history = self.plan.history(group)
-            if not self.plan.spare and history:
+            if history and not self.plan.spare:
                 del self.groups[group].steps[history - 1 :]
+            elif group not in self.plan.groups:  # what is kept of the output has no spare slot
+                self.groups[group].steps.clear()
 
-    def commit(self, computed: Sequence[str], predicted: Sequence[str], timestep: float | None) -> None:
-        """The step succeeded: turn the rings of what was computed and advance the clock."""
+    def commit(self, call_weights: Mapping[str, tuple[float, ...]], computed: Sequence[str], predicted: Sequence[str],
+               timestep: float | None) -> None:  # fmt: skip
+        """The step succeeded: turn the rings of what was kept and advance the clock."""
         for group in computed:
-            state, history = self.groups[group], self.plan.history(group)
-            state.steps.insert(0, self.clock.index)
-            del state.steps[max(history, 1) :]
-            state.head = (state.head - 1) % max(history + self.plan.spare, 1)
+            self._keep(group)
+            self.groups[group].weights = ()
         for group in predicted:
             self.groups[group].predicted += 1
+            self.groups[group].weights = call_weights.get(group, ())
+            if self.plan.recursive(group):
+                self._keep(group)
         self.clock.commit(timestep)
 
+    def _keep(self, group: str) -> None:
+        state, history = self.groups[group], self.plan.history(group)
+        state.steps.insert(0, self.clock.index)
+        del state.steps[max(history, 1) :]
+        state.head = (state.head - 1) % max(history + self.plan.spare, 1)
 
-def _slot(cut: Cut, resolve: Callable[[object], int]) -> torch.Tensor:
-    shape, stride = [resolve(s) for s in cut.shape], [resolve(s) for s in cut.stride]
-    return torch.empty_strided(shape, stride, dtype=cut.slot_dtype, device=cut.device).zero_()
+
+def _slot(slot: Cut | OutputSlot, resolve: Callable[[object], int]) -> torch.Tensor:
+    shape, stride = [resolve(s) for s in slot.shape], [resolve(s) for s in slot.stride]
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty_strided(shape, stride, dtype=slot.slot_dtype, device=slot.device).zero_()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""The model's output in a Dynamo graph: which of the returned values is the sample, at full and at half batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from ..errors import OutputError
+from ..frequency import Latents
+
+_WHERE = "FasterCacheConfig.tensor_format"
+
+
+def returned(gm: fx.GraphModule) -> list[fx.Node]:
+    """The floating-point tensors that a Dynamo graph returns, in order, once each."""
+    nodes = [n for n in gm.graph.output_node().all_input_nodes if isinstance(n.meta.get("example_value"), torch.Tensor)]
+    return [n for n in dict.fromkeys(nodes) if n.meta["example_value"].is_floating_point()]
+
+
+def sample_output(gm: fx.GraphModule, latents: Latents) -> list[fx.Node]:
+    """The sample among the returned values: the first one.
+
+    Raises:
+        OutputError: It is no image or video in the given format.
+    """
+    values = returned(gm)
+    if not values:
+        raise OutputError("the model returns no floating-point tensor", where=_WHERE)
+    latents.check(_shape(values[0]), _WHERE)
+    return values[:1]
+
+
+def paired_outputs(full: fx.GraphModule, half: fx.GraphModule,
+                   latents: Latents) -> tuple[list[fx.Node], list[fx.Node], Latents]:  # fmt: skip
+    """The sample among the values that a model returns at full and at half batch; a list of samples, if it is one.
+
+    Raises:
+        OutputError: The sample does not halve with the batch, or is no image or video in the given format.
+    """
+    of_full, of_half = returned(full), returned(half)
+    shapes = [_shape(n) for n in of_full], [_shape(n) for n in of_half]
+    if shapes[0] and shapes[1] and len(shapes[0]) == 2 * len(shapes[1]) and len({*shapes[0], *shapes[1]}) == 1:
+        latents = replace(latents, listed=True)
+        latents.check((len(of_half), *shapes[1][0]), _WHERE)
+        return of_full, of_half, latents
+    if not shapes[0] or len(shapes[0]) != len(shapes[1]) or not _halves(shapes[0][0], shapes[1][0]):
+        raise OutputError(
+            f"the model's output does not follow its batch: it returns {_text(shapes[0])} for the whole batch and "
+            f"{_text(shapes[1])} for half of it", where=_WHERE,
+            hint="FasterCache needs an output of [uncond, cond] samples; name all inputs that carry such batches in "
+                 "FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers",
+        )  # fmt: skip
+    latents.check(shapes[0][0], _WHERE)
+    others = [i for i in range(1, len(of_full)) if shapes[0][i] != shapes[1][i]]
+    if others:
+        raise OutputError(
+            f"output {others[0]} of the model ({_text(shapes[0][others[0] : others[0] + 1])}) carries the batch too; "
+            "FasterCache estimates the first one only", where="the model's output",
+        )  # fmt: skip
+    return of_full[:1], of_half[:1], latents
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["example_value"].shape)
+
+
+def _halves(full: Sequence[int], half: Sequence[int]) -> bool:
+    return len(full) == len(half) and full[0] == 2 * half[0] and full[1:] == half[1:]
+
+
+def _text(shapes: Sequence[Sequence[int]]) -> str:
+    return ", ".join("x".join(map(str, shape)) or "a scalar" for shape in shapes[:4]) or "nothing"
