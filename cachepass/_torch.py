@@ -6,6 +6,7 @@ Nothing here knows what caching is. Whatever a new torch release renames is rena
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,9 @@ def current_frame() -> Frame:
     return Frame(tx.f_code, tx.f_globals, dict(tx.f_locals))
 
 
+_captures = itertools.count()
+
+
 class _Captured(Exception):
     """Ends a captured call before anything runs."""
 
@@ -111,10 +115,11 @@ def capture(frame: Frame, args: Sequence[Any], kwargs: dict[str, Any],
             backend: Callable[[fx.GraphModule, Sequence[Any]], None]) -> None:  # fmt: skip
     """Trace a frame's code on other arguments, as one graph, and hand that to ``backend``; nothing runs.
 
-    The code object is a copy, so Dynamo's caches of the original, which are per code object, stay as they are.
+    The code object is a copy of a name of its own, so what Dynamo keeps per code object (compiled entries) and per name
+    (which sizes were seen to change, and are symbolic therefore) stays as it is, and shapes are static.
     """
     closure = tuple(types.CellType(frame.locals[name]) for name in frame.code.co_freevars)
-    code = frame.code.replace(co_name=f"{frame.code.co_name}_at_half_batch")
+    code = frame.code.replace(co_name=f"{frame.code.co_name}_captured_{next(_captures)}")
     function = types.FunctionType(code, frame.globals, code.co_name, None, closure)
 
     def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -154,8 +159,8 @@ def restart_static(inputs: Sequence[Any]) -> bool:
     dynamic = [v for v in own if len(getattr(v, "_dynamo_static_indices", ())) < v.ndim]
     if not dynamic:
         return False
-    for value in dynamic:
-        torch._dynamo.mark_static(value)
+    for value in dynamic:  # what mark_static does; while a backend runs, that one looks at the graph instead
+        value._dynamo_static_indices = set(range(value.ndim))  # pyright: ignore[reportAttributeAccessIssue]
     raise TensorifyScalarRestartAnalysis(restart_reason="cachepass: static sizes")
 
 

@@ -196,7 +196,7 @@ def _position(gm: fx.GraphModule, value: fx.Node) -> int:
 def _require_static(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Programs under guidance have static shapes: where Dynamo gave symbolic ones, it is asked to trace again."""
     if _torch.is_symbolic(gm) and not _torch.restart_static(inputs):
-        raise BatchError("its sizes are symbolic, and cached guidance is compiled for static ones", where="torch.compile",
+        raise BatchError("symbolic sizes: cached guidance is compiled for static ones", where="torch.compile",
                          hint="compile with dynamic=False, and give integers that change from call to call as "
                               "tensors")  # fmt: skip
 

@@ -171,7 +171,7 @@ TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
 
 @_method("fastercache")
 class FasterCacheConfig(CacheConfig):
-    """FasterCache (https://arxiv.org/abs/2410.19355): attention outputs extrapolated, the unconditional branch estimated.
+    """FasterCache (https://arxiv.org/abs/2410.19355): attention outputs extrapolated, unconditional branch estimated.
 
     A step whose unconditional half is skipped runs the transformer on the conditional half of the batch. The
     unconditional output is estimated as ``cond + a_low * D_low + a_high * D_high``, where ``D_low`` and ``D_high`` are
@@ -179,10 +179,10 @@ class FasterCacheConfig(CacheConfig):
     forecast too, as ``h_0 + w * (h_0 - h_1)``. All timestep ranges ``(lo, hi)`` are exclusive.
 
     Attributes:
-        spatial_attention_block_skip_range, temporal_attention_block_skip_range, mlp_block_skip_range: Of ``N`` steps one
-            computes this kind of module, the others may forecast it; None: never forecast.
-        spatial_attention_timestep_skip_range, temporal_attention_timestep_skip_range, mlp_timestep_skip_range: Timesteps
-            in which the kind may be forecast.
+        spatial_attention_block_skip_range, temporal_attention_block_skip_range, mlp_block_skip_range: Of ``N`` steps
+            one computes this kind of module, the others may forecast it; None: never forecast.
+        spatial_attention_timestep_skip_range, temporal_attention_timestep_skip_range, mlp_timestep_skip_range:
+            Timesteps in which the kind may be forecast.
         low_frequency_weight_update_timestep_range, high_frequency_weight_update_timestep_range: Timesteps in which a
             skipped step multiplies the weight of ``D_low`` (``D_high``) by its alpha.
         alpha_low_frequency, alpha_high_frequency: Those factors, > 0.

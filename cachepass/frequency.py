@@ -71,7 +71,7 @@ class Latents:
             )  # fmt: skip
         if self.grid is not None and math.prod(self.grid) != shape[1]:
             raise OutputError(
-                f"latent_grid={self.grid} has {math.prod(self.grid)} tokens, the model's output ({text}) has {shape[1]}",
+                f"latent_grid={self.grid} has {math.prod(self.grid)} tokens, the model's output {text} has {shape[1]}",
                 where=where, hint="give the grid of the tokens, in the model's order of them",
             )  # fmt: skip
 
@@ -112,7 +112,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---- what a call's route does with the output: (latents, values, *slots read, [weights]) -> (values, *slots written) ---
+# ---- what a call's route does with the output: (latents, values, *slots read, [weights]) -> (values, *slots written)
 
 
 Values = list[torch.Tensor]

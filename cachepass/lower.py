@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import fx
 
 from ._torch import SavedContext
+from .graph.emit import EMITTED
 from .graph.rewrite import Role
 from .graph.specialize import Variant
 
@@ -35,8 +38,21 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
     else:
         placeholders = variant.gm.graph.find_nodes(op="placeholder")
         inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
-        run = context.compile(variant.gm, inputs)
+        with _no_advice_on_complex_numbers(variant.gm):
+            run = context.compile(variant.gm, inputs)
     return LoweredVariant(variant.name, run, variant.inputs, time.perf_counter() - start, nodes)
+
+
+@contextlib.contextmanager
+def _no_advice_on_complex_numbers(gm: fx.GraphModule) -> Iterator[None]:
+    """Inductor warns of complex numbers, which it leaves to eager kernels. Where the only ones are those of the Fourier
+    transform that a full step takes of the model's small output, that says nothing of the model."""
+    values = ((node.name, node.meta.get("val")) for node in gm.graph.nodes)
+    complex_nodes = [name for name, value in values if isinstance(value, torch.Tensor) and value.is_complex()]
+    with warnings.catch_warnings():
+        if complex_nodes and all(name.startswith(EMITTED) for name in complex_nodes):
+            warnings.filterwarnings("ignore", message=".*complex operators")
+        yield
 
 
 def _eager(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:

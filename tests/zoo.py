@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import cachepass
+
 # Dynamo cannot trace the device context in which these make their rotary tables; the first call keeps the tables.
 EAGER_FIRST = {"ZImageTransformer2DModel"}
 
@@ -60,12 +62,29 @@ def inputs_of(name: str, seed: int = 1) -> dict[str, Any]:
     return {k: _tensor(v, generator) for k, v in ZOO[name]["inputs"].items()}
 
 
-def trajectory(name: str, steps: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[float, dict[str, Any]]]:
+def guided_inputs_of(name: str, seed: int = 1) -> dict[str, Any]:
+    """Keyword arguments for one call with a guidance batch: the zoo's own where it is even, else doubled."""
+    base, other = inputs_of(name, seed), inputs_of(name, seed + 1)
+    main = base.get("hidden_states", base.get("x"))
+    if len(main) % 2 == 0:
+        return base
+    batched = set(cachepass.FasterCacheConfig().guided_inputs)
+
+    def double(key: str, value: Any) -> Any:
+        if key not in batched:
+            return value
+        return [*other[key], *value] if isinstance(value, list) else torch.cat([other[key], value])
+
+    return {key: double(key, value) for key, value in base.items()}
+
+
+def trajectory(name: str, steps: int, dtype: torch.dtype = torch.float32, *,
+               guided: bool = False) -> Iterator[tuple[float, dict[str, Any]]]:  # fmt: skip
     """``steps`` calls of a denoising run: the timestep (falling from 950) and the keyword arguments.
 
     The latents change smoothly with some noise; models whose timestep runs from 1 to 0 get it so.
     """
-    base = inputs_of(name)
+    base = guided_inputs_of(name) if guided else inputs_of(name)
     latents = "hidden_states" if "hidden_states" in base else "x"
     clock = "timestep" if "timestep" in base else "t"
     unit = 1000.0 if base[clock].is_floating_point() and float(base[clock].max()) <= 1.0 else 1.0
@@ -138,6 +157,15 @@ def taylorseer_oracle(name: str, **fields: Any) -> Oracle:
     from diffusers.hooks import apply_taylorseer_cache
 
     return Oracle(build(name), lambda model: apply_taylorseer_cache(model, TaylorSeerCacheConfig(**fields)))
+
+
+def fastercache_oracle(name: str, now: list[float], **fields: Any) -> Oracle:
+    """FasterCache hooks that read the timestep from ``now[0]``."""
+    from diffusers import FasterCacheConfig
+    from diffusers.hooks import apply_faster_cache
+
+    config = FasterCacheConfig(current_timestep_callback=lambda: now[0], **fields)
+    return Oracle(build(name), lambda model: apply_faster_cache(model, config))
 
 
 def pab_oracle(name: str, now: list[float], **fields: Any) -> Oracle:

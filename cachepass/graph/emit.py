@@ -15,6 +15,7 @@ from ..frequency import wide_dtype
 from .plan import Cut
 
 aten = torch.ops.aten
+EMITTED = "cached_"  # how the names of emitted nodes begin
 _convert = torch.ops.prims.convert_element_type.default
 
 
@@ -26,7 +27,7 @@ class Emitter:
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         # A stem of their own: the model's nodes keep their names, so prints differ only where something changed.
-        name = "cached_" + getattr(getattr(target, "overloadpacket", target), "__name__", "node").strip("_")
+        name = EMITTED + getattr(getattr(target, "overloadpacket", target), "__name__", "node").strip("_")
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         fake = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.fake_mode, torch.no_grad():
@@ -45,6 +46,20 @@ class Emitter:
         """``value`` with the strides that the marker gave to everything behind it (it densifies, as clone does)."""
         same = value.meta["val"].stride() == marker.meta["val"].stride()
         return value if same else self(aten.clone.default, value)
+
+    def strided(self, value: fx.Node, strides: Sequence[int | torch.SymInt]) -> fx.Node:
+        """``value`` with exactly these dense strides, for the branches of a conditional, which must agree; dropped
+        when the branch is inlined (what differs are strides that dimensions of size 1 carry)."""
+        own = value.meta["val"].stride()
+        if tuple(own) == tuple(strides) or any(isinstance(step, torch.SymInt) for step in (*own, *strides)):
+            return value
+        order = sorted(range(len(strides)), key=lambda d: (-int(strides[d]), d))
+        ordered = self(aten.permute.default, value, order)
+        copy = self(aten.clone.default, ordered, memory_format=torch.contiguous_format)
+        result = self(aten.permute.default, copy, [order.index(d) for d in range(len(order))])
+        for node in (ordered, copy, result):
+            node.meta["cachepass_unalias"] = True
+        return result
 
     def clone(self, value: fx.Node) -> fx.Node:
         """A copy made only because a branch may not return an alias; dropped when the branch is inlined."""
@@ -86,7 +101,8 @@ class Emitter:
             if node.op == "call_function":
                 copied = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = self(node.target, *copied[0], **copied[1])
-        results = [env[node] for node in gm.graph.output_node().args[0]]
+        returned: Any = gm.graph.output_node().args[0]
+        results = [env[node] for node in returned]
         return _torch.unflatten(results, result_spec)
 
     def _zeros(self, cut: Cut, sizes: fx.Graph) -> fx.Node:

@@ -224,7 +224,7 @@ def _picks(gm: fx.GraphModule, inputs: Sequence[Any], half: fx.GraphModule, half
         if index is None:
             index = by_source.get(_torch.placeholder_source(node))
         if index is None:
-            raise BatchError("an input of the half-batch graph is none of the full one", where=f"input {input_name(node)}",
+            raise BatchError("the half-batch graph has it, the full one has not", where=f"input {input_name(node)}",
                              hint="compile the transformer itself, called with its inputs as arguments")  # fmt: skip
         picks.append((index, origin is not None))
     return tuple(picks)

@@ -251,9 +251,25 @@ def _make_cut(index: int, node: fx.Node, target: Target, live: bool, row: int) -
     region, output = node.args[1:]
     assert isinstance(region, str) and isinstance(output, int)
     return Cut(
-        index, region, output, target.group, target.forecast, tuple(value.shape), tuple(value.stride()),
+        index, region, output, target.group, target.forecast, tuple(value.shape), dense_strides(value),
         value.dtype, value.device, _slot_dtype(value.dtype, target.history_dtype), live, row,
     )  # fmt: skip
+
+
+def dense_strides(value: torch.Tensor) -> tuple[int | torch.SymInt, ...]:
+    """The strides of a dense tensor, also in dimensions of size 1, where a value may carry any; symbolic ones as they
+    are."""
+    shape, strides = value.shape, value.stride()
+    if any(isinstance(size, torch.SymInt) for size in (*shape, *strides)):
+        return tuple(strides)
+    dense, step = list(strides), 1
+    for dim in sorted(range(value.ndim), key=lambda d: (strides[d] if shape[d] > 1 else 0, -d)):
+        if shape[dim] > 1:
+            dense[dim], step = step, step * shape[dim]
+    for dim in reversed(range(value.ndim)):
+        if shape[dim] == 1:
+            dense[dim] = dense[dim + 1] * shape[dim + 1] if dim + 1 < value.ndim else 1
+    return tuple(dense)
 
 
 def _slot_dtype(value: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

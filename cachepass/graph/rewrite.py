@@ -169,7 +169,8 @@ class _Added:
     def _add_ring(self, cut: Cut, plan: CachePlan) -> None:
         stem = identifier(f"{cut.region}_{cut.output}")
         self.history[cut.index] = [
-            self._add(f"{stem}_h{age}", empty_slot(cut), "history", cut.group, cut.index, age) for age in range(cut.history)
+            self._add(f"{stem}_h{age}", empty_slot(cut), "history", cut.group, cut.index, age)
+            for age in range(cut.history)
         ]
         if cut.history and cut.forecast.recursive and not plan.spare:
             # A predicted step reads the slot that it writes: as one placeholder, so that the compiler knows it.
@@ -250,18 +251,21 @@ def _make_cond(result: fx.GraphModule, region: str, cuts: list[tuple[fx.Node, Cu
         state.append(added.weights[group])
     inputs = [*operands, *state]
     stem = identifier(region)
-    result.add_submodule(f"compute_{stem}", _compute_branch(result, inputs, cone, cuts, emit))
-    result.add_submodule(f"predict_{stem}", _predict_branch(result, inputs, cuts, added, emit))
+    predicted = _predict_branch(result, inputs, cuts, added, emit)
+    returned = [value.meta["val"] for value in predicted.graph.output_node().args[0]]  # pyright: ignore
+    strides = [tuple(value.stride()) for value in returned]
+    result.add_submodule(f"predict_{stem}", predicted)
+    result.add_submodule(f"compute_{stem}", _compute_branch(result, inputs, cone, cuts, strides, emit))
     last = max(markers)
     with graph.inserting_after(last):
         predict, compute = graph.get_attr(f"predict_{stem}"), graph.get_attr(f"compute_{stem}")
     with graph.inserting_before(last.next.next.next):
         cond = graph.call_function(_torch.COND, (added.predicate[group], predict, compute, tuple(inputs)))
-        cond.meta["val"] = tuple(marker.meta["val"] for marker in markers)
+        cond.meta["val"] = tuple(returned)
         results = []
         for i, (marker, cut) in enumerate(cuts):
             item = graph.call_function(operator.getitem, (cond, i))
-            item.meta["val"] = marker.meta["val"]
+            item.meta["val"] = returned[i]
             marker.replace_all_uses_with(item)
             results.append((cut, item))
     for node in [*reversed(markers), *reversed(cone)]:
@@ -278,13 +282,16 @@ def _branch_inputs(graph: fx.Graph, inputs: Sequence[fx.Node]) -> dict[fx.Node, 
 
 
 def _compute_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cone: Sequence[fx.Node],
-                    cuts: Sequence[tuple[fx.Node, Cut]], outer: Emitter) -> fx.GraphModule:  # fmt: skip
+                    cuts: Sequence[tuple[fx.Node, Cut]], strides: Sequence[tuple[int | torch.SymInt, ...]],
+                    outer: Emitter) -> fx.GraphModule:  # fmt: skip
+    """``strides`` are those of what the predict branch returns: the two must agree, down to dimensions of size 1."""
     graph = fx.Graph()
     env = _branch_inputs(graph, inputs)
     emit = Emitter(graph, outer.fake_mode)
     for node in cone:
         env[node] = graph.node_copy(node, env.__getitem__)
     values = [emit.dense(env[marker.args[0]], marker) for marker, _ in cuts]  # pyright: ignore[reportArgumentType]
+    values = [emit.strided(value, s) for value, s in zip(values, strides, strict=True)]
     return _finish_branch(owner, graph, values, emit)
 
 

@@ -79,7 +79,10 @@ class FasterCache(Method):
 
     def _spatial_by_dataflow(self, regions: Sequence[Region], taken: Sequence[Target]) -> list[Target]:
         """Every self-attention, for models whose names diffusers' default patterns do not know."""
-        if tuple(self.config.spatial_attention_block_identifiers) != FasterCacheConfig.spatial_attention_block_identifiers:
+        if (
+            tuple(self.config.spatial_attention_block_identifiers)
+            != FasterCacheConfig.spatial_attention_block_identifiers
+        ):
             return []
         others = {target.region.id for target in taken}
         return [Target(r, "spatial", self._forecast) for r in regions if fits("spatial", r) and r.id not in others]

@@ -41,7 +41,7 @@ def require_kinds(kinds: Sequence[str], targets: Sequence[Target], regions: Sequ
             candidates = [r.path for r in regions if fits(kind, r)]
             raise no_match(f"{name}.{prefix}_block_identifiers", identifiers, candidates, f"{kind} ")
         warnings.warn(
-            f"{name}.{prefix}_block_skip_range has no effect: the model has no {kind} module that the identifiers match",
+            f"{name}.{prefix}_block_skip_range has no effect: the identifiers match no {kind} module of the model",
             CachepassWarning, stacklevel=2,
         )  # fmt: skip
 

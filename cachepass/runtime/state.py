@@ -79,8 +79,12 @@ class RunState:
         return changed
 
     def _clear_slots(self) -> None:
-        """A slot that holds nothing weighs 0, and 0 * inf is nan: what a diverged run left must not stay."""
-        slots = [slot for ring in self.rings.values() for slot in ring]
+        """A slot that holds nothing weighs 0, and 0 * inf is nan: what a diverged run or a step that failed left in it
+        must not stay."""
+        slots = []
+        for index, ring in self.rings.items():
+            state = self.groups[self.plan.cuts[index].group]
+            slots += [ring[(state.head + age) % len(ring)] for age in range(len(state.steps), len(ring))]
         if slots:
             torch._foreach_zero_(slots)
         self._stale = False
@@ -130,6 +134,7 @@ class RunState:
 
     def begin(self, computed: Sequence[str], predicted: Sequence[str]) -> None:
         """A step is about to write the next slot of what it keeps: without a spare one, the oldest output is gone."""
+        self._stale = True  # until the step is committed
         for group in (*computed, *(group for group in predicted if self.plan.recursive(group))):
             history = self.plan.history(group)
             if history and not self.plan.spare:
@@ -140,6 +145,7 @@ class RunState:
     def commit(self, call_weights: Mapping[str, tuple[float, ...]], computed: Sequence[str], predicted: Sequence[str],
                timestep: float | None) -> None:  # fmt: skip
         """The step succeeded: turn the rings of what was kept and advance the clock."""
+        self._stale = False
         for group in computed:
             self._keep(group)
             self.groups[group].weights = ()

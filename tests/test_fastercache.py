@@ -1,0 +1,649 @@
+"""FasterCache: equal to diffusers' hooks where those work, and to its definition, written slowly, everywhere."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from small_models import Transformer, transformer
+from torch import nn
+from zoo import (
+    ZOO,
+    build,
+    fastercache_oracle,
+    first_tensor,
+    relative_error,
+    timestep_scale,
+    trajectory,
+)
+
+import cachepass
+from cachepass.frequency import low_frequencies
+from cachepass.testing import count_compiles
+
+STEPS = 20
+TOLERANCE = 1e-5  # relative, fp32; seen: 4e-7
+GRIDS = {"LTXVideoTransformer3DModel": (2, 16, 16)}  # frames, height, width; the other token models are 4 x 4
+
+
+def compiled(name, fields, *, steps=STEPS, lowering="eager", **options):
+    return torch.compile(
+        build(name), backend="cached_inductor", fullgraph=True,
+        options={"cache": {"method": "fastercache", **fields}, "lowering": lowering, "num_inference_steps": steps,
+                 "timestep_scale": timestep_scale(name), **options},
+    )  # fmt: skip
+
+
+def assert_parity(name, fields, *, runs=2, steps=STEPS, guided=True):
+    """Step by step over two runs, against diffusers' hooks."""
+    now = [0.0]
+    model, oracle = compiled(name, fields, steps=steps), fastercache_oracle(name, now, **fields)
+    for run in range(runs):
+        for step, (timestep, call) in enumerate(trajectory(name, steps, guided=guided)):
+            now[0] = timestep
+            error = relative_error(first_tensor(model(**call)), oracle(**call))
+            assert error < TOLERANCE, f"run {run}, step {step}: {error:.1e}"
+        oracle.reset()
+    summary = cachepass.summary(model)
+    assert summary.cache_bytes == summary.planned_bytes > 0
+    assert summary.runs == runs
+    return summary
+
+
+PARITY = {
+    "CogVideoXTransformer3DModel": {"tensor_format": "BFCHW"},
+    "LatteTransformer3DModel": {"temporal_attention_block_skip_range": 3},
+    "AllegroTransformer3DModel": {},
+    "MochiTransformer3DModel": {},
+    "PixArtTransformer2DModel": {"tensor_format": "BCHW"},
+}
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_parity_with_the_hooks_of_diffusers(name):
+    summary = assert_parity(name, PARITY[name])
+    kinds = {"spatial", "unconditional"} | ({"temporal"} if name.startswith("Latte") else set())
+    assert {group for group, count in summary.predicted.items() if count} == kinds
+
+
+def test_parity_of_a_guidance_distilled_model():
+    """The first timestep lies out of the range: diffusers forecasts from nothing where it does not."""
+    name = "HunyuanVideoTransformer3DModel"
+    summary = assert_parity(name, {"is_guidance_distilled": True}, guided=False)
+    assert summary.predicted["spatial"] > 0 and "unconditional" not in summary.predicted
+
+
+RANGES = {
+    "from the start": {"unconditional_batch_timestep_skip_range": (400, 1001),
+                       "spatial_attention_timestep_skip_range": (500, 1001)},
+    "to the end": {"unconditional_batch_timestep_skip_range": (-1, 700),
+                   "spatial_attention_timestep_skip_range": (-1, 300)},
+    "inside": {"unconditional_batch_timestep_skip_range": (200, 800),
+               "spatial_attention_timestep_skip_range": (300, 700)},
+    "weights inside": {"unconditional_batch_timestep_skip_range": (-1, 1001),
+                       "low_frequency_weight_update_timestep_range": (300, 600),
+                       "high_frequency_weight_update_timestep_range": (400, 1001)},
+    "always": {"unconditional_batch_timestep_skip_range": (-1, 1001), "unconditional_batch_skip_range": 4,
+               "spatial_attention_timestep_skip_range": (-1, 1001), "spatial_attention_block_skip_range": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", RANGES)
+def test_timestep_ranges(where):
+    summary = assert_parity("PixArtTransformer2DModel", {"tensor_format": "BCHW", **RANGES[where]})
+    assert summary.predicted["unconditional"] > 0
+
+
+def test_custom_callbacks_get_their_modules():
+    """Weights by module: rows of the weights tensor; diffusers' callbacks see the same modules."""
+    seen: set[str] = set()
+
+    def attention(module):
+        seen.add(type(module).__name__)
+        return 0.1 + 0.01 * (sum(p.numel() for p in module.parameters()) % 7) + float(module.to_q.weight[0, 0])
+
+    def frequency(module):
+        seen.add(type(module).__name__)
+        return 1.05
+
+    fields = {"tensor_format": "BCHW", "attention_weight_callback": attention,
+              "low_frequency_weight_callback": frequency,
+              "high_frequency_weight_callback": lambda _: 0.9}  # fmt: skip
+    assert_parity("PixArtTransformer2DModel", fields)
+    assert seen == {"Attention", "PixArtTransformer2DModel"}
+
+
+def test_config_objects_of_diffusers_are_accepted():
+    from diffusers import FasterCacheConfig
+
+    theirs = FasterCacheConfig(tensor_format="BCHW", current_timestep_callback=lambda: 500)
+    ours = cachepass.options.parse_options({"cache": theirs}, None, set(), {"default": {}}).cache
+    assert ours == cachepass.FasterCacheConfig(
+        tensor_format="BCHW", current_timestep_callback=theirs.current_timestep_callback
+    )
+
+
+# ---- the definition, for every model ---------------------------------------------------------------------------------
+
+
+class Definition:
+    """FasterCache by its definition, on the eager model: complex spectra, every output kept in a list."""
+
+    def __init__(self, model, config, kinds):
+        """``kinds``: path of each module that is forecast -> its kind."""
+        self.model, self.config, self.half = model, config, False
+        self.kept = {path: [] for path in kinds}
+        for path, kind in kinds.items():
+            module = model.get_submodule(path)
+            module.forward = self._cached(module.forward, path, *config.kind(kind)[:2])
+        self.start()
+
+    def start(self):
+        self.step, self.weights = 0, (1.0, 1.0)
+        for outputs in self.kept.values():
+            outputs.clear()
+
+    def _cond(self, value):
+        first, second = value[: len(value) // 2], value[len(value) // 2 :]
+        return second if self.config.unconditional_first else first
+
+    def _cached(self, forward, path, skip_range, bounds):
+        def call(*args, **kwargs):
+            kept = self.kept[path]
+            if self.half and bounds[0] < self.now < bounds[1] and self.step % skip_range:
+                new, old = kept[-1], kept[-2] if len(kept) > 1 else kept[-1]
+                output = tuple(a + 0.5 * (a - b) for a, b in zip(new, old, strict=True))
+                kept.append(output)
+                return output if self.tuples[path] else output[0]
+            output = forward(*args, **kwargs)
+            self.tuples[path] = isinstance(output, tuple)
+            values = output if isinstance(output, tuple) else (output,)
+            kept.append(tuple(v if self.half else self._cond(v) for v in values))
+            return output
+
+        self.tuples = {}
+        return call
+
+    def __call__(self, now, batch, **kwargs):
+        config, self.now = self.config, now
+        low, high = config.unconditional_batch_timestep_skip_range
+        self.half = self.step > 0 and low < now < high and self.step % config.unconditional_batch_skip_range != 0
+        if self.half:
+            kwargs = {k: self._halved(k, v, batch) for k, v in kwargs.items()}
+        output = self.model(**kwargs)
+        output = output[0] if isinstance(output, (tuple, dict)) else output.sample
+        listed = isinstance(output, list)
+        output = torch.stack(output) if listed else output
+        if self.half:
+            first = config.unconditional_first
+            estimate = self._estimate(output)
+            output = torch.cat([estimate, output] if first else [output, estimate])
+        else:
+            cond = self._cond(output)
+            uncond = output[: len(cond)] if config.unconditional_first else output[len(cond) :]
+            self.spectrum, self.weights = self._spectrum(uncond) - self._spectrum(cond), (1.0, 1.0)
+        self.step += 1
+        return output
+
+    def _halved(self, name, value, batch):
+        sized = isinstance(value, (torch.Tensor, list)) and len(value) == batch
+        return self._cond(value) if sized and name in self.config.guided_inputs else value
+
+    def _planes(self, x):
+        grid = self.config.latent_grid
+        return x if grid is None else x.transpose(1, 2).unflatten(-1, grid)
+
+    def _spectrum(self, x):
+        return torch.fft.fftshift(torch.fft.fft2(self._planes(x)), dim=(-2, -1))
+
+    def _estimate(self, cond):
+        config, (a, b) = self.config, self.weights
+        ranges = config.low_frequency_weight_update_timestep_range, config.high_frequency_weight_update_timestep_range
+        a *= config.alpha_low_frequency if ranges[0][0] < self.now < ranges[0][1] else 1.0
+        b *= config.alpha_high_frequency if ranges[1][0] < self.now < ranges[1][1] else 1.0
+        self.weights = a, b
+        height, width = self.spectrum.shape[-2:]
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        disc = (y - height // 2) ** 2 + (x - width // 2) ** 2 <= (min(height, width) // 5) ** 2
+        difference = torch.where(disc, a * self.spectrum, b * self.spectrum)
+        planes = torch.fft.ifft2(torch.fft.ifftshift(difference, dim=(-2, -1))).real
+        return cond + (planes if config.latent_grid is None else planes.flatten(2).transpose(1, 2))
+
+
+def batch_of(call):
+    return len(call.get("hidden_states", call.get("x")))
+
+
+def sweep_fields(name, call):
+    """The tensor format (and the grid) of a model of the zoo, from one eager call."""
+    output = first_tensor(build(name)(**call))
+    if "x" in call:  # a list of samples
+        return {"tensor_format": "BCFHW"}
+    tensor_format = {3: "BSC", 4: "BCHW", 5: "BCFHW"}[output.ndim]
+    return {"tensor_format": tensor_format, **({"latent_grid": GRIDS.get(name, (4, 4))} if output.ndim == 3 else {})}
+
+
+def assert_definition(name, fields, *, steps=6, runs=3, lowering="eager"):
+    """Every step as defined; one capture at full and one at half batch, no break, no recompile."""
+    calls = list(trajectory(name, steps, guided=True))
+    batch = batch_of(calls[0][1])
+    with count_compiles() as count:
+        model = compiled(name, fields, steps=steps, lowering=lowering)
+        first_tensor(model(**calls[0][1]))
+        cachepass.reset(model)
+        dispatcher = next(cachepass.inspect.summary.programs_of(model))[0]
+        kinds = {cut.region: cut.group for cut in dispatcher.program.plan.cuts}
+        config = dispatcher.method.config
+        definition = Definition(build(name), config, kinds)
+        for run in range(runs):
+            for step, (timestep, call) in enumerate(calls):
+                output = model(**call)
+                value = output[0] if isinstance(output, tuple) else output.sample
+                value = torch.stack(value) if isinstance(value, list) else value
+                error = relative_error(value, definition(timestep, batch, **call))
+                assert error < TOLERANCE, f"run {run}, step {step}: {error:.1e}"
+            definition.start()
+    assert (count.graphs, count.graph_breaks, count.recompiles) == (2, 0, 0)
+    summary = cachepass.summary(model)
+    assert summary.predicted["unconditional"] == runs * (steps - 2)
+    assert summary.cache_bytes == summary.planned_bytes
+    return summary
+
+
+ALWAYS = {"unconditional_batch_timestep_skip_range": (-1, 1001), "spatial_attention_timestep_skip_range": (-1, 1001),
+          "high_frequency_weight_update_timestep_range": (-1, 700)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_with_a_guidance_batch(name):
+    fields = sweep_fields(name, next(iter(trajectory(name, 1, guided=True)))[1])
+    summary = assert_definition(name, {**fields, **ALWAYS})
+    assert summary.predicted["spatial"] > 0
+
+
+def test_conditional_first():
+    assert_definition("PixArtTransformer2DModel", {"tensor_format": "BCHW", "unconditional_first": False, **ALWAYS})
+
+
+def test_feed_forwards_are_a_kind_too():
+    fields = {"tensor_format": "BCHW", "mlp_block_skip_range": 3, "mlp_timestep_skip_range": (-1, 600), **ALWAYS}
+    summary = assert_definition("DiTTransformer2DModel", fields)
+    assert summary.predicted["mlp"] > 0
+
+
+def test_unconditional_branch_alone():
+    fields = {"tensor_format": "BCHW", **ALWAYS, "spatial_attention_block_skip_range": None}
+    summary = assert_definition("DiTTransformer2DModel", fields)
+    assert set(summary.predicted) == {"unconditional"}
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_lowered_with_inductor(lowering):
+    fields = {"tensor_format": "BCHW", **ALWAYS}
+    summary = assert_definition("PixArtTransformer2DModel", fields, lowering=lowering)
+    assert set(summary.variants) == {
+        "specialize": {"both", "half", "half/predict"}, "cond": {"both", "half/cond"},
+    }[lowering]  # fmt: skip
+
+
+# ---- small models ----------------------------------------------------------------------------------------------------
+
+
+class Guided(nn.Module):
+    """A transformer over images: ``hidden_states [2B, C, H, W]`` in, the same out."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.inner = Transformer(depth=2, width=channels)
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, shift: torch.Tensor | None = None):
+        batch, channels, height, width = hidden_states.shape
+        tokens = hidden_states.flatten(2).transpose(1, 2)
+        out = self.inner(tokens if shift is None else tokens + shift[:, None], timestep)
+        return out.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+IDENTIFIERS = ("blocks.*attn",)
+SMALL = {"method": "fastercache", "tensor_format": "BCHW", "spatial_attention_block_identifiers": IDENTIFIERS,
+         **ALWAYS, "unconditional_batch_skip_range": 3}  # fmt: skip
+
+
+def guided(seed: int = 0) -> Guided:
+    torch.manual_seed(seed)
+    return Guided().eval().requires_grad_(False)
+
+
+def guided_calls(steps: int, batch: int = 4, size: tuple[int, int] = (6, 5), seed: int = 3):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 8, *size, generator=generator)
+    return [
+        (x * (1 - 0.04 * s) + 0.05 * torch.randn(x.shape, generator=generator), torch.full((batch,), 900.0 - 70 * s))
+        for s in range(steps)
+    ]
+
+
+def small(cache=SMALL, model=None, **options):
+    return torch.compile(model or guided(), backend="cached_inductor", fullgraph=True,
+                         options={"cache": cache, "lowering": "eager", **options})  # fmt: skip
+
+
+def test_the_half_batch_program_has_half_batch_shapes_and_no_fourier_transform():
+    x, t = guided_calls(1)[0]
+    explanation = cachepass.explain(guided(), x, t, cache=SMALL)
+    assert explanation.phases == ("both", "half", "half/predict")
+    assert "fft" in explanation.graph("both")
+    for phase in ("half", "half/predict"):
+        assert "fft" not in explanation.graph(phase)
+        nodes = explanation.variant(phase).graph.find_nodes(op="placeholder")
+        nodes += [n for n in explanation.variant(phase).graph.nodes if n.op == "call_function"]
+        whole = [n.name for n in nodes if isinstance(n.meta["val"], torch.Tensor) and 4 in n.meta["val"].shape[:1]]
+        assert whole == ["cached_cat"]  # the completed batch, of which the model computed half
+        scaled = [n for n in nodes if isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].shape[:1] == (4 * 30,)]
+        assert not scaled  # tokens of all samples, where linears flatten them
+    assert explanation.nodes("half/predict") < explanation.nodes("half") < explanation.nodes("both") + 10
+    width, tokens = 8, 30
+    attention = 2 * 2 * (2 * tokens * width * 4)  # blocks, slots, bytes of the conditional half
+    differences = 2 * (2 * width * tokens * 4)
+    assert explanation.cache_bytes == attention + differences
+
+
+def test_an_answered_call_does_not_run_the_model():
+    model, pairs = small(num_inference_steps=6), guided_calls(6, batch=1)
+    for x, t in pairs:
+        for context in ("cond", "uncond"):
+            with cachepass.cache_context(context):
+                model(x, t)
+    program = next(cachepass.inspect.summary.programs_of(model))[0].program
+    answer = next(phase for phase in program.plan.phases if phase.route.name == "answer")
+    graph = program.specialized(answer).gm.graph
+    assert "fft" not in str(graph)
+    assert sum(node.op == "call_function" for node in graph.nodes) <= 6  # cond + a_low * D_low + a_high * D_high
+    assert not any(node.users for node in graph.find_nodes(op="placeholder") if node.name in ("arg0_1", "arg1_1"))
+
+
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("cond", marks=pytest.mark.inductor)])
+def test_two_calls_per_step_equal_the_batch(lowering):
+    """One call in the context "cond", one in "uncond": the same outputs as one call with both, and half of the calls
+    of the unconditional branch are answered."""
+    both, two = small(num_inference_steps=7), small(num_inference_steps=7, lowering=lowering)
+    for _ in range(2):
+        for x, t in guided_calls(7):
+            uncond, cond = both(x, t).chunk(2)
+            with cachepass.cache_context("cond"):
+                assert relative_error(two(x[2:], t[2:]), cond) < TOLERANCE
+            with cachepass.cache_context("uncond"):
+                assert relative_error(two(x[:2], t[:2]), uncond) < TOLERANCE
+    summary = cachepass.summary(two)
+    assert summary.predicted["unconditional"] == cachepass.summary(both).predicted["unconditional"] == 8
+    assert summary.predicted["spatial"] == cachepass.summary(both).predicted["spatial"] > 0
+    assert summary.cache_bytes == summary.planned_bytes
+    assert summary.contexts == ("cond", "uncond")
+
+
+def test_pairs_of_contexts_by_prefix_do_not_see_each_other():
+    one, calls = small(num_inference_steps=5), {name: guided_calls(5, batch=1, seed=i) for i, name in enumerate("ab")}
+    singles = {name: small(num_inference_steps=5) for name in calls}
+    for step in range(5):
+        for half in ("cond", "uncond"):
+            for name, inputs in calls.items():
+                x, t = inputs[step]
+                x = x if half == "cond" else -x
+                with cachepass.cache_context(f"{name}/{half}"):
+                    shared = one(x, t)
+                with cachepass.cache_context(half):
+                    assert torch.equal(shared, singles[name](x, t))
+    assert cachepass.summary(one).predicted["unconditional"] == 6
+
+
+def test_guidance_batches_of_two_contexts_do_not_see_each_other():
+    """diffusers keeps one state for all contexts."""
+    one, alone = small(num_inference_steps=6), [small(num_inference_steps=6) for _ in range(2)]
+    inputs = [guided_calls(6, seed=seed) for seed in (1, 2)]
+    for step in range(6):
+        for i, calls in enumerate(inputs):
+            with cachepass.cache_context(f"image {i}"):
+                shared = one(*calls[step])
+            assert torch.equal(shared, alone[i](*calls[step]))
+
+
+def test_an_unconditional_call_that_comes_first_is_computed():
+    model, plain = small(num_inference_steps=9), guided()
+    with pytest.warns(cachepass.CachepassWarning, match="'cond' must come before"):
+        for x, t in guided_calls(9, batch=1):
+            for context in ("uncond", "cond"):
+                with cachepass.cache_context(context):
+                    assert relative_error(model(x, t), plain(x, t)) < TOLERANCE
+    assert sum(cachepass.summary(model).predicted.values()) == 0
+
+
+def test_a_distilled_model_whose_first_timestep_is_in_range_is_computed():
+    """diffusers forecasts from nothing there and fails."""
+    cache = {**SMALL, "is_guidance_distilled": True, "spatial_attention_block_skip_range": 2}
+    model, plain = small(cache, num_inference_steps=4), guided()
+    x, t = guided_calls(1, batch=1)[0]
+    outputs = [model(x, t) for _ in range(4)]
+    assert relative_error(outputs[0], plain(x, t)) < TOLERANCE
+    assert cachepass.summary(model).predicted["spatial"] == 2
+
+
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("specialize", marks=pytest.mark.inductor)])
+@pytest.mark.parametrize("failing", [1, 3])
+def test_a_failed_step_leaves_a_usable_history(failing, lowering):
+    """A skipped step (1) that fails costs its oldest attention outputs, a full one (3) nothing but its own."""
+    model, again = small(num_inference_steps=6, lowering=lowering), small(num_inference_steps=6)
+    dispatcher = None
+    for step, (x, t) in enumerate(guided_calls(6)):
+        expected = again(x, t)
+        if step == failing:
+            dispatcher = next(cachepass.inspect.summary.programs_of(model))[0]
+            with failing_after_its_writes(dispatcher.program), pytest.raises(RuntimeError, match="interrupted"):
+                model(x, t)
+        result = model(x, t)
+        assert torch.isfinite(result).all()
+        if failing == 3 or step < failing:
+            assert relative_error(result, expected) < TOLERANCE
+    assert cachepass.summary(model).steps == 6
+
+
+class failing_after_its_writes:
+    """The variants of a program run, fill the slots that they write with nan, and raise."""
+
+    def __init__(self, program) -> None:
+        self.program = program
+
+    def __enter__(self):
+        self.run = self.program.run
+
+        def fail(inputs, call):
+            self.run(inputs, call)
+            for group in (*call.computed, *call.predicted):
+                history = call.state.groups[group]
+                for cut in call.state.plan.live_cuts:
+                    if cut.group == group:
+                        ring = call.state.rings[cut.index]
+                        ring[(history.head - 1) % len(ring)].fill_(float("nan"))
+            if "unconditional" in call.computed:
+                for slot in call.state.outputs.values():
+                    slot.fill_(float("nan"))
+            raise RuntimeError("interrupted")
+
+        self.program.run = fail
+
+    def __exit__(self, *_):
+        self.program.run = self.run
+
+
+def test_another_resolution_is_another_static_program():
+    """Dynamo would go symbolic at the second size: it is asked for static shapes again."""
+    model, plain = small(num_inference_steps=3), guided()
+    for size in ((6, 5), (8, 4), (10, 10)):
+        for x, t in guided_calls(3, size=size):
+            result = model(x, t)
+        assert result.shape == x.shape
+        assert relative_error(model(*guided_calls(1, size=size)[0]), plain(*guided_calls(1, size=size)[0])) < TOLERANCE
+        cachepass.reset(model)
+    programs = [dispatcher.program for dispatcher, _ in cachepass.inspect.summary.programs_of(model)]
+    assert len(programs) == 3
+    for program in programs:
+        assert all(isinstance(size, int) for cut in program.plan.cuts for size in cut.shape)
+
+
+def test_low_frequencies_are_a_projection_onto_a_disc():
+    x = torch.randn(2, 3, 12, 15, dtype=torch.float64)
+    low = low_frequencies(x)
+    assert torch.allclose(low_frequencies(low), low, atol=1e-12)
+    rows, columns = torch.meshgrid(torch.arange(12.0), torch.arange(15.0), indexing="ij")
+    inside, outside = (
+        torch.cos(2 * torch.pi * (k * rows / 12 + m * columns / 15)).double() for k, m in ((1, -1), (2, 1))
+    )
+    assert torch.allclose(low_frequencies(inside), inside, atol=1e-5)  # 1 + 1 <= (12 // 5) ** 2
+    assert low_frequencies(outside).abs().max() < 1e-5  # 4 + 1 > 4
+
+
+# ---- what can be wrong -----------------------------------------------------------------------------------------------
+
+
+def test_an_odd_batch_names_the_input_and_its_shape():
+    with pytest.raises(cachepass.BatchError, match=r"input hidden_states: its batch is odd \(3x8x6x5\)"):
+        small()(*guided_calls(1, batch=3)[0])
+
+
+def test_a_batch_of_one_says_how_else_to_call():
+    with pytest.raises(cachepass.BatchError, match="is_guidance_distilled=True") as info:
+        small()(*guided_calls(1, batch=1)[0])
+    assert 'cache_context("cond")' in str(info.value)
+
+
+def test_inputs_of_different_batches_are_named():
+    class Prompted(Guided):
+        def forward(self, hidden_states, timestep, encoder_hidden_states):
+            return super().forward(hidden_states, timestep, encoder_hidden_states.mean(0, keepdim=True))
+
+    x, t = guided_calls(1)[0]
+    with pytest.raises(
+        cachepass.BatchError, match="input encoder_hidden_states: its batch is 3x8, that of hidden_stat"
+    ):
+        small(model=Prompted().eval())(x, t, torch.ones(3, 8))
+
+
+def test_a_batched_input_that_is_not_named_is_pointed_at():
+    x, t = guided_calls(1)[0]
+    with pytest.raises(cachepass.BatchError, match=r"cannot be traced at half batch.*") as info:
+        small()(x, t, torch.ones(4, 8))
+    assert "left whole, with the batch's size in front: shift (4x8)" in str(info.value)
+    assert "_unconditional_conditional_input_kwargs_identifiers" in str(info.value)
+    names = ["hidden_states", "timestep", "shift"]
+    model = small({**SMALL, "_unconditional_conditional_input_kwargs_identifiers": names})
+    assert model(x, t, torch.ones(4, 8)).shape == x.shape
+
+
+def test_no_input_of_a_known_name():
+    class Renamed(Guided):
+        def forward(self, latent, timestep):
+            return super().forward(latent, timestep)
+
+    names = ["image"]
+    x, t = guided_calls(1)[0]
+    with pytest.raises(cachepass.BatchError, match="no tensor input of the model carries a guidance batch") as info:
+        small({**SMALL, "_unconditional_conditional_input_kwargs_identifiers": names}, Renamed().eval())(x, t)
+    assert "the model's inputs: latent, timestep" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"tensor_format": "BCFHW"}, r'output is 4x8x6x5, tensor_format="BCFHW" has 5 dimensions\n.*"BCHW"'),
+        ({"tensor_format": "BSC", "latent_grid": (5, 6)}, r'output is 4x8x6x5, tensor_format="BSC"'),
+    ],
+)
+def test_a_wrong_tensor_format_names_the_shape_and_the_right_one(fields, match):
+    with pytest.raises(cachepass.OutputError, match=match):
+        small({**SMALL, **fields})(*guided_calls(1)[0])
+
+
+def test_an_output_that_is_no_image():
+    class Pooled(Guided):
+        def forward(self, hidden_states, timestep):
+            return super().forward(hidden_states, timestep).mean((2, 3))
+
+    with pytest.raises(cachepass.OutputError, match=r"output is 4x8.*\n.*no image or video"):
+        small(model=Pooled().eval())(*guided_calls(1)[0])
+
+
+def test_an_output_that_does_not_follow_the_batch():
+    class Summed(Guided):
+        def forward(self, hidden_states, timestep):
+            return super().forward(hidden_states, timestep).sum(0, keepdim=True)
+
+    with pytest.raises(cachepass.OutputError, match="does not follow its batch: it returns 1x8x6x5 for the whole"):
+        small(model=Summed().eval())(*guided_calls(1)[0])
+
+
+def test_a_second_output_with_the_batch():
+    class Twice(Guided):
+        def forward(self, hidden_states, timestep):
+            out = super().forward(hidden_states, timestep)
+            return out, out.mean((2, 3))
+
+    with pytest.raises(cachepass.OutputError, match=r"output 1 of the model \(4x8\) carries the batch too"):
+        small(model=Twice().eval())(*guided_calls(1)[0])
+
+
+def test_a_grid_of_another_size():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = transformer()
+
+        def forward(self, hidden_states, timestep):
+            return self.inner(hidden_states, timestep)
+
+    cache = {**SMALL, "tensor_format": "BSC", "latent_grid": (4, 4)}
+    with pytest.raises(cachepass.OutputError, match=r"latent_grid=\(4, 4\) has 16 tokens.*4x30x8.* has 30"):
+        small(cache, Tokens().eval())(torch.randn(4, 30, 8), torch.full((4,), 900.0))
+
+
+def test_a_batch_where_two_calls_were_captured():
+    model = small()
+    x, t = guided_calls(1)[0]
+    with cachepass.cache_context("cond"):
+        model(x, t)
+    with pytest.raises(cachepass.BatchError, match="captured for two calls per step"):
+        model(x, t)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"tensor_format": "BCWH"}, "there is no format 'BCWH'"),
+        ({"tensor_format": "BSC"}, r"expected \(height, width\) or \(frames, height, width\), got None"),
+        ({"latent_grid": (4, 4)}, "tensor_format is 'BCFHW'"),
+        ({"alpha_low_frequency": 0}, "alpha_low_frequency: expected a positive number"),
+        ({"unconditional_batch_skip_range": 0}, "unconditional_batch_skip_range: 0 is out of range"),
+        ({"attention_weight_callback": 0.5}, "attention_weight_callback: expected a function"),
+        ({"low_frequency_weight_update_timestep_range": (900, 99)}, "empty or reversed"),
+        ({"_unconditional_conditional_input_kwargs_identifiers": []}, "expected a list of input names"),
+        ({"unconditional_first": 1}, "unconditional_first: expected a bool"),
+        ({"alpha_lo": 1.0}, "unknown field 'alpha_lo'"),
+    ],
+)
+def test_config_errors(fields, match):
+    with pytest.raises(cachepass.ConfigError, match=match):
+        cachepass.FasterCacheConfig(**fields)
+
+
+def test_never_skipping_is_said_and_costs_nothing():
+    model = small({**SMALL, "unconditional_batch_skip_range": 1})
+    with pytest.warns(cachepass.CachepassWarning, match="unconditional_batch_skip_range=1"):
+        model(*guided_calls(1)[0])
+
+
+def test_identifiers_that_match_nothing_are_listed():
+    with pytest.raises(cachepass.NoMatchError, match=r"'blokcs' matches no module.*\n.*inner\.blocks\.0\.attn"):
+        small({**SMALL, "spatial_attention_block_identifiers": ["blokcs"]})(*guided_calls(1)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small({**SMALL, "spatial_attention_block_identifiers": cachepass.FasterCacheConfig.
+               spatial_attention_block_identifiers})(*guided_calls(1)[0])  # fmt: skip
