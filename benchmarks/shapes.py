@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,12 +92,48 @@ def build(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
     return model.to(device, dtype)
 
 
-def step_inputs(name: str, step: int, steps: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The keyword arguments of a step: a latent that drifts, and a timestep that falls from 950."""
+def timestep_of(step: int, steps: int) -> float:
+    return 950.0 - 900.0 * step / steps
+
+
+def step_inputs(name: str, step: int, steps: int, device: str, dtype: torch.dtype, *,
+                guided: bool = False) -> dict[str, Any]:  # fmt: skip
+    """The keyword arguments of a step: a latent that drifts, and a timestep that falls from 950.
+
+    ``guided``: a batch of [unconditional, conditional], which differ in everything but latent and timestep.
+    """
     shape = SHAPES[name]
     torch.manual_seed(1)
     inputs = {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in shape.inputs().items()}
+    if guided:
+        inputs = {k: torch.cat([torch.zeros_like(v), v]) for k, v in inputs.items() if k != "hidden_states"} | {
+            "hidden_states": inputs["hidden_states"].repeat(2, *[1] * (inputs["hidden_states"].ndim - 1))
+        }
     inputs["hidden_states"] = inputs["hidden_states"] * (1 - 0.4 * step / steps)
-    timestep = 950.0 - 900.0 * step / steps
-    inputs["timestep"] = torch.tensor([timestep / shape.unit], device=device, dtype=torch.float32)
+    timestep = [timestep_of(step, steps) / shape.unit] * (2 if guided else 1)
+    inputs["timestep"] = torch.tensor(timestep, device=device, dtype=torch.float32)
     return inputs
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a guided step: in full, of its conditional half, and of that half's attentions."""
+
+    full: int
+    half: int
+    attention: int
+
+
+def count_flops(name: str) -> Flops:
+    """Counted on the eager model (matrix products and attention kernels)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, counts = build(name, "cpu", torch.float32), []
+    attention = 0
+    for guided in (True, False):
+        with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+            model(**step_inputs(name, 0, 1, "cpu", torch.float32, guided=guided))
+        counts.append(counter.get_total_flops())
+        per_module = {path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
+        attention = sum(n for path, n in per_module.items() if re.fullmatch(SHAPES[name].attention, path))
+    return Flops(counts[0], counts[1], attention)

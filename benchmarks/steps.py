@@ -29,8 +29,9 @@ from typing import Any
 
 import click
 import torch
+from report import markdown
 from rich.progress import Progress
-from shapes import SHAPES, build, step_inputs
+from shapes import SHAPES, build, count_flops, step_inputs, timestep_of
 
 import cachepass
 from cachepass.testing import count_compiles
@@ -39,6 +40,13 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = 12
 TAYLOR: dict[str, Any] = {"cache_interval": 4, "disable_cache_before_step": 2, "max_order": 1}
 PAB: dict[str, Any] = {"spatial_attention_block_skip_range": 3}
+ALWAYS = (-1, 1001)
+FASTER: dict[str, Any] = {
+    "unconditional_batch_skip_range": 5, "unconditional_batch_timestep_skip_range": ALWAYS,
+    "spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 681),
+}  # fmt: skip
+FORMATS = {"cogvideox": "BFCHW", "dit": "BCHW"}  # shapes that carry a guidance batch
+GUIDED = ("fastercache",)
 
 
 @dataclass
@@ -75,9 +83,21 @@ def taylor_phase(step: int) -> str:
 
 
 def pab_phase(step: int) -> str:
-    timestep = 950.0 - 900.0 * step / STEPS
-    skip = step > 0 and 100 < timestep < 800 and step % PAB["spatial_attention_block_skip_range"] != 0
+    skip = step > 0 and 100 < timestep_of(step, STEPS) < 800 and step % PAB["spatial_attention_block_skip_range"] != 0
     return "predict" if skip else "compute"
+
+
+def faster_phase(step: int) -> str:
+    """``"compute"``: the whole batch; ``"skip"``: its conditional half; ``"predict"``: attentions forecast too."""
+    if step % FASTER["unconditional_batch_skip_range"] == 0:
+        return "compute"
+    predicted = step % FASTER["spatial_attention_block_skip_range"] != 0 and timestep_of(step, STEPS) < 681
+    return "predict" if predicted else "skip"
+
+
+PHASES: dict[str, Callable[[int], str]] = {
+    "taylorseer": taylor_phase, "taylorseer-blocks": taylor_phase, "pab": pab_phase, "fastercache": faster_phase,
+}  # fmt: skip
 
 
 # ---- the subjects ---------------------------------------------------------------------------------------------------
@@ -93,8 +113,10 @@ def ours(lowering: str) -> Callable[..., Subject]:
         if method == "taylorseer":
             cache = {"method": method, **TAYLOR, "cache_identifiers": [SHAPES[shape].attention],
                      "taylor_factors_dtype": place[1]}  # fmt: skip
-        else:
+        elif method == "pab":
             cache = {"method": method, **PAB}
+        else:
+            cache = {"method": method, **FASTER, "tensor_format": FORMATS[shape]}
         options = {"cache": cache, "lowering": lowering, "timestep_scale": SHAPES[shape].unit,
                    "num_inference_steps": STEPS}  # fmt: skip
         compiled = torch.compile(build(shape, *place), backend="cached_inductor", fullgraph=True, options=options)
@@ -104,8 +126,8 @@ def ours(lowering: str) -> Callable[..., Subject]:
             assert summary.cache_bytes == summary.planned_bytes, "the plan says every byte"
             return summary.cache_bytes
 
-        phase = taylor_phase if method == "taylorseer" else pab_phase
-        return Subject(f"cachepass ({lowering})", compiled, lambda: cachepass.reset(compiled), phase, cache_bytes)
+        return Subject(f"cachepass ({lowering})", compiled, lambda: cachepass.reset(compiled), PHASES[method],
+                       cache_bytes)  # fmt: skip
 
     return make
 
@@ -115,7 +137,12 @@ def hooks(compile_it: bool) -> Callable[..., Subject]:
 
     def make(shape: str, method: str, place: tuple[str, torch.dtype]) -> Subject:
         import diffusers
-        from diffusers.hooks import HookRegistry, apply_pyramid_attention_broadcast, apply_taylorseer_cache
+        from diffusers.hooks import (
+            HookRegistry,
+            apply_faster_cache,
+            apply_pyramid_attention_broadcast,
+            apply_taylorseer_cache,
+        )
         from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
         model, now = build(shape, *place), [0.0]
@@ -124,37 +151,42 @@ def hooks(compile_it: bool) -> Callable[..., Subject]:
                 **TAYLOR, cache_identifiers=[SHAPES[shape].attention], taylor_factors_dtype=place[1]
             )
             apply_taylorseer_cache(model, config)
+        elif method == "fastercache":
+            config = diffusers.FasterCacheConfig(
+                **FASTER, tensor_format=FORMATS[shape], current_timestep_callback=lambda: now[0]
+            )
+            apply_faster_cache(model, config)
         else:
             config = diffusers.PyramidAttentionBroadcastConfig(**PAB, current_timestep_callback=lambda: now[0])
             apply_pyramid_attention_broadcast(model, config)
         function = torch.compile(model) if compile_it else model
 
         def call(**inputs: Any) -> Any:
-            now[0] = float(inputs["timestep"]) * SHAPES[shape].unit
+            now[0] = float(inputs["timestep"][0]) * SHAPES[shape].unit
             _set_cache_context(model, CacheContext("benchmark"))
             return function(**inputs)
 
         def reset() -> None:
             HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks(recurse=True)
 
-        phase = taylor_phase if method == "taylorseer" else pab_phase
-        return Subject(f"diffusers hooks{' + torch.compile' if compile_it else ', eager'}", call, reset, phase,
+        return Subject(f"diffusers hooks{' + torch.compile' if compile_it else ', eager'}", call, reset, PHASES[method],
                        lambda: _tensors_of_hooks(model))  # fmt: skip
 
     return make
 
 
 def _tensors_of_hooks(model: torch.nn.Module) -> int:
-    """Bytes of what the hooks keep."""
-    total = 0
+    """Bytes of the memory that the hooks keep alive (a view keeps all of its tensor's)."""
+    storages: dict[int, int] = {}
     for module in model.modules():
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
             manager = getattr(hook, "state_manager", None)
             states = [hook.state] if manager is None else list(manager._state_cache.values())
             for state in states:
-                kept = getattr(state, "cache", None), getattr(state, "taylor_factors", None)
-                total += sum(t.numel() * t.element_size() for t in _flatten(kept))
-    return total
+                names = ("cache", "taylor_factors", "low_frequency_delta", "high_frequency_delta")
+                for tensor in _flatten([getattr(state, name, None) for name in names]):
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def _flatten(value: Any) -> list[torch.Tensor]:
@@ -203,6 +235,7 @@ SUBJECTS: dict[str, list[Callable[..., Subject | None]]] = {
     "taylorseer": [plain, ours("specialize"), ours("cond"), hooks(False), hooks(True)],
     "pab": [plain, ours("specialize"), hooks(False), hooks(True)],
     "taylorseer-blocks": [plain, blocks, cache_dit],
+    "fastercache": [plain, ours("specialize"), ours("cond"), hooks(False), hooks(True)],
 }
 
 
@@ -214,12 +247,14 @@ def _synchronize(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def run_once(subject: Subject, shape: str, place: tuple[str, torch.dtype]) -> list[tuple[str | None, float]]:
+def run_once(
+    subject: Subject, shape: str, place: tuple[str, torch.dtype], *, guided: bool
+) -> list[tuple[str | None, float]]:
     """One run: the phase and the seconds of each step."""
     subject.reset()
     steps = []
     for step in range(STEPS):
-        inputs = step_inputs(shape, step, STEPS, *place)
+        inputs = step_inputs(shape, step, STEPS, *place, guided=guided)
         _synchronize(place[0])
         start = time.perf_counter()
         subject.call(**inputs)
@@ -242,15 +277,15 @@ def worker(pipe: Connection, method: str, index: int, shape: str, place: tuple[s
     with tempfile.TemporaryDirectory(prefix="cachepass-benchmark-") as folder, torch.no_grad():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=place[0]))  # what a process pays once
-        subject = SUBJECTS[method][index](shape, method, place)
+        subject, guided = SUBJECTS[method][index](shape, method, place), method in GUIDED
         pipe.send(None if subject is None else subject.name)
         while subject is not None and (command := pipe.recv()) is not None:
             if command == "first":
                 with count_compiles() as counts:
-                    seconds = sum(s for _, s in run_once(subject, shape, place))
+                    seconds = sum(s for _, s in run_once(subject, shape, place, guided=guided))
                 pipe.send((seconds, counts.graphs, counts.graph_breaks, counts.recompiles))
             elif command == "run":
-                pipe.send(run_once(subject, shape, place))
+                pipe.send(run_once(subject, shape, place, guided=guided))
             else:
                 pipe.send(subject.cache_bytes())
 
@@ -290,7 +325,7 @@ def _ask(pipe: Connection, command: str) -> Any:
     return pipe.recv()
 
 
-def row(subject: Measured, subjects: list[Measured]) -> dict[str, Any]:
+def row(subject: Measured, subjects: list[Measured], ideal: float | None) -> dict[str, Any]:
     """One line of the table: medians in ms, and ratios from the same rounds."""
     base = subjects[0]
     peer = next((s for s in subjects if s.name.endswith("torch.compile")), None)
@@ -298,41 +333,30 @@ def row(subject: Measured, subjects: list[Measured]) -> dict[str, Any]:
     def median(s: Measured, phase: str) -> float | None:
         return 1000 * statistics.median(s.steps[phase]) if s.steps.get(phase) else None
 
-    compute, predict = median(subject, "compute"), median(subject, "predict")
+    compute, skip, predict = (median(subject, phase) for phase in ("compute", "skip", "predict"))
     plain_step = median(base, "compute")
-    peer_predict = None if peer is None else median(peer, "predict")
+    peer_skip, peer_predict = (None if peer is None else median(peer, phase) for phase in ("skip", "predict"))
     cold, cold_plain = (s.first_run - statistics.median(s.runs) if s.graphs else None for s in (subject, base))
     return {
-        "subject": subject.name, "compute_ms": compute, "predict_ms": predict,
+        "subject": subject.name, "compute_ms": compute, "skip_ms": skip, "predict_ms": predict,
         "run_ms": 1000 * statistics.median(subject.runs),
         "compute_vs_plain": compute and plain_step and compute / plain_step,
         "predict_vs_compiled_hooks": predict and peer_predict and predict / peer_predict,
+        "skip_vs_compute": skip and compute and skip / compute,
+        "skip_vs_compiled_hooks": skip and peer_skip and skip / peer_skip,
         "run_vs_plain": statistics.median(a / b for a, b in zip(subject.runs, base.runs, strict=True)),
+        "ideal_run_vs_plain": None if subject is base else ideal,
         "cold_compile_s": cold, "cold_compile_vs_plain": cold and cold_plain and cold / cold_plain,
         "graphs": subject.graphs, "graph_breaks": subject.graph_breaks, "recompiles": subject.recompiles,
         "cache_bytes": subject.cache_bytes,
     }  # fmt: skip
 
 
-def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
-    head = ("subject", "compute ms", "predict ms", "run ms", "compute / plain", "predict / compiled hooks",
-            "run / plain", "cold compile s", "/ plain", "graphs", "breaks", "recompiles", "cache MiB")  # fmt: skip
-    lines = []
-    for title, rows in results.items():
-        lines += [f"**{title}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for r in rows:
-            size = None if r["cache_bytes"] is None else r["cache_bytes"] / 2**20
-            cells = [r["subject"], _n(r["compute_ms"], 1), _n(r["predict_ms"], 1), _n(r["run_ms"], 0),
-                     _n(r["compute_vs_plain"], 3), _n(r["predict_vs_compiled_hooks"], 3), _n(r["run_vs_plain"], 3),
-                     _n(r["cold_compile_s"], 1), _n(r["cold_compile_vs_plain"], 2), str(r["graphs"]),
-                     str(r["graph_breaks"]), str(r["recompiles"]), _n(size, 1)]  # fmt: skip
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _n(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def ideal_run(shape: str) -> float:
+    """A guided run under FasterCache over an uncached one, if time were floating-point operations."""
+    flops = count_flops(shape)
+    cost = {"compute": flops.full, "skip": flops.half, "predict": flops.half - flops.attention}
+    return sum(cost[faster_phase(step)] for step in range(STEPS)) / (STEPS * flops.full)
 
 
 @click.command()
@@ -350,9 +374,12 @@ def main(shapes: tuple[str, ...], methods: tuple[str, ...], rounds: int, device:
     with Progress() as progress:
         for shape in shapes or SHAPES:
             for method in methods or SUBJECTS:
+                if method in GUIDED and shape not in FORMATS:
+                    continue  # it takes no guidance batch
                 subjects = measure(shape, method, place, rounds, progress)
+                ideal = ideal_run(shape) if method in GUIDED else None
                 title = f"{method} on {shape} ({SHAPES[shape].about})"
-                results[title] = [row(subject, subjects) for subject in subjects]
+                results[title] = [row(subject, subjects, ideal) for subject in subjects]
     name = torch.cuda.get_device_name().lower().replace(" ", "-") if device == "cuda" else "cpu"
     today = datetime.date.today().isoformat()
     path = out or RESULTS / f"{name}-{today}.json"

@@ -118,13 +118,14 @@ def capture(frame: Frame, args: Sequence[Any], kwargs: dict[str, Any],
     The code object is a copy of a name of its own, so what Dynamo keeps per code object (compiled entries) and per name
     (which sizes were seen to change, and are symbolic therefore) stays as it is, and shapes are static.
     """
+    receiver = [backend]  # emptied afterwards: Dynamo remembers every backend, and this one would keep the graph alive
     closure = tuple(types.CellType(frame.locals[name]) for name in frame.code.co_freevars)
     code = frame.code.replace(co_name=f"{frame.code.co_name}_captured_{next(_captures)}")
     function = types.FunctionType(code, frame.globals, code.co_name, None, closure)
 
     def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            backend(gm, inputs)
+            receiver[0](gm, inputs)
         except ValueError as error:
             raise_unwrapped(error)
 
@@ -137,6 +138,8 @@ def capture(frame: Frame, args: Sequence[Any], kwargs: dict[str, Any],
         torch.compile(function, backend=compiler, fullgraph=True)(*args, **kwargs)
     except _Captured:
         return
+    finally:
+        receiver.clear()
     raise RuntimeError("the frame ran without a graph")
 
 

@@ -117,7 +117,7 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
         _require_static(gm, inputs)
         latents = guidance.latents
         if guidance_partner(current_context()) is not None:
-            outputs = sample_output(gm, latents)
+            outputs = sample_output(gm, guidance)
         else:
             half = _build_half(gm, inputs, prepared, options, current)
             outputs, latents, targets = half.outputs_of_full, half.latents, half.targets
@@ -171,7 +171,7 @@ def _build_half(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, o
     built: list[_Half] = []
 
     def trace_half(half: fx.GraphModule, half_inputs: Sequence[Any], call: HalfCall) -> None:
-        full_outputs, half_outputs, latents = paired_outputs(gm, half, guidance.latents)
+        full_outputs, half_outputs, latents = paired_outputs(gm, half, guidance)
         table = find_regions(half)
         targets, skips = common_targets(prepared.targets, prepared.table, table)
         pairs = tuple(_position(half, node) for node in half_outputs) if latents.listed else ()
@@ -182,8 +182,7 @@ def _build_half(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, o
         call = dataclasses.replace(call, pairs=pairs)
         built.append(_Half(traced, run, call, latents, full_outputs, tuple(targets), tuple(skips)))
 
-    first = guidance.latents.unconditional_first
-    capture_half(gm, inputs, guidance.inputs, first, trace_half)
+    capture_half(gm, inputs, guidance, trace_half)
     logger.info("captured once more at half batch, for steps that skip the unconditional branch")
     return built[0]
 

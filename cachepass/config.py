@@ -161,7 +161,7 @@ class PyramidAttentionBroadcastConfig(CacheConfig):
 # Inputs that carry [uncond, cond] batches: diffusers' list, and further names under which its models take them. The
 # longer list applies as long as the user gives none.
 _GUIDED_INPUTS = ("hidden_states", "encoder_hidden_states", "timestep", "attention_mask", "encoder_attention_mask")
-MORE_GUIDED_INPUTS = (
+_MORE_GUIDED_INPUTS = (
     "added_cond_kwargs", "cap_feats", "class_labels", "encoder_hidden_states_image", "encoder_hidden_states_mask",
     "encoder_hidden_states_t5", "guidance", "image_meta_size", "pooled_projections", "sample", "style", "t",
     "text_embedding_mask", "text_embedding_mask_t5", "x",
@@ -272,10 +272,15 @@ class FasterCacheConfig(CacheConfig):
         return _kind_of(self, name)
 
     @property
+    def strict_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that carry [uncond, cond] batches, as given."""
+        return tuple(self._unconditional_conditional_input_kwargs_identifiers)
+
+    @property
     def guided_inputs(self) -> tuple[str, ...]:
-        """Names of the inputs that carry [uncond, cond] batches."""
-        names = tuple(self._unconditional_conditional_input_kwargs_identifiers)
-        return (*names, *MORE_GUIDED_INPUTS) if names == _GUIDED_INPUTS else names
+        """Names of the inputs that may carry such batches: where none were given, some more than diffusers knows."""
+        names = self.strict_inputs
+        return (*names, *_MORE_GUIDED_INPUTS) if names == _GUIDED_INPUTS else names
 
 
 def _kind_of(config: CacheConfig, name: str) -> tuple[int | None, tuple[float, float], tuple[str, ...]]:

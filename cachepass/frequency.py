@@ -67,7 +67,7 @@ class Latents:
                 hint += " with latent_grid=(frames, height, width), if these are tokens"
             raise OutputError(
                 f'the model\'s output is {text}, tensor_format="{self.tensor_format}" has {rank} dimensions',
-                where=where, hint=hint or "the output is no image or video: FasterCache cannot split its frequencies",
+                where=where, hint=hint or "the output is no image or video: it has no spatial frequencies to split",
             )  # fmt: skip
         if self.grid is not None and math.prod(self.grid) != shape[1]:
             raise OutputError(

@@ -18,16 +18,16 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..config import _GUIDED_INPUTS
 from ..errors import BatchError, CachepassError, listing
-from ..methods import Skip, Target
+from ..methods import Guidance, Skip, Target
 from .inputs import input_name
 from .plan import cut_nodes
 from .regions import RegionTable
 from .rewrite import halved_dimension
 
+_NAMES = "_unconditional_conditional_input_kwargs_identifiers"
 _HINT = (
-    "FasterCache halves batches of [uncond, cond] samples. Where the model is called once for each, call it in "
+    "batches of [uncond, cond] samples are halved. Where the model is called once for each, call it in "
     'cachepass.cache_context("cond") and ("uncond"); a guidance-distilled model takes is_guidance_distilled=True'
 )
 
@@ -148,17 +148,17 @@ def _positional_names(explicit: Sequence[Argument], count: int) -> list[str]:
     return (names[skip : skip + count] + [f"args[{i}]" for i in range(count)])[:count]
 
 
-def halve(frame: _torch.Frame, inputs: Sequence[str], unconditional_first: bool) -> tuple[_Arguments, _Halving]:
+def halve(frame: _torch.Frame, guidance: Guidance) -> tuple[_Arguments, _Halving]:
     """The frame's arguments at half batch.
 
     Raises:
         BatchError: No argument has one of the names, the batch is odd, or batches differ.
     """
-    arguments = _Arguments.of(frame)
+    arguments, inputs = _Arguments.of(frame), guidance.inputs
     given = {name: value for name, value in arguments.all if name in inputs and _sized(value)}
     if not given:
         names = [name for name, value in arguments.all if not isinstance(value, torch.nn.Module)]
-        raise BatchError("no tensor input of the model carries a guidance batch", where="FasterCacheConfig",
+        raise BatchError("no tensor input of the model carries a guidance batch", where=f"{guidance.settings}.{_NAMES}",
                          hint=f"known names: {listing(inputs)}; the model's inputs: {listing(names)}")  # fmt: skip
     main = next((name for name in ("hidden_states", "x", "sample") if name in given), next(iter(given)))
     value = given[main]
@@ -167,12 +167,11 @@ def halve(frame: _torch.Frame, inputs: Sequence[str], unconditional_first: bool)
         shape = _shape(value) if isinstance(value, torch.Tensor) else f"a list of {batch}"
         raise BatchError(f"its batch is odd ({shape}): it cannot hold as many unconditional as conditional samples",
                          where=f"input {main}", hint=_HINT)  # fmt: skip
-    halving = _Halving(batch, main, unconditional_first, isinstance(value, (list, tuple)))
-    custom = not set(inputs) >= set(_GUIDED_INPUTS)
+    halving = _Halving(batch, main, guidance.latents.unconditional_first, isinstance(value, (list, tuple)))
 
     def take(name: str, argument: Any) -> Any:
         if name in inputs:
-            return halving.take(argument, name, strict=custom or name in _GUIDED_INPUTS)
+            return halving.take(argument, name, strict=name in guidance.strict_inputs)
         return halving.leave(argument, name)
 
     half = _Arguments([(n, take(n, v)) for n, v in arguments.positional],
@@ -184,7 +183,7 @@ def _sized(value: Any) -> bool:
     return (isinstance(value, torch.Tensor) and value.ndim > 0) or (isinstance(value, (list, tuple)) and bool(value))
 
 
-def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], unconditional_first: bool,
+def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], guidance: Guidance,
                  backend: Callable[[fx.GraphModule, Sequence[Any], HalfCall], None]) -> None:  # fmt: skip
     """Hand the half-batch graph of the frame being traced, whose own graph is ``gm``, to ``backend``.
 
@@ -192,10 +191,11 @@ def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str]
         BatchError: The inputs carry no guidance batch, or the model cannot be traced at half of it.
     """
     frame = _torch.current_frame()
-    arguments, halving = halve(frame, names, unconditional_first)
+    arguments, halving = halve(frame, guidance)
+    first = guidance.latents.unconditional_first
 
     def captured(half: fx.GraphModule, half_inputs: Sequence[Any]) -> None:
-        backend(half, half_inputs, HalfCall(_picks(gm, inputs, half, half_inputs, halving), unconditional_first))
+        backend(half, half_inputs, HalfCall(_picks(gm, inputs, half, half_inputs, halving), first))
 
     try:
         _torch.capture(frame, [v for _, v in arguments.positional], dict(arguments.keyword), captured)
@@ -206,8 +206,8 @@ def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str]
         whole = f"; left whole, with the batch's size in front: {listing(halving.whole)}" if halving.whole else ""
         raise BatchError(
             f"the model cannot be traced at half batch: {reason}", where="torch.compile",
-            hint=f"halved: {listing(halving.halved)}{whole}. Name the inputs that carry guidance batches in "
-                 "FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers",
+            hint=f"halved: {listing(halving.halved)}{whole}. The inputs that carry guidance batches are named in "
+                 f"{guidance.settings}.{_NAMES}",
         ) from error  # fmt: skip
 
 

@@ -10,8 +10,7 @@ from torch import fx
 
 from ..errors import OutputError
 from ..frequency import Latents
-
-_WHERE = "FasterCacheConfig.tensor_format"
+from ..methods import Guidance
 
 
 def returned(gm: fx.GraphModule) -> list[fx.Node]:
@@ -20,7 +19,7 @@ def returned(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in dict.fromkeys(nodes) if n.meta["example_value"].is_floating_point()]
 
 
-def sample_output(gm: fx.GraphModule, latents: Latents) -> list[fx.Node]:
+def sample_output(gm: fx.GraphModule, guidance: Guidance) -> list[fx.Node]:
     """The sample among the returned values: the first one.
 
     Raises:
@@ -28,39 +27,39 @@ def sample_output(gm: fx.GraphModule, latents: Latents) -> list[fx.Node]:
     """
     values = returned(gm)
     if not values:
-        raise OutputError("the model returns no floating-point tensor", where=_WHERE)
-    latents.check(_shape(values[0]), _WHERE)
+        raise OutputError("the model returns no floating-point tensor", where=guidance.settings)
+    guidance.latents.check(_shape(values[0]), f"{guidance.settings}.tensor_format")
     return values[:1]
 
 
 def paired_outputs(full: fx.GraphModule, half: fx.GraphModule,
-                   latents: Latents) -> tuple[list[fx.Node], list[fx.Node], Latents]:  # fmt: skip
+                   guidance: Guidance) -> tuple[list[fx.Node], list[fx.Node], Latents]:  # fmt: skip
     """The sample among the values that a model returns at full and at half batch; a list of samples, if it is one.
 
     Raises:
         OutputError: The sample does not halve with the batch, or is no image or video in the given format.
     """
-    of_full, of_half = returned(full), returned(half)
+    of_full, of_half, where = returned(full), returned(half), f"{guidance.settings}.tensor_format"
     shapes = [_shape(n) for n in of_full], [_shape(n) for n in of_half]
     if shapes[0] and shapes[1] and len(shapes[0]) == 2 * len(shapes[1]) and len({*shapes[0], *shapes[1]}) == 1:
-        latents = replace(latents, listed=True)
-        latents.check((len(of_half), *shapes[1][0]), _WHERE)
+        latents = replace(guidance.latents, listed=True)
+        latents.check((len(of_half), *shapes[1][0]), where)
         return of_full, of_half, latents
     if not shapes[0] or len(shapes[0]) != len(shapes[1]) or not _halves(shapes[0][0], shapes[1][0]):
         raise OutputError(
             f"the model's output does not follow its batch: it returns {_text(shapes[0])} for the whole batch and "
-            f"{_text(shapes[1])} for half of it", where=_WHERE,
-            hint="FasterCache needs an output of [uncond, cond] samples; name all inputs that carry such batches in "
-                 "FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers",
+            f"{_text(shapes[1])} for half of it", where=where,
+            hint="the output must hold [uncond, cond] samples; the inputs that carry such batches are named in "
+                 f"{guidance.settings}._unconditional_conditional_input_kwargs_identifiers",
         )  # fmt: skip
-    latents.check(shapes[0][0], _WHERE)
+    guidance.latents.check(shapes[0][0], where)
     others = [i for i in range(1, len(of_full)) if shapes[0][i] != shapes[1][i]]
     if others:
         raise OutputError(
             f"output {others[0]} of the model ({_text(shapes[0][others[0] : others[0] + 1])}) carries the batch too; "
-            "FasterCache estimates the first one only", where="the model's output",
+            "only the first one is estimated", where="the model's output",
         )  # fmt: skip
-    return of_full[:1], of_half[:1], latents
+    return of_full[:1], of_half[:1], guidance.latents
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

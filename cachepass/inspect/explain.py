@@ -147,7 +147,7 @@ def explain(model: Callable[..., Any], *args: Any, cache: object, options: Mappi
         with torch.no_grad():
             torch.compile(call, backend=backend, fullgraph=True)(*args, **kwargs)
     except _Captured:
-        return result[0]
+        return result.pop()  # Dynamo remembers every backend, and with it this list
     raise CachepassError("the model runs no tensor operation", where="explain")
 
 

@@ -120,7 +120,9 @@ class Guidance:
     Attributes:
         group: The schedule of the unconditional branch.
         latents: The model's output, handed to the routes' transforms.
+        settings: Where the user sets it up, for messages: the config class.
         inputs: Names of the inputs that carry guidance batches.
+        strict_inputs: Those of them that must; the others may.
         slots: What is kept of the output, by name; True: in fp32 (fp64 for fp64), False: in the output's dtype.
         both, half: Routes of a guidance batch: computed in full, and on its conditional half.
         cond, uncond, answer: Routes of a step of two calls: the conditional one, the unconditional one computed, and
@@ -129,7 +131,9 @@ class Guidance:
 
     group: str
     latents: Latents
+    settings: str
     inputs: tuple[str, ...]
+    strict_inputs: tuple[str, ...]
     slots: Mapping[str, bool]
     both: Route
     half: Route
@@ -146,6 +150,9 @@ class Method(ABC):
 
     #: The schedule reads the timestep.
     needs_timestep: bool = False
+
+    #: Its weights are functions of the model's modules.
+    needs_model: bool = False
 
     #: What is done with classifier-free guidance; None: nothing.
     guidance: Guidance | None = None

@@ -47,13 +47,17 @@ class FasterCache(Method):
     def __init__(self, config: FasterCacheConfig) -> None:
         self.config = config
         self.kinds = tuple(kind for kind in _KINDS if config.kind(kind)[0] is not None)
-        constant = config.attention_weight_callback is None
-        self._forecast = Forecast("extrapolate", history=2, recursive=True, per_region=not constant)
+        callbacks = (config.attention_weight_callback, config.low_frequency_weight_callback,
+                     config.high_frequency_weight_callback)  # fmt: skip
+        self.needs_model = any(callback is not None for callback in callbacks)
+        per_region = config.attention_weight_callback is not None
+        self._forecast = Forecast("extrapolate", history=2, recursive=True, per_region=per_region)
         if not config.is_guidance_distilled:
             grid = tuple(config.latent_grid) if config.latent_grid is not None else None
             latents = Latents(config.tensor_format, grid, config.unconditional_first)
             self.guidance = Guidance(
-                GROUP, latents, config.guided_inputs, {"low": True, "high": True, "cond": False},
+                group=GROUP, latents=latents, settings=type(config).__name__, inputs=config.guided_inputs,
+                strict_inputs=config.strict_inputs, slots={"low": True, "high": True, "cond": False},
                 both=BOTH, half=HALF, cond=COND, uncond=UNCOND, answer=ANSWER,
             )  # fmt: skip
 

@@ -31,7 +31,6 @@ from .state import RunState
 
 logger = logging.getLogger(__name__)
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
-_MODULE_CALLBACKS = ("attention_weight_callback", "low_frequency_weight_callback", "high_frequency_weight_callback")
 _QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
 
 
@@ -82,7 +81,6 @@ class Dispatcher:
         self.current = CurrentCall()
         self._lock = threading.Lock()
         self._warned = False
-        self._callbacks = any(callable(getattr(method.config, name, None)) for name in _MODULE_CALLBACKS)
         self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
         self._watch_timestep = method.needs_timestep or options.num_inference_steps is None
         self._read_identity = operator.itemgetter(*layout.identity) if layout.identity else None
@@ -127,7 +125,7 @@ class Dispatcher:
 
     def _decide(self, state: RunState, partner: RunState | None, timestep: float | None) -> StepCall:
         """The schedule: the call's route, and what is predicted on it with which weights."""
-        step = Step(state.clock.index, timestep, self._root() if self._callbacks else None)
+        step = Step(state.clock.index, timestep, self._root() if self.method.needs_model else None)
         route, allowed, scheduled = WHOLE, True, tuple(state.groups)
         guidance = self.method.guidance
         predicted, computed, weights = [], [], {}

@@ -22,7 +22,10 @@ import cachepass
 
 _FORECAST = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 5, "max_order": 1,
              "taylor_factors_dtype": torch.float32}  # fmt: skip
-_ALWAYS = (-1.0, 1001.0)
+
+_FASTER = {"method": "fastercache", "tensor_format": "BCHW", "unconditional_batch_skip_range": 4,
+           "unconditional_batch_timestep_skip_range": (-1, 900),
+           "spatial_attention_timestep_skip_range": (-1, 900)}  # fmt: skip
 
 #: One row each: what it is called, and ``options["cache"]`` (None: plain Inductor).
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -34,6 +37,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "PAB, attention and MLP": {"method": "pab", "spatial_attention_block_skip_range": 3, "mlp_block_skip_range": 3,
                                "spatial_attention_timestep_skip_range": (100, 950),
                                "mlp_timestep_skip_range": (100, 950)},
+    "FasterCache, branch": {**_FASTER, "spatial_attention_block_skip_range": None},
+    "FasterCache, branch and attention": _FASTER,
 }  # fmt: skip
 
 
