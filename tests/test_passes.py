@@ -52,6 +52,17 @@ class Chain(nn.Module):
         return self.second(self.first(torch.sin(x)))
 
 
+class Guided(nn.Module):
+    """An image model: ``[2B, 1, 2, 4]``, timestep ``[2B]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = Gate()
+
+    def forward(self, hidden_states, timestep):
+        return hidden_states + self.gate(torch.sin(hidden_states)) * timestep.view(-1, 1, 1, 1)
+
+
 class Goldens(TestCase):
     def check(self, model, cache, phase, expected, options=COUNT):
         with torch.no_grad():
@@ -198,6 +209,68 @@ class Goldens(TestCase):
 +cached_mul_1: f32[1, 2, 4] = aten.mul.Tensor(history[second:0][1], cached_select_1)
 +cached_add: f32[1, 2, 4] = aten.add.Tensor(cached_mul, cached_mul_1)
 +return (cached_add)
+""",
+        )
+
+    def test_fastercache_half_batch(self):
+        """The model on the second half of the batch (which ``explain`` is given whole), then the estimate of the first."""
+        cache = {"method": "fastercache", "tensor_format": "BCHW", "spatial_attention_block_skip_range": None}
+        with torch.no_grad():
+            diff = graph_diff(Guided().eval(), X.view(1, 1, 2, 4).repeat(4, 1, 1, 1), T.repeat(4), cache=cache,
+                              phase="half", options=COUNT)  # fmt: skip
+        self.assertExpectedInline(
+            "\n" + diff + "\n",
+            """\
+
++weights[unconditional]: f32[2]
++output[low]: f32[2, 1, 2, 4]
++output[high]: f32[2, 1, 2, 4]
+-return (add)
++cached_select: f32[] = aten.select.int(weights[unconditional], 0, 0)
++cached_mul: f32[2, 1, 2, 4] = aten.mul.Tensor(cached_select, output[low])
++cached_add: f32[2, 1, 2, 4] = aten.add.Tensor(add, cached_mul)
++cached_select_1: f32[] = aten.select.int(weights[unconditional], 0, 1)
++cached_mul_1: f32[2, 1, 2, 4] = aten.mul.Tensor(cached_select_1, output[high])
++cached_add_1: f32[2, 1, 2, 4] = aten.add.Tensor(cached_add, cached_mul_1)
++cached_cat: f32[4, 1, 2, 4] = aten.cat.default([cached_add_1, add])
++return (cached_cat)
+""",
+        )
+
+    def test_fastercache_both(self):
+        cache = {"method": "fastercache", "tensor_format": "BCHW", "spatial_attention_block_skip_range": None}
+        with torch.no_grad():
+            diff = graph_diff(Guided().eval(), X.view(1, 1, 2, 4).repeat(4, 1, 1, 1), T.repeat(4), cache=cache,
+                              phase="both", options=COUNT)  # fmt: skip
+        self.assertExpectedInline(
+            "\n" + diff + "\n",
+            """\
+
++output[low]: f32[2, 1, 2, 4]
++output[high]: f32[2, 1, 2, 4]
++cached_split: (f32[2, 1, 2, 4], f32[2, 1, 2, 4]) = aten.split.Tensor(add, 2)
++cached_getitem: f32[2, 1, 2, 4] = getitem(cached_split, 0)
++cached_getitem_1: f32[2, 1, 2, 4] = getitem(cached_split, 1)
++cached_sub: f32[2, 1, 2, 4] = aten.sub.Tensor(cached_getitem, cached_getitem_1)
++cached_iota: i64[2] = prims.iota.default(2, start=0, step=1, dtype=torch.int64, device=device(type='cpu'), requires_grad=False)
++cached_sub_1: i64[2] = aten.sub.Tensor(2, cached_iota)
++cached_minimum: i64[2] = aten.minimum.default(cached_iota, cached_sub_1)
++cached_iota_1: i64[3] = prims.iota.default(3, start=0, step=1, dtype=torch.int64, device=device(type='cpu'), requires_grad=False)
++cached_unsqueeze: i64[2, 1] = aten.unsqueeze.default(cached_minimum, 1)
++cached_pow: i64[2, 1] = aten.pow.Tensor_Scalar(cached_unsqueeze, 2)
++cached_pow_1: i64[3] = aten.pow.Tensor_Scalar(cached_iota_1, 2)
++cached_add: i64[2, 3] = aten.add.Tensor(cached_pow, cached_pow_1)
++cached_le: b8[2, 3] = aten.le.Scalar(cached_add, 0)
++cached_convert_element_type: f32[2, 3] = prims.convert_element_type.default(cached_le, torch.float32)
++cached_fft_r2c: c64[2, 1, 2, 3] = aten._fft_r2c.default(cached_sub, [2, 3], 0, True)
++cached_view_as_real: f32[2, 1, 2, 3, 2] = aten.view_as_real.default(cached_fft_r2c)
++cached_unsqueeze_1: f32[2, 3, 1] = aten.unsqueeze.default(cached_convert_element_type, 2)
++cached_mul: f32[2, 1, 2, 3, 2] = aten.mul.Tensor(cached_view_as_real, cached_unsqueeze_1)
++cached_view_as_complex: c64[2, 1, 2, 3] = aten.view_as_complex.default(cached_mul)
++cached_fft_c2r: f32[2, 1, 2, 4] = aten._fft_c2r.default(cached_view_as_complex, [2, 3], 2, 4)
++cached_sub_2: f32[2, 1, 2, 4] = aten.sub.Tensor(cached_sub, cached_fft_c2r)
++cached_copy: f32[2, 1, 2, 4] = aten.copy_.default(output[low], cached_fft_c2r)
++cached_copy_1: f32[2, 1, 2, 4] = aten.copy_.default(output[high], cached_sub_2)
 """,
         )
 

@@ -15,7 +15,8 @@ from torch import fx
 from .. import _torch
 
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64",
-           torch.int64: "i64", torch.int32: "i32", torch.bool: "b8"}  # fmt: skip
+           torch.int64: "i64", torch.int32: "i32", torch.bool: "b8",
+           torch.complex64: "c64"}  # fmt: skip
 
 
 def readable(graph: fx.Graph, names: dict[str, str] | None = None) -> str:

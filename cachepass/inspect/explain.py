@@ -16,7 +16,7 @@ from ..config import parse_cache
 from ..errors import CachepassError
 from ..graph.plan import CachePlan, Phase, phase_name
 from ..graph.show import diff, readable
-from ..methods import PLAIN, Region, Route, Skip, Target
+from ..methods import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
 from ..options import CompileOptions
 from ..runtime.program import CurrentCall, Program
 from .tables import human_bytes, table
@@ -56,25 +56,28 @@ class Explanation:
     def graph(self, phase: str = "canonical") -> str:
         """The readable graph of a phase; ``"plain"``: without caching, ``"canonical"``: the conditional form.
 
-        Where calls take different routes, each has a canonical form: ``"canonical:half"``.
+        Where calls take different routes, each has a canonical form: ``"canonical:half"``. The half-batch graph has a
+        plain form too: ``"plain:half"``.
         """
         program = self._program
-        if phase == "plain":
-            return readable(program.canonical(PLAIN).gm.graph, program.names(PLAIN))
-        if phase in self._canonical:
-            route = self._canonical[phase]
+        if phase in self._routes:
+            route = self._routes[phase]
             return readable(program.canonical(route).gm.graph, program.names(route))
         found = self._phase(phase)
         return readable(program.specialized(found).gm.graph, program.names(found.route))
 
     @property
-    def _canonical(self) -> dict[str, Route]:
+    def _routes(self) -> dict[str, Route]:
+        """Graphs that are no phase's, by name."""
         routes = dict.fromkeys(phase.route for phase in self.plan.phases)
-        return {f"canonical:{route.name}" if route.name else "canonical": route for route in routes}
+        plain = {route.name: route for route in (PLAIN, PLAIN_HALF)[: 1 + any(route.half for route in routes)]}
+        return plain | {f"canonical:{route.name}" if route.name else "canonical": route for route in routes}
 
     def diff(self, phase: str = "predict", context: int = 1) -> str:
-        """Unified diff from the model's plain graph to that of a phase."""
-        return diff(self.graph("plain"), self.graph(phase), fromfile="plain", tofile=phase, context=context)
+        """Unified diff from the model's plain graph (that of half the batch, for phases that run on it) to a phase's."""
+        route = self._routes.get(phase) or self._phase(phase).route
+        plain = PLAIN_HALF.name if route.half else PLAIN.name
+        return diff(self.graph(plain), self.graph(phase), fromfile=plain, tofile=phase, context=context)
 
     def nodes(self, phase: str) -> int:
         """Number of ATen operations in a phase."""
@@ -86,7 +89,7 @@ class Explanation:
 
     def _phase(self, name: str) -> Phase:
         if name not in self.phases:
-            known = ", ".join(("plain", *self._canonical, *self.phases))
+            known = ", ".join((*self._routes, *self.phases))
             raise CachepassError(f"there is no phase {name!r}", where="explain", hint=f"phases: {known}")
         return self.plan.phases[self.phases.index(name)]
 

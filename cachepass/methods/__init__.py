@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import CacheConfig, FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
-from .base import PLAIN, WHOLE, GroupHistory, Guidance, Method, Region, Route, Selection, Skip, Step, Target
+from .base import PLAIN, PLAIN_HALF, WHOLE, GroupHistory, Guidance, Method, Region, Route, Selection, Skip, Step, Target
 from .fastercache import FasterCache
 from .pab import PyramidAttentionBroadcast
 from .taylorseer import TaylorSeer
@@ -25,6 +25,7 @@ def make_method(config: CacheConfig) -> Method:
 
 __all__ = [
     "PLAIN",
+    "PLAIN_HALF",
     "WHOLE",
     "GroupHistory",
     "Guidance",

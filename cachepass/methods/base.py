@@ -111,6 +111,7 @@ class Route:
 
 WHOLE = Route()
 PLAIN = Route("plain", predicts=False, keeps=False)  # the model as it would be without a cache
+PLAIN_HALF = Route("plain:half", half=True, predicts=False, keeps=False)
 
 
 @dataclass(frozen=True)
