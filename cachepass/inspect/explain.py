@@ -74,7 +74,7 @@ class Explanation:
         return plain | {f"canonical:{route.name}" if route.name else "canonical": route for route in routes}
 
     def diff(self, phase: str = "predict", context: int = 1) -> str:
-        """Unified diff from the model's plain graph (that of half the batch, for phases that run on it) to a phase's."""
+        """Unified diff from the plain graph (of half the batch, for phases that run on it) to that of a phase."""
         route = self._routes.get(phase) or self._phase(phase).route
         plain = PLAIN_HALF.name if route.half else PLAIN.name
         return diff(self.graph(plain), self.graph(phase), fromfile=plain, tofile=phase, context=context)
