@@ -84,7 +84,8 @@ def low_frequencies(x: torch.Tensor) -> torch.Tensor:
     rows = torch.minimum(rows, height - rows)
     columns = torch.arange(width // 2 + 1, device=x.device)
     disc = (rows[:, None] ** 2 + columns**2 <= radius**2).to(x.dtype)
-    spectrum = torch.view_as_real(torch.fft.rfft2(x)) * disc[..., None]
+    # Made contiguous: for other strides the transforms' results have strides of their own, which differ by version.
+    spectrum = torch.view_as_real(torch.fft.rfft2(x.contiguous())) * disc[..., None]
     return torch.fft.irfft2(torch.view_as_complex(spectrum), s=(height, width))
 
 
