@@ -81,10 +81,10 @@ def raise_unwrapped(error: Exception) -> NoReturn:
 
 def root_modules() -> list[torch.nn.Module]:
     """The modules among the local variables of the frame that Dynamo is tracing (``self`` first); outside: none."""
-    try:
-        scope: dict[str, Any] = InstructionTranslator.current_tx().output.root_tx.f_locals  # pyright: ignore
-    except AttributeError:
+    frame = current_frame()
+    if frame is None:
         return []
+    scope = frame.locals
     names = sorted(scope, key=lambda name: name != "self")
     return [scope[name] for name in names if isinstance(scope[name], torch.nn.Module)]
 
@@ -98,9 +98,12 @@ class Frame:
     locals: dict[str, Any]
 
 
-def current_frame() -> Frame:
-    """The outermost frame of the graph that a backend was just given."""
-    tx: Any = InstructionTranslator.current_tx().output.root_tx
+def current_frame() -> Frame | None:
+    """The outermost frame of the graph that a backend was just given; outside of Dynamo: None."""
+    try:
+        tx: Any = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
     return Frame(tx.f_code, tx.f_globals, dict(tx.f_locals))
 
 
@@ -135,7 +138,7 @@ def capture(frame: Frame, args: Sequence[Any], kwargs: dict[str, Any],
         return stop
 
     try:
-        torch.compile(function, backend=compiler, fullgraph=True)(*args, **kwargs)
+        torch.compile(function, backend=compiler, fullgraph=True, dynamic=False)(*args, **kwargs)
     except _Captured:
         return
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -490,6 +491,30 @@ def test_another_resolution_is_another_static_program():
         assert all(isinstance(size, int) for cut in program.plan.cuts for size in cut.shape)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_positional_inputs_of_a_wrapped_forward(dynamic):
+    """Models of diffusers wrap ``forward`` in a function of ``*args``: inputs are known by the signature behind it."""
+
+    def wrapped(function):
+        @functools.wraps(function)
+        def forward(self, *args, **kwargs):
+            return function(self, *args, **kwargs)
+
+        return forward
+
+    class Wrapped(Guided):
+        forward = wrapped(Guided.forward)
+
+    torch.manual_seed(0)
+    options = {"cache": SMALL, "lowering": "eager"}
+    model = torch.compile(Wrapped().eval(), backend="cached_inductor", fullgraph=True, dynamic=dynamic, options=options)
+    torch.manual_seed(0)
+    same = small()
+    for x, t in guided_calls(4):
+        assert relative_error(model(x, t), same(x, t)) < TOLERANCE
+    assert cachepass.summary(model).predicted["unconditional"] == 2
+
+
 def test_low_frequencies_are_a_projection_onto_a_disc():
     x = torch.randn(2, 3, 12, 15, dtype=torch.float64)
     low = low_frequencies(x)
@@ -537,6 +562,17 @@ def test_a_batched_input_that_is_not_named_is_pointed_at():
     names = ["hidden_states", "timestep", "shift"]
     model = small({**SMALL, "_unconditional_conditional_input_kwargs_identifiers": names})
     assert model(x, t, torch.ones(4, 8)).shape == x.shape
+
+
+def test_a_function_that_makes_the_batch_is_told_what_to_compile():
+    model = guided()
+
+    def step(x, timestep):
+        return model(torch.cat([x, x]), timestep.expand(2))
+
+    x, t = guided_calls(1, batch=1)[0]
+    with pytest.raises(cachepass.BatchError, match="the transformer, not a function that makes the batch"):
+        small(model=step)(x, t)
 
 
 def test_no_input_of_a_known_name():

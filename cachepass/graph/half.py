@@ -9,7 +9,6 @@ a batch of one is a batch of one. Nothing runs: the capture ends where the graph
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from torch import fx
 from .. import _torch
 from ..errors import BatchError, CachepassError, listing
 from ..methods import Guidance, Skip, Target
-from .inputs import input_name
+from .inputs import Arguments, input_name
 from .plan import cut_nodes
 from .regions import RegionTable
 from .rewrite import halved_dimension
@@ -28,7 +27,8 @@ from .rewrite import halved_dimension
 _NAMES = "_unconditional_conditional_input_kwargs_identifiers"
 _HINT = (
     "batches of [uncond, cond] samples are halved. Where the model is called once for each, call it in "
-    'cachepass.cache_context("cond") and ("uncond"); a guidance-distilled model takes is_guidance_distilled=True'
+    'cachepass.cache_context("cond") and ("uncond"); a guidance-distilled model takes is_guidance_distilled=True. '
+    "What is compiled takes the batch as its input: the transformer, not a function that makes the batch for it"
 )
 
 
@@ -110,51 +110,13 @@ def _shape(value: torch.Tensor) -> str:
     return "x".join(map(str, value.shape)) or "a scalar"
 
 
-Argument = tuple[str, Any]
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """The arguments of a frame by name."""
-
-    positional: list[Argument]
-    keyword: list[Argument]
-
-    @staticmethod
-    def of(frame: _torch.Frame) -> _Arguments:
-        code, scope = frame.code, frame.locals
-        names, count = code.co_varnames, code.co_argcount
-        positional = [(name, scope[name]) for name in names[:count]]
-        count += code.co_kwonlyargcount
-        keyword = [(name, scope[name]) for name in names[code.co_argcount : count]]
-        if code.co_flags & inspect.CO_VARARGS:
-            extra = scope[names[count]]
-            positional += zip(_positional_names(positional, len(extra)), extra, strict=True)
-            count += 1
-        if code.co_flags & inspect.CO_VARKEYWORDS:
-            keyword += scope[names[count]].items()
-        return _Arguments(positional, keyword)
-
-    @property
-    def all(self) -> list[Argument]:
-        return [*self.positional, *self.keyword]
-
-
-def _positional_names(explicit: Sequence[Argument], count: int) -> list[str]:
-    """Names for ``*args`` of a wrapped ``forward``: those of the module's own signature."""
-    owner = next((value for _, value in explicit if isinstance(value, torch.nn.Module)), None)
-    names = list(inspect.signature(owner.forward).parameters) if owner is not None else []
-    skip = len(explicit) - (owner is not None)
-    return (names[skip : skip + count] + [f"args[{i}]" for i in range(count)])[:count]
-
-
-def halve(frame: _torch.Frame, guidance: Guidance) -> tuple[_Arguments, _Halving]:
+def halve(frame: _torch.Frame, guidance: Guidance) -> tuple[Arguments, _Halving]:
     """The frame's arguments at half batch.
 
     Raises:
         BatchError: No argument has one of the names, the batch is odd, or batches differ.
     """
-    arguments, inputs = _Arguments.of(frame), guidance.inputs
+    arguments, inputs = Arguments.of(frame), guidance.inputs
     given = {name: value for name, value in arguments.all if name in inputs and _sized(value)}
     if not given:
         names = [name for name, value in arguments.all if not isinstance(value, torch.nn.Module)]
@@ -174,7 +136,7 @@ def halve(frame: _torch.Frame, guidance: Guidance) -> tuple[_Arguments, _Halving
             return halving.take(argument, name, strict=name in guidance.strict_inputs)
         return halving.leave(argument, name)
 
-    half = _Arguments([(n, take(n, v)) for n, v in arguments.positional],
+    half = Arguments([(n, take(n, v)) for n, v in arguments.positional],
                       [(n, take(n, v)) for n, v in arguments.keyword])  # fmt: skip
     return half, halving
 
@@ -191,6 +153,7 @@ def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], guidance: Guidance,
         BatchError: The inputs carry no guidance batch, or the model cannot be traced at half of it.
     """
     frame = _torch.current_frame()
+    assert frame is not None, "a backend runs inside Dynamo"
     arguments, halving = halve(frame, guidance)
     first = guidance.latents.unconditional_first
 

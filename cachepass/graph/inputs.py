@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,51 @@ from .regions import dotted
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma")
 _LOCAL = re.compile(r"^[LG]\['([^']+)'\]")
+
+
+Argument = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a frame by name.
+
+    ``variadic``: names of what came as ``*args``, by where Dynamo sees it: ``("args.0", "hidden_states")``.
+    """
+
+    positional: list[Argument]
+    keyword: list[Argument]
+    variadic: tuple[tuple[str, str], ...] = ()
+
+    @staticmethod
+    def of(frame: _torch.Frame) -> Arguments:
+        code, scope = frame.code, frame.locals
+        names, count = code.co_varnames, code.co_argcount
+        positional = [(name, scope[name]) for name in names[:count]]
+        count += code.co_kwonlyargcount
+        keyword = [(name, scope[name]) for name in names[code.co_argcount : count]]
+        variadic: tuple[tuple[str, str], ...] = ()
+        if code.co_flags & inspect.CO_VARARGS:
+            extra = scope[names[count]]
+            known = _positional_names(positional, len(extra))
+            variadic = tuple((f"{names[count]}.{i}", name) for i, name in enumerate(known))
+            positional += zip(known, extra, strict=True)
+            count += 1
+        if code.co_flags & inspect.CO_VARKEYWORDS:
+            keyword += scope[names[count]].items()
+        return Arguments(positional, keyword, variadic)
+
+    @property
+    def all(self) -> list[Argument]:
+        return [*self.positional, *self.keyword]
+
+
+def _positional_names(explicit: Sequence[Argument], count: int) -> list[str]:
+    """Names for ``*args`` of a wrapped ``forward``: those of the module's own signature."""
+    owner = next((value for _, value in explicit if isinstance(value, torch.nn.Module)), None)
+    names = list(inspect.signature(owner.forward).parameters) if owner is not None else []
+    skip = len(explicit) - (owner is not None)
+    return (names[skip : skip + count] + [f"args[{i}]" for i in range(count)])[:count]
 
 
 def input_name(placeholder: fx.Node) -> str:
@@ -65,6 +111,8 @@ class GraphInputs:
 
 def read_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphInputs:
     """Names and roles of a Dynamo graph's inputs."""
+    frame = _torch.current_frame()
+    given = dict(Arguments.of(frame).variadic) if frame is not None else {}
     placeholders = gm.graph.find_nodes(op="placeholder")
     parameters, buffers = [], []
     for i, node in enumerate(placeholders):
@@ -74,4 +122,6 @@ def read_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphInputs:
         elif isinstance(inputs[i], torch.Tensor) and "_buffers[" in source:
             buffers.append(i)
     held = tuple(sorted((*parameters, *buffers)))
-    return GraphInputs(tuple(map(input_name, placeholders)), held, tuple(parameters or buffers))
+    names = [input_name(node) for node in placeholders]
+    names = [given.get(name, name) for name in names]
+    return GraphInputs(tuple(names), held, tuple(parameters or buffers))
