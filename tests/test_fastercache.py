@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -515,6 +517,32 @@ def test_positional_inputs_of_a_wrapped_forward(dynamic):
     assert cachepass.summary(model).predicted["unconditional"] == 2
 
 
+def test_the_capture_at_half_batch_keeps_nothing_alive():
+    model = guided()
+    compiled_model = small(model=model, num_inference_steps=3)
+    references = [weakref.ref(model)]
+    for x, t in guided_calls(3):
+        compiled_model(x, t)
+        references += [weakref.ref(x), weakref.ref(t)]
+    del model, compiled_model, x, t
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 7
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_cuda(lowering):
+    """The same results as the eager lowering, for a guidance batch and for two calls per step."""
+    fast, slow = (small(model=guided().cuda(), num_inference_steps=7, lowering=name) for name in (lowering, "eager"))
+    for x, t in guided_calls(7):
+        x, t = x.cuda(), t.cuda()
+        assert relative_error(fast(x, t), slow(x, t)) < TOLERANCE
+        for context, half in (("cond", slice(2, 4)), ("uncond", slice(0, 2))):
+            with cachepass.cache_context(context):
+                assert relative_error(fast(x[half], t[half]), slow(x[half], t[half])) < TOLERANCE
+
+
 def test_low_frequencies_are_a_projection_onto_a_disc():
     x = torch.randn(2, 3, 12, 15, dtype=torch.float64)
     low = low_frequencies(x)
@@ -641,12 +669,16 @@ def test_a_grid_of_another_size():
         small(cache, Tokens().eval())(torch.randn(4, 30, 8), torch.full((4,), 900.0))
 
 
-def test_a_batch_where_two_calls_were_captured():
+@pytest.mark.parametrize(("first", "then"), [("cond", "default"), ("default", "cond")])
+def test_another_way_of_calling_at_the_same_size(first, then):
     model = small()
     x, t = guided_calls(1)[0]
-    with cachepass.cache_context("cond"):
+    with cachepass.cache_context(first):
         model(x, t)
-    with pytest.raises(cachepass.BatchError, match="captured for two calls per step"):
+    captured = "two calls per step" if first == "cond" else "guidance batches"
+    with cachepass.cache_context(then), pytest.raises(cachepass.BatchError, match=f"captured for {captured}"):
+        model(x, t)
+    with cachepass.cache_context(first):
         model(x, t)
 
 

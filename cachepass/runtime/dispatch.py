@@ -161,15 +161,18 @@ class Dispatcher:
     def _partner(self, instance: Instance, context: str) -> RunState | None:
         """The state of the other call of a two-call guidance step; None for a guidance batch."""
         pair = guidance_partner(context)
-        if pair is not None:
-            return self._state(instance, pair[1])
-        if self.half is None:
-            raise BatchError(
-                "this call brings a guidance batch, but the model was captured for two calls per step (in the cache "
-                "contexts 'cond' and 'uncond')", where=f"cache context {context!r}",
-                hint="call it in those contexts, or call torch._dynamo.reset() before changing the way of calling",
-            )  # fmt: skip
-        return None
+        if (pair is None) == (self.half is not None):
+            return None if pair is None else self._state(instance, pair[1])
+        ways = (
+            "two calls per step (in the cache contexts 'cond' and 'uncond')",
+            "guidance batches (in one call per step)",
+        )
+        captured, called = ways if self.half is None else reversed(ways)
+        raise BatchError(
+            f"the model was captured for {captured} at this size and is called as for {called}",
+            where=f"cache context {context!r}",
+            hint="call torch._dynamo.reset() before changing the way of calling",
+        )
 
     def _route(self, guidance: Guidance, state: RunState, partner: RunState | None, step: Step) -> Route:
         if partner is None:
