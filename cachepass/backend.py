@@ -110,7 +110,7 @@ class Built:
 def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
           current: CurrentCall) -> Built:  # fmt: skip
     """From the Dynamo graph to the program whose variants are compiled on demand."""
-    guidance, targets, skips = prepared.method.guidance, prepared.targets, prepared.skips
+    guidance, targets, skips, notes = prepared.method.guidance, prepared.targets, prepared.skips, prepared.notes
     outputs: list[fx.Node] = []
     latents = half = None
     if guidance is not None:
@@ -122,13 +122,14 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
             half = _build_half(gm, inputs, prepared, options, current)
             outputs, latents, targets = half.outputs_of_full, half.latents, half.targets
             skips = (*skips, *half.skips)
+            notes = (*notes, f"captured at half batch too; halved on steps that run it: {', '.join(half.call.names)}")
     annotate(gm, list(targets), prepared.table)
     annotate_output(gm, outputs)
     full, run = _trace(gm, inputs, prepared.names, options, current)
     planned = full if half is None else half.traced
     if half is not None:
         check_halves(full.gm.graph, half.traced.gm.graph)
-    plan = make_plan(planned.gm, targets, spare=options.lowering == "cond", skips=skips, notes=prepared.notes,
+    plan = make_plan(planned.gm, targets, spare=options.lowering == "cond", skips=skips, notes=notes,
                      guidance=guidance, latents=latents, halved=half is not None)  # fmt: skip
     for cut in plan.cuts:
         logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")

@@ -336,6 +336,7 @@ def test_the_half_batch_program_has_half_batch_shapes_and_no_fourier_transform()
     x, t = guided_calls(1)[0]
     explanation = cachepass.explain(guided(), x, t, cache=SMALL)
     assert explanation.phases == ("both", "half", "half/predict")
+    assert "halved on steps that run it: hidden_states, timestep" in str(explanation)
     assert "fft" in explanation.graph("both")
     for phase in ("half", "half/predict"):
         assert "fft" not in explanation.graph(phase)

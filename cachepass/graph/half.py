@@ -39,11 +39,13 @@ class HalfCall:
     Attributes:
         picks: For each input: the index of the full graph's input, and whether its conditional half is taken.
         unconditional_first: The conditional half is the second one.
+        names: Of the inputs that are halved.
         pairs: Outputs that come as pairs (uncond, cond) of one sample each; the full graph returns them one by one.
     """
 
     picks: tuple[tuple[int, bool], ...]
     unconditional_first: bool
+    names: tuple[str, ...] = ()
     pairs: tuple[int, ...] = ()
 
     def inputs(self, full: Sequence[Any]) -> list[Any]:
@@ -158,7 +160,8 @@ def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], guidance: Guidance,
     first = guidance.latents.unconditional_first
 
     def captured(half: fx.GraphModule, half_inputs: Sequence[Any]) -> None:
-        backend(half, half_inputs, HalfCall(_picks(gm, inputs, half, half_inputs, halving), first))
+        picks = _picks(gm, inputs, half, half_inputs, halving)
+        backend(half, half_inputs, HalfCall(picks, first, tuple(halving.halved)))
 
     try:
         _torch.capture(frame, [v for _, v in arguments.positional], dict(arguments.keyword), captured)
@@ -184,13 +187,20 @@ def _picks(gm: fx.GraphModule, inputs: Sequence[Any], half: fx.GraphModule, half
     for node, value in zip(half.graph.find_nodes(op="placeholder"), half_inputs, strict=True):
         _, origin = halving.origin.get(id(value), (None, None))
         index = by_tensor.get(id(value if origin is None else origin))
-        if index is None:
+        if index is None and not halving.sample_lists:  # in lists the same place holds another sample
             index = by_source.get(_torch.placeholder_source(node))
-        if index is None:
+        if index is None or not _fits(value, inputs[index], origin is not None):
             raise BatchError("the half-batch graph has it, the full one has not", where=f"input {input_name(node)}",
                              hint="compile the transformer itself, called with its inputs as arguments")  # fmt: skip
         picks.append((index, origin is not None))
     return tuple(picks)
+
+
+def _fits(half: Any, full: Any, halved: bool) -> bool:
+    if not isinstance(half, torch.Tensor):
+        return not isinstance(full, torch.Tensor)
+    shape = tuple(full.shape)
+    return tuple(half.shape) == ((shape[0] // 2, *shape[1:]) if halved else shape)
 
 
 def common_targets(targets: Sequence[Target], full: RegionTable, half: RegionTable) -> tuple[list[Target], list[Skip]]:

@@ -174,4 +174,4 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
     regions = tuple(prepared.table.regions)
     program = build(gm, inputs, prepared, options, CurrentCall()).program  # never called: nothing runs
     never = prepared.method.never_predicts(options.num_inference_steps)
-    return Explanation(prepared.targets, program.plan.skips, regions, program.plan, prepared.notes, never, program)
+    return Explanation(prepared.targets, program.plan.skips, regions, program.plan, program.plan.notes, never, program)
