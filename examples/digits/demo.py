@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from models import guided_inputs, load_classifier, load_dit
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -161,11 +162,20 @@ def main(images: int, steps: int, guidance: float, lowering: str, out: Path, see
 
 
 def _print(console: Console, rows: list[dict[str, Any]], images: int, steps: int) -> None:
-    table = Table(title=f"{images} digits, {steps} steps, classifier-free guidance")
-    names = ("computed", "predicted", "ms/image", "speedup", "PSNR dB", "accuracy", "cache MiB")
-    table.add_column("method")
-    for column in names:
-        table.add_column(column, justify="right")
+    table = Table(title=f"{images} digits, {steps} steps, classifier-free guidance", box=SIMPLE, padding=(0, 1, 0, 0),
+                  pad_edge=False)  # fmt: skip
+    table.add_column("method", min_width=16)
+    # Two lines each, so that the table fits a terminal of 80 columns.
+    for column in (
+        "steps\ncomputed",
+        "\npredicted",
+        "ms per\nimage",
+        "\nspeedup",
+        "PSNR\ndB",
+        "\naccuracy",
+        "cache\nMiB",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["method"], str(row["computed"]), str(row["predicted"]), f"{row['ms_per_image']:.1f}",
