@@ -58,6 +58,7 @@ __all__ = [
     "save_context",
     "storage_of",
     "trace",
+    "trace_only",
     "unflatten",
 ]
 
@@ -121,10 +122,21 @@ def capture(frame: Frame, args: Sequence[Any], kwargs: dict[str, Any],
     The code object is a copy of a name of its own, so what Dynamo keeps per code object (compiled entries) and per name
     (which sizes were seen to change, and are symbolic therefore) stays as it is, and shapes are static.
     """
-    receiver = [backend]  # emptied afterwards: Dynamo remembers every backend, and this one would keep the graph alive
     closure = tuple(types.CellType(frame.locals[name]) for name in frame.code.co_freevars)
     code = frame.code.replace(co_name=f"{frame.code.co_name}_captured_{next(_captures)}")
     function = types.FunctionType(code, frame.globals, code.co_name, None, closure)
+    if not trace_only(function, args, kwargs, backend, dynamic=False):
+        raise RuntimeError("the frame ran without a graph")
+
+
+def trace_only(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any],
+               backend: Callable[[fx.GraphModule, Sequence[Any]], None], *,
+               dynamic: bool | None = None) -> bool:  # fmt: skip
+    """Hand the one graph of a call to ``backend``, whose ValueErrors reach the caller as they are; nothing runs.
+
+    Returns whether there was a graph.
+    """
+    receiver = [backend]  # emptied afterwards: Dynamo remembers every backend, and this one would keep the graph alive
 
     def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -138,12 +150,12 @@ def capture(frame: Frame, args: Sequence[Any], kwargs: dict[str, Any],
         return stop
 
     try:
-        torch.compile(function, backend=compiler, fullgraph=True, dynamic=False)(*args, **kwargs)
+        torch.compile(function, backend=compiler, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
     except _Captured:
-        return
+        return True
     finally:
         receiver.clear()
-    raise RuntimeError("the frame ran without a graph")
+    return False
 
 
 def is_symbolic(gm: fx.GraphModule) -> bool:

@@ -21,6 +21,8 @@ X = torch.ones(1, 2, 4)
 T = torch.full((1,), 500.0)
 TAYLOR = {"method": "taylorseer", "max_order": 1, "taylor_factors_dtype": None}
 COUNT = {"num_inference_steps": 20}
+FASTER = {"method": "fastercache", "tensor_format": "BCHW", "spatial_attention_block_skip_range": None}
+GUIDED = (X.view(1, 1, 2, 4).repeat(4, 1, 1, 1), T.repeat(4))
 
 
 class Gate(nn.Module):
@@ -64,9 +66,9 @@ class Guided(nn.Module):
 
 
 class Goldens(TestCase):
-    def check(self, model, cache, phase, expected, options=COUNT):
+    def check(self, model, cache, phase, expected, options=COUNT, inputs=(X, T)):
         with torch.no_grad():
-            diff = graph_diff(model.eval(), X, T, cache=cache, phase=phase, options=options)
+            diff = graph_diff(model.eval(), *inputs, cache=cache, phase=phase, options=options)
         self.assertExpectedInline("\n" + diff + "\n", expected, skip=1)
 
     def test_taylorseer_compute(self):
@@ -214,12 +216,10 @@ class Goldens(TestCase):
 
     def test_fastercache_half_batch(self):
         """The model on the second half of the batch (which ``explain`` is given whole), then the estimate of the first."""
-        cache = {"method": "fastercache", "tensor_format": "BCHW", "spatial_attention_block_skip_range": None}
-        with torch.no_grad():
-            diff = graph_diff(Guided().eval(), X.view(1, 1, 2, 4).repeat(4, 1, 1, 1), T.repeat(4), cache=cache,
-                              phase="half", options=COUNT)  # fmt: skip
-        self.assertExpectedInline(
-            "\n" + diff + "\n",
+        self.check(
+            Guided(),
+            FASTER,
+            "half",
             """\
 
 +weights[unconditional]: f32[2]
@@ -235,15 +235,14 @@ class Goldens(TestCase):
 +cached_cat: f32[4, 1, 2, 4] = aten.cat.default([cached_add_1, add])
 +return (cached_cat)
 """,
+            inputs=GUIDED,
         )
 
     def test_fastercache_both(self):
-        cache = {"method": "fastercache", "tensor_format": "BCHW", "spatial_attention_block_skip_range": None}
-        with torch.no_grad():
-            diff = graph_diff(Guided().eval(), X.view(1, 1, 2, 4).repeat(4, 1, 1, 1), T.repeat(4), cache=cache,
-                              phase="both", options=COUNT)  # fmt: skip
-        self.assertExpectedInline(
-            "\n" + diff + "\n",
+        self.check(
+            Guided(),
+            FASTER,
+            "both",
             """\
 
 +output[low]: f32[2, 1, 2, 4]
@@ -272,6 +271,7 @@ class Goldens(TestCase):
 +cached_copy: f32[2, 1, 2, 4] = aten.copy_.default(output[low], cached_fft_c2r)
 +cached_copy_1: f32[2, 1, 2, 4] = aten.copy_.default(output[high], cached_sub_2)
 """,
+            inputs=GUIDED,
         )
 
     def test_pab_predict(self):

@@ -32,6 +32,12 @@ _HINT = (
 )
 
 
+def conditional_half(batch: Any, unconditional_first: bool) -> Any:
+    """The conditional half of a guidance batch, a tensor or a list of samples; of a tensor a view."""
+    half = len(batch) // 2
+    return batch[half:] if unconditional_first else batch[:half]
+
+
 @dataclass(frozen=True)
 class HalfCall:
     """How the inputs of the half-batch graph are made of those of the full one.
@@ -49,11 +55,8 @@ class HalfCall:
     pairs: tuple[int, ...] = ()
 
     def inputs(self, full: Sequence[Any]) -> list[Any]:
-        return [self._half(full[index]) if halved else full[index] for index, halved in self.picks]
-
-    def _half(self, value: torch.Tensor) -> torch.Tensor:
-        size = value.shape[0] // 2
-        return value.narrow(0, size if self.unconditional_first else 0, size)
+        first = self.unconditional_first
+        return [conditional_half(full[index], first) if halved else full[index] for index, halved in self.picks]
 
     def outputs(self, values: Sequence[Any]) -> Sequence[Any]:
         """The outputs as the full graph returns them."""
@@ -85,14 +88,13 @@ class _Halving:
             kind = type(value)
             if self.sample_lists and len(value) == self.batch:
                 self.halved.append(name)
-                half = self.batch // 2
-                return kind(value[half:] if self.unconditional_first else value[:half])
+                return kind(conditional_half(value, self.unconditional_first))
             return kind(self.take(v, f"{name}[{i}]", strict=False) for i, v in enumerate(value))
         return value
 
     def _tensor(self, value: torch.Tensor, name: str, strict: bool) -> torch.Tensor:
         if value.ndim and value.shape[0] == self.batch:
-            half = value.narrow(0, self.batch // 2 if self.unconditional_first else 0, self.batch // 2)
+            half = conditional_half(value, self.unconditional_first)
             self.origin[id(half)] = (half, value)
             self.halved.append(name)
             return half

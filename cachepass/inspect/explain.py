@@ -117,10 +117,6 @@ def _shape(shape: Sequence[object]) -> str:
     return "x".join(map(str, shape))
 
 
-class _Captured(Exception):
-    """Ends the traced call before anything runs."""
-
-
 def explain(model: Callable[..., Any], *args: Any, cache: object, options: Mapping[str, Any] | None = None,
             **kwargs: Any) -> Explanation:  # fmt: skip
     """What ``options={"cache": cache}`` would do to ``model(*args, **kwargs)``.
@@ -134,24 +130,14 @@ def explain(model: Callable[..., Any], *args: Any, cache: object, options: Mappi
     parsed = CompileOptions(cache=parse_cache(cache), lowering="eager", **dict(options or {}))
     result: list[Explanation] = []
 
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            result.append(_explain_graph(gm, inputs, parsed))
-        except CachepassError as error:
-            _torch.raise_unwrapped(error)
-
-        def stop(*_: Any) -> Any:
-            raise _Captured
-
-        return stop
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        result.append(_explain_graph(gm, inputs, parsed))
 
     call = _fresh_code(getattr(model, "_orig_mod", model))
-    try:
-        with torch.no_grad():
-            torch.compile(call, backend=backend, fullgraph=True)(*args, **kwargs)
-    except _Captured:
-        return result.pop()  # Dynamo remembers every backend, and with it this list
-    raise CachepassError("the model runs no tensor operation", where="explain")
+    with torch.no_grad():
+        if not _torch.trace_only(call, args, kwargs, backend):
+            raise CachepassError("the model runs no tensor operation", where="explain")
+    return result[0]
 
 
 def _fresh_code(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -101,7 +101,7 @@ class Dispatcher:
                     stack.enter_context(partner.exclusively())
             timestep = self._timestep(inputs)
             if state.clock.starts_run(timestep):
-                self._end_run(instance, state)
+                self._end_run(instance, state, partner)
             call = self._decide(state, partner, timestep)
             self.current.call = call
             try:
@@ -252,15 +252,11 @@ class Dispatcher:
         for group in predicted:
             instance.predicted[group] = instance.predicted.get(group, 0) + 1
 
-    def _end_run(self, instance: Instance, state: RunState) -> None:
+    def _end_run(self, instance: Instance, state: RunState, partner: RunState | None) -> None:
         if self.options.num_inference_steps is None and state.clock.index >= _QUIET_STEPS:
-            self._report_idle(state, self._other(instance, state))
+            self._report_idle(state, partner)
         logger.debug("run of %d steps ended in context %r (%d so far)", state.clock.index, state.context, instance.runs)
         state.forget_history()
-
-    def _other(self, instance: Instance, state: RunState) -> RunState | None:
-        pair = guidance_partner(state.context) if self.method.guidance is not None else None
-        return instance.states.get(pair[1]) if pair is not None else None
 
     def _report_idle(self, state: RunState, partner: RunState | None) -> None:
         """Warn once if a run is over and nothing was predicted in it."""
