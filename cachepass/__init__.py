@@ -15,6 +15,7 @@ from .errors import (
     NotCompiledError,
     OptionError,
     OutputError,
+    PartialGraphError,
     TimestepError,
     TrainingError,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "NotCompiledError",
     "OptionError",
     "OutputError",
+    "PartialGraphError",
     "PyramidAttentionBroadcastConfig",
     "Summary",
     "TaylorSeerCacheConfig",

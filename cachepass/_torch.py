@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic, process_automatic_dynamic
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 from torch._functorch import config as functorch_config
@@ -37,7 +40,10 @@ __all__ = [
     "COND",
     "FORCE_STRIDES",
     "Frame",
+    "ModuleCall",
     "SavedContext",
+    "calling_module",
+    "calling_modules",
     "capture",
     "compile_once",
     "compile_statistics",
@@ -48,14 +54,18 @@ __all__ = [
     "inductor_keys",
     "inductor_modes",
     "input_index",
+    "is_resumed",
     "is_symbolic",
+    "module_of",
     "placeholder_source",
     "plain_inductor",
     "raise_unwrapped",
     "reset_compile_statistics",
+    "restart_dynamic",
     "restart_static",
     "root_modules",
     "save_context",
+    "stops_at_break",
     "storage_of",
     "trace",
     "trace_only",
@@ -106,6 +116,53 @@ def current_frame() -> Frame | None:
     except AttributeError:
         return None
     return Frame(tx.f_code, tx.f_globals, dict(tx.f_locals))
+
+
+def stops_at_break(gm: fx.GraphModule) -> bool:
+    """A Dynamo graph is only the first part of its frame: the graph breaks behind it."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and reason.graph_break
+
+
+def is_resumed(frame: Frame) -> bool:
+    """A frame is the rest of another one, behind a graph break."""
+    return frame.code.co_name.startswith("torch_dynamo_resume_in_")
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """A call ``module(*args, **kwargs)`` that is on the Python stack."""
+
+    module: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_CALL = torch.nn.Module._call_impl.__code__
+
+
+def calling_modules() -> Iterator[ModuleCall]:
+    """The calls of modules that the current Python frame runs in, innermost first (those that Dynamo inlined are not
+    on the stack; wrappers made by ``torch.compile(module)`` are left out)."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            scope = frame.f_locals
+            if not isinstance(scope["self"], OptimizedModule):
+                yield ModuleCall(scope["self"], scope["args"], scope["kwargs"])
+        frame = frame.f_back
+
+
+def calling_module() -> torch.nn.Module | None:
+    """The module of the innermost such call."""
+    return next((call.module for call in calling_modules()), None)
+
+
+def module_of(key: str) -> int:
+    """The id of the module that a key of ``nn_module_stack`` stands for: ``"<id>"``, or ``"<id>@n"`` when called again;
+    0, if it is none of these."""
+    name = key.split("@")[0]
+    return int(name) if name.isdigit() else 0
 
 
 _captures = itertools.count()
@@ -180,6 +237,22 @@ def restart_static(inputs: Sequence[Any]) -> bool:
     for value in dynamic:  # what mark_static does; while a backend runs, that one looks at the graph instead
         value._dynamo_static_indices = set(range(value.ndim))  # pyright: ignore[reportAttributeAccessIssue]
     raise TensorifyScalarRestartAnalysis(restart_reason="cachepass: static sizes")
+
+
+def restart_dynamic(name: str, value: float) -> None:
+    """Let Dynamo trace the frame once more, with its argument ``name``, a Python number, as an input of the graph.
+
+    What Dynamo itself does when a number changes from one call to the next, a call earlier. Returns if that was done
+    already and the graph has no such input nevertheless.
+    """
+    tx: Any = InstructionTranslator.current_tx().output.root_tx
+    other = FrameStateSizeEntry.make_scalar(value + 1)  # pyright: ignore[reportArgumentType]
+    before = FrameStateSizeEntry.make_scalar(value)  # pyright: ignore[reportArgumentType]
+    source = f"L[{name!r}]"
+    if process_automatic_dynamic(tx, source, before).scalar is auto_dynamic:
+        return
+    process_automatic_dynamic(tx, source, other)
+    raise TensorifyScalarRestartAnalysis(restart_reason=f"cachepass: {name} changes from call to call")
 
 
 def placeholder_source(node: fx.Node) -> str | None:

@@ -1,6 +1,7 @@
 """``torch.compile(model, backend="cached_inductor", options={"cache": ...})``: the whole way, from top to bottom.
 
     cached_inductor   Dynamo graph -> callable
+      locate            is it the whole model, or a part of one (graph breaks, blocks compiled one by one)?
       prepare           regions -> the method's targets                        (before anything is compiled)
       build             annotate -> AOTAutograd, decompositions, joint passes: one ATen graph for all phases -> plan;
                         for guidance batches also the graph of half a batch
@@ -24,11 +25,20 @@ from torch import fx
 
 from . import _torch
 from .config import method_names
-from .errors import BatchError, CachepassError, CachepassWarning, NoMatchError, TimestepError, TrainingError, listing
+from .errors import (
+    BatchError,
+    CachepassError,
+    CachepassWarning,
+    NoMatchError,
+    PartialGraphError,
+    TimestepError,
+    TrainingError,
+    listing,
+)
 from .frequency import Latents
 from .graph.annotate import annotate, annotate_output, outermost
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
-from .graph.inputs import GraphInputs, find_timestep, read_inputs
+from .graph.inputs import Arguments, GraphInputs, find_timestep, find_timestep_input, kind_of, read_inputs
 from .graph.outputs import paired_outputs, sample_output
 from .graph.plan import make_plan
 from .graph.regions import RegionTable, find_regions
@@ -36,6 +46,7 @@ from .methods import Method, Skip, Target, make_method
 from .options import CompileOptions, parse_options
 from .runtime.context import current_context, guidance_partner
 from .runtime.dispatch import Dispatcher, HalfRun, InputLayout
+from .runtime.place import Place, locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
 
 logger = logging.getLogger(__name__)
@@ -84,8 +95,17 @@ class Prepared:
 
 def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Dispatcher:
     """The pipeline for a graph with a cache."""
-    prepared = prepare(gm, inputs, options)
-    dispatcher = Dispatcher(prepared.method, options, prepared.layout, _torch.root_modules())
+    place = locate(gm, options)
+    prepared = prepare(gm, inputs, options, place)
+    part = None if place is None else place.part(prepared.method, prepared.table, prepared.targets)
+    root = next(iter(_torch.root_modules()), None)
+    dispatcher = Dispatcher(prepared.method, options, prepared.layout, root, part)
+    if part is not None:
+        part.model.found(prepared.table.regions)
+        if not prepared.targets:
+            logger.info("nothing to cache in this part of the model: compiled as it is")
+            dispatcher.compiled = _uncached(gm, inputs, options)
+            return dispatcher
     idle = prepared.method.never_predicts(options.num_inference_steps)
     if idle is not None:
         # Nothing would ever read a slot: no marker, no slot, the very program that Inductor makes.
@@ -207,22 +227,42 @@ def _uncached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions
     return _torch.plain_inductor(gm, inputs, options.inductor)
 
 
-def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Prepared:
-    """Choose what is cut. All that can be wrong with the user's settings for this model is found here."""
+def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
+            place: Place | None = None) -> Prepared:  # fmt: skip
+    """Choose what is cut. All that can be wrong with the user's settings for this model is found here; where the graph
+    is only a part of it (it has a ``place``), what matches nothing may match in another."""
     assert options.cache is not None
     _refuse_training(gm, inputs)
     method = make_method(options.cache)
-    table = find_regions(gm)
-    if not table.regions:
-        raise NoMatchError("the traced graph contains no module call that can be cached", where="torch.compile",
-                           hint="compile the transformer itself (an nn.Module), not a function of tensors")  # fmt: skip
     named = read_inputs(gm, inputs)
-    layout = _layout(named, inputs, method, options)
-    selection = method.select(table.regions)
+    if place is None:
+        table = find_regions(gm)
+        if not table.regions:
+            raise NoMatchError(
+                "the traced graph contains no module call that can be cached", where="torch.compile",
+                hint="compile the transformer itself (an nn.Module), not a function of tensors",
+            )  # fmt: skip
+        timestep = _find_timestep(named, inputs, options)
+        _require_timestep(timestep is not None, [named.names[i] for i in named.own], method, options)
+        selection = method.select(table.regions)
+    else:
+        if method.guidance is not None:
+            raise PartialGraphError(
+                f"{type(options.cache).__name__} estimates the unconditional branch from the model's output, and this "
+                f"graph is only a part of the model ({place.why})", where=type(place.call.module).__name__,
+                hint="compile the whole model with fullgraph=True, or give is_guidance_distilled=True to forecast "
+                     "attentions alone",
+            )  # fmt: skip
+        table = find_regions(gm, place.paths, place.root)
+        timestep = None
+        _require_timestep(place.timestep is not None, place.inputs, method, options)
+        selection = place.select(method, table.regions)
     targets, nested = outermost(selection.targets, table)
     for note in selection.notes:
         logger.info(note)
     skips = (*table.skips, *selection.skips, *nested)
+    static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in named.own])
+    layout = InputLayout(named.identity, named.own, timestep, static)
     return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout)
 
 
@@ -236,26 +276,37 @@ def _placeholder_names(aten: fx.GraphModule, names: Sequence[str]) -> dict[str, 
     return readable
 
 
-def _layout(named: GraphInputs, inputs: Sequence[Any], method: Method, options: CompileOptions) -> InputLayout:
-    own = {i: name for i, name in enumerate(named.names) if i not in set(named.held)}
-    numeric = {i: name for i, name in own.items() if isinstance(inputs[i], (torch.Tensor, torch.SymInt))}
-    timestep = find_timestep(numeric, options.timestep_input)
+def _find_timestep(named: GraphInputs, inputs: Sequence[Any], options: CompileOptions) -> int | None:
+    """Index of the timestep among the graph's inputs. A Python number is made one of them first."""
+    numeric = {i: named.names[i] for i in named.own if isinstance(inputs[i], (torch.Tensor, torch.SymInt))}
+    frame = _torch.current_frame()
+    if frame is not None:
+        arguments = dict(Arguments.of(frame).all)
+        name = find_timestep_input(arguments, options.timestep_input)
+        number = None if name is None else arguments[name]
+        if isinstance(number, (int, float)) and not any(name == known for known in numeric.values()):
+            assert name is not None
+            _torch.restart_dynamic(name, number)
+    return find_timestep(numeric, options.timestep_input)
+
+
+def _require_timestep(found: bool, names: Sequence[str], method: Method, options: CompileOptions) -> None:
     has_callback = getattr(options.cache, "current_timestep_callback", None) is not None
-    if timestep is None and not has_callback:
-        if method.needs_timestep:
-            raise TimestepError(
-                "the schedule needs the timestep, and no input of the model is called timestep, timesteps, t or sigma",
-                where=type(options.cache).__name__,
-                hint='give options["timestep_input"] = one of its inputs, or current_timestep_callback. '
-                f"inputs: {listing(own.values())}",
-            )
-        if options.num_inference_steps is None:
-            warnings.warn(
-                "no timestep input found, so the end of a run cannot be seen: call cachepass.reset(model) between "
-                'runs, or give options["num_inference_steps"] or options["timestep_input"]',
-                CachepassWarning, stacklevel=4,
-            )  # fmt: skip
-    return InputLayout(named.identity, timestep)
+    if found or has_callback:
+        return
+    if method.needs_timestep:
+        raise TimestepError(
+            "the schedule needs the timestep, and no input of the model is called timestep, timesteps, t or sigma",
+            where=type(options.cache).__name__,
+            hint='give options["timestep_input"] = one of its inputs, or current_timestep_callback. '
+            f"inputs: {listing(names)}",
+        )
+    if options.num_inference_steps is None:
+        warnings.warn(
+            "no timestep input found, so the end of a run cannot be seen: call cachepass.reset(model) between "
+            'runs, or give options["num_inference_steps"] or options["timestep_input"]',
+            CachepassWarning, stacklevel=4,
+        )  # fmt: skip
 
 
 def _refuse_training(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:

@@ -43,6 +43,10 @@ class OutputError(CachepassError):
     """The model's output is not what the method's settings say it is."""
 
 
+class PartialGraphError(CachepassError):
+    """The method needs the whole model in one graph and was given a part of it."""
+
+
 class TrainingError(CachepassError):
     """The model is in training mode or gradients are required: caching is for inference."""
 

@@ -180,8 +180,7 @@ def test_same_context_in_two_threads_raises_and_separate_contexts_work():
     for result in results.values():
         assert_same(result, expected)
 
-    state = next(iter(next(iter(_dispatcher(model).instances.values())).states.values()))
-    with state.exclusively(), pytest.raises(cachepass.ConcurrencyError, match="cache_context"):
+    with _run(model).exclusively(), pytest.raises(cachepass.ConcurrencyError, match="cache_context"):
         run(model, 1)
 
 
@@ -189,6 +188,12 @@ def _dispatcher(model):
     from cachepass.inspect.summary import programs_of
 
     return next(programs_of(model))[0]
+
+
+def _run(model, context="default"):
+    from cachepass.inspect.summary import programs_of
+
+    return next(programs_of(model))[1].model.latest(context)
 
 
 # ---- failures -------------------------------------------------------------------------------------------------------
@@ -327,7 +332,7 @@ def test_models_and_slots_are_freed():
     original = transformer()
     model = compiled(original)
     run(model)
-    slot = weakref.ref(next(iter(next(iter(_dispatcher(model).instances.values())).states.values())).rings[0][0])
+    slot = weakref.ref(next(iter(_run(model).states.values())).rings[0][0])
     parameter = weakref.ref(original.proj_out.weight)
     dispatcher = weakref.ref(_dispatcher(model))
     twin = compiled(original)

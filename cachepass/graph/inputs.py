@@ -1,10 +1,10 @@
-"""The inputs of a Dynamo graph by name: parameters, the timestep, everything else."""
+"""Inputs by name: of a call of a module, of a frame that Dynamo traces, of its graph; the timestep among them."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,13 +99,13 @@ class GraphInputs:
 
     Attributes:
         names: Of all inputs, in order.
-        held: Indices of those that the module holds: parameters and buffers.
+        own: Indices of those that a call brings: all but parameters and buffers.
         identity: Indices of those whose identity tells which instance of the module is called: its parameters
             (buffers, where it has none: modules may replace those from call to call).
     """
 
     names: tuple[str, ...]
-    held: tuple[int, ...]
+    own: tuple[int, ...]
     identity: tuple[int, ...]
 
 
@@ -121,7 +121,40 @@ def read_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphInputs:
             parameters.append(i)
         elif isinstance(inputs[i], torch.Tensor) and "_buffers[" in source:
             buffers.append(i)
-    held = tuple(sorted((*parameters, *buffers)))
+    held = {*parameters, *buffers}
+    own = tuple(i for i in range(len(placeholders)) if i not in held)
     names = [input_name(node) for node in placeholders]
     names = [given.get(name, name) for name in names]
-    return GraphInputs(tuple(names), held, tuple(parameters or buffers))
+    return GraphInputs(tuple(names), own, tuple(parameters or buffers))
+
+
+# ---- calls of modules ----------------------------------------------------------------------------------------------
+
+
+def named_inputs(call: _torch.ModuleCall) -> dict[str, Any]:
+    """The arguments of a module's call by name."""
+    names = list(inspect.signature(call.module.forward).parameters)
+    return {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+
+
+def find_timestep_input(inputs: Mapping[str, Any], wanted: str | None, *, per_token: bool = True) -> str | None:
+    """The name of the input that holds the timestep: a number, one for all samples or one for each; ``per_token``:
+    or one for each token."""
+    for name in (wanted,) if wanted is not None else TIMESTEP_NAMES:
+        value = inputs.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return name
+        if isinstance(value, torch.Tensor) and value.ndim <= (2 if per_token else 1) and not value.is_complex():
+            return name
+    return None
+
+
+def kind_of(value: Any) -> Hashable:
+    """Shapes, dtypes and devices of the tensors in (nested) inputs."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype, value.device
+    if isinstance(value, Mapping):
+        return tuple((name, kind_of(v)) for name, v in value.items() if v is not None)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(kind_of, value))
+    return None

@@ -8,6 +8,7 @@ the cuts that the phase predicts. A cut whose forecast no phase reads is dead; s
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -109,6 +110,10 @@ class OutputPlan:
     halved: bool
 
     @property
+    def slot_bytes(self) -> int:
+        return sum(slot.slot_bytes for slot in self.slots)
+
+    @property
     def routes(self) -> tuple[Route, ...]:
         guidance = self.guidance
         return (guidance.both, guidance.half) if self.halved else (guidance.cond, guidance.uncond, guidance.answer)
@@ -148,8 +153,23 @@ class CachePlan:
     def cache_bytes(self) -> int:
         """Bytes of all slots for one context of one model instance (for guidance by two calls: for the pair of their
         contexts); symbolic sizes count as 0."""
-        output = 0 if self.output is None else sum(slot.slot_bytes for slot in self.output.slots)
-        return output + sum(self.slots(cut) * cut.slot_bytes for cut in self.cuts)
+        return self.cut_bytes + (0 if self.output is None else self.output.slot_bytes)
+
+    @property
+    def cut_bytes(self) -> int:
+        """Of these, the bytes of the cuts' slots."""
+        return sum(self.slots(cut) * cut.slot_bytes for cut in self.cuts)
+
+    @functools.cached_property
+    def layout(self) -> tuple[object, ...]:
+        """Equal for plans that keep the same, so that graphs captured twice can go on with each other's history. A
+        plan with symbolic sizes is equal to itself alone."""
+        slots = tuple(
+            (c.region, c.output, c.group, c.forecast, c.shape, c.stride, c.slot_dtype, c.device, c.live)
+            for c in self.cuts
+        )  # fmt: skip
+        sizes = [size for cut in self.cuts for size in (*cut.shape, *cut.stride)]
+        return (id(self),) if any(isinstance(s, torch.SymInt) for s in sizes) else (self.spare, *slots)
 
     def history(self, group: str) -> int:
         """Outputs kept by the group's deepest ring."""
@@ -174,9 +194,6 @@ class CachePlan:
     def schedules(self) -> tuple[str, ...]:
         """Everything that is scheduled: the groups, and the guidance's."""
         return self.groups if self.output is None else (*self.groups, self.output.guidance.group)
-
-
-NOTHING = CachePlan((), (), (Phase(),), spare=False)  # the plan of a graph in which nothing is cached
 
 
 def phase_name(phase: Phase, groups: Sequence[str]) -> str:

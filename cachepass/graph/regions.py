@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -58,14 +58,19 @@ class RegionTable:
     _member_cache: dict[str, set[fx.Node]] = field(default_factory=dict, repr=False)
 
 
-def find_regions(gm: fx.GraphModule) -> RegionTable:
-    """All module calls of a Dynamo graph; those that cannot be cut are in ``skips`` with the reason."""
+def find_regions(gm: fx.GraphModule, paths: Mapping[int, str] | None = None,
+                 root: tuple[str, str] | None = None) -> RegionTable:  # fmt: skip
+    """All module calls of a Dynamo graph; those that cannot be cut are in ``skips`` with the reason.
+
+    Modules are named by where the captured code finds them. Where that is only a part of the model, ``paths`` names its
+    modules, by their ids, and ``root`` (path, class name) is the module whose call is the whole graph, if there is one.
+    """
     table, by_key = RegionTable(), {}
     calls: dict[str, int] = {}
     for node in gm.graph.nodes:
-        for key, (path, cls) in _stack(node):
+        for key, (path, cls) in _stack(node, root):
             if key not in by_key:
-                name = dotted(path)
+                name = (paths or {}).get(_torch.module_of(key)) or dotted(path)
                 calls[name] = calls.get(name, -1) + 1
                 region_id = name if calls[name] == 0 else f"{name}@{calls[name]}"
                 by_key[key] = Region(region_id, name, _class_name(cls))
@@ -83,11 +88,14 @@ def find_regions(gm: fx.GraphModule) -> RegionTable:
     return table
 
 
-def _stack(node: fx.Node) -> Iterator[tuple[str, tuple[str, object]]]:
-    if node.op not in ("placeholder", "output"):
-        for key, (path, cls) in (node.meta.get("nn_module_stack") or {}).items():
-            if dotted(path):
-                yield str(key), (path, cls)
+def _stack(node: fx.Node, root: tuple[str, str] | None = None) -> Iterator[tuple[str, tuple[str, object]]]:
+    if node.op in ("placeholder", "output"):
+        return
+    if root is not None:
+        yield "root", (f"L['self'].{root[0]}", root[1])
+    for key, (path, cls) in (node.meta.get("nn_module_stack") or {}).items():
+        if dotted(path):
+            yield str(key), (path, cls)
 
 
 def _class_name(cls: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,30 +68,37 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
             f"no cached_inductor program belongs to this {type(_original(model)).__name__}",
             where="summary", hint='call the model compiled with backend="cached_inductor" and a cache at least once',
         )  # fmt: skip
-    computed: dict[str, int] = {}
-    predicted: dict[str, int] = {}
     variants: dict[str, float] = {}
-    for dispatcher, instance in found:
-        for total, part in ((computed, instance.computed), (predicted, instance.predicted)):
-            for group, count in part.items():
-                total[group] = total.get(group, 0) + count
-        if dispatcher.program is not None:
-            for name, variant in dispatcher.program.variants.items():
-                variants[name] = variants.get(name, 0.0) + variant.compile_seconds
-    states = [state for _, instance in found for state in instance.states.values()]
-    dispatchers = {id(d): d for d, _ in found}.values()
+    dispatchers = list(dict.fromkeys(dispatcher for dispatcher, _ in found))
+    for dispatcher in dispatchers:
+        for name, variant in ({} if dispatcher.program is None else dispatcher.program.variants).items():
+            variants[name] = variants.get(name, 0.0) + variant.compile_seconds
+    models = list(dict.fromkeys(instance.model for _, instance in found))
+    for model_ in models:
+        model_.settle()
+    runs = [run for model_ in models for run in model_.runs.values() if run.call is not None]
+    cuts = {(run.kind, key): state for run in runs for key, state in run.states.items()}
+    outputs = {(run.kind, slots): state for run in runs for slots, state in run.outputs.items()}
     return Summary(
         method=type(found[0][0].method.config).__name__,
-        computed=computed,
-        predicted=predicted,
-        cache_bytes=sum(state.cache_bytes for state in states),
-        planned_bytes=sum(d.program.plan.cache_bytes for d in dispatchers if d.program is not None),
+        computed=_total(model_.computed for model_ in models),
+        predicted=_total(model_.predicted for model_ in models),
+        cache_bytes=sum(s.cache_bytes for run in runs for s in (*run.states.values(), *run.outputs.values())),
+        planned_bytes=sum(s.plan.cut_bytes for s in cuts.values()) + sum(s.plan.slot_bytes for s in outputs.values()),
         variants=variants,
-        runs=sum(instance.runs for _, instance in found),
-        steps=sum(instance.steps for _, instance in found),
-        contexts=tuple(dict.fromkeys(state.context for state in states)),
+        runs=sum(model_.begun for model_ in models),
+        steps=sum(model_.steps for model_ in models),
+        contexts=tuple(dict.fromkeys(run.context for run in runs)),
         graphs=len(dispatchers),
     )
+
+
+def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for count in counts:
+        for group, number in count.items():
+            total[group] = total.get(group, 0) + number
+    return total
 
 
 def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:
@@ -101,11 +108,11 @@ def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:
     program (nothing was called yet) there is nothing to end.
     """
     if model is None:
-        found = [(d, instance) for d in list(LIVE) for instance in list(d.instances.values())]
+        found = [instance for dispatcher in list(LIVE) for instance in list(dispatcher.instances.values())]
     else:
-        found = list(programs_of(model))
-    for dispatcher, instance in found:
-        dispatcher.reset(instance)
+        found = [instance for _, instance in programs_of(model)]
+    for record in dict.fromkeys(instance.model for instance in found):
+        record.reset()
 
 
 def _original(model: object) -> object:

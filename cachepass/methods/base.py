@@ -159,8 +159,12 @@ class Method(ABC):
     guidance: Guidance | None = None
 
     @abstractmethod
-    def select(self, regions: Sequence[Region]) -> Selection:
-        """Choose regions, their groups and forecasts; NoMatchError if a pattern of the user's finds nothing."""
+    def select(self, regions: Sequence[Region], model: Sequence[str] | None = None) -> Selection:
+        """Choose regions, their groups and forecasts; NoMatchError if a pattern of the user's finds nothing.
+
+        ``model``: the regions are those of one part of a model whose modules have these paths. What finds nothing in it
+        may do so in another part: no error and no warning.
+        """
 
     @abstractmethod
     def predicts(self, group: str, step: Step) -> bool:

@@ -8,6 +8,7 @@ that skip the unconditional branch, or on any step of a guidance-distilled model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -61,7 +62,7 @@ class FasterCache(Method):
                 both=BOTH, half=HALF, cond=COND, uncond=UNCOND, answer=ANSWER,
             )  # fmt: skip
 
-    def select(self, regions: Sequence[Region]) -> Selection:
+    def select(self, regions: Sequence[Region], model: Sequence[str] | None = None) -> Selection:
         targets: list[Target] = []
         skips, notes = [], []
         for region in regions:
@@ -71,14 +72,17 @@ class FasterCache(Method):
             elif region.is_attention:
                 why = "FasterCache leaves it" if region.is_cross else "no kind with a skip range has an identifier"
                 skips.append(Skip(region.id, f"{region.kind}: {why}"))
-        if "spatial" in self.kinds and not any(target.group == "spatial" for target in targets):
+        patterns = self.config.kind("spatial")[2]
+        named = any(re.search(p, path) for path in model or () for p in patterns)
+        if "spatial" in self.kinds and not named and not any(target.group == "spatial" for target in targets):
             found = self._spatial_by_dataflow(regions, targets)
             if found:
                 notes.append(f"the default identifiers match nothing; {len(found)} attention modules found instead")
                 skips = [skip for skip in skips if skip.region not in {target.region.id for target in found}]
                 targets += found
         distilled = self.config.is_guidance_distilled
-        require_kinds(self.kinds, targets, regions, self.config, at_least_one=distilled)
+        if model is None:
+            require_kinds(self.kinds, targets, regions, self.config, at_least_one=distilled)
         return Selection(tuple(targets), tuple(skips), tuple(notes))
 
     def _spatial_by_dataflow(self, regions: Sequence[Region], taken: Sequence[Target]) -> list[Target]:

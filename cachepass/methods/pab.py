@@ -30,7 +30,7 @@ class PyramidAttentionBroadcast(Method):
         self.config = config
         self.kinds = tuple(kind for kind in _KINDS if config.kind(kind)[0] is not None)
 
-    def select(self, regions: Sequence[Region]) -> Selection:
+    def select(self, regions: Sequence[Region], model: Sequence[str] | None = None) -> Selection:
         targets, skips = [], []
         for region in regions:
             if not (region.is_attention or region.is_mlp):
@@ -40,7 +40,8 @@ class PyramidAttentionBroadcast(Method):
                 skips.append(Skip(region.id, f"{region.kind}: no kind with a skip range has an identifier for it"))
             else:
                 targets.append(Target(region, kind, REUSE))
-        require_kinds(self.kinds, targets, regions, self.config, at_least_one=True)
+        if model is None:
+            require_kinds(self.kinds, targets, regions, self.config, at_least_one=True)
         return Selection(tuple(targets), tuple(skips))
 
     def predicts(self, group: str, step: Step) -> bool:

@@ -29,15 +29,15 @@ class TaylorSeer(Method):
         self.config = config
         self._forecast = taylor(config.max_order)
 
-    def select(self, regions: Sequence[Region]) -> Selection:
+    def select(self, regions: Sequence[Region], model: Sequence[str] | None = None) -> Selection:
         config, notes = self.config, []
         zeros = tuple(config.skip_predict_identifiers or ())
         active = tuple(config.cache_identifiers or ())
         if config.use_lite_mode:
-            if zeros or active:
+            if model is None and (zeros or active):
                 self._warn("use_lite_mode overrides cache_identifiers and skip_predict_identifiers")
             zeros, active = _LITE_ZEROS, _LITE_FORECAST
-            if not _matching(active, regions):
+            if model is None and not _matching(active, regions):
                 self._warn(
                     "use_lite_mode forecasts '^proj_out$', which matches no module of this model: on predicted steps "
                     "its blocks return zeros and nothing stands in for them, as in diffusers. Give "
@@ -45,12 +45,13 @@ class TaylorSeer(Method):
                 )
         elif not active:
             active = _ATTENTION
-            if not _matching(active, regions):
+            if not _matching(active, regions) and not any(_matches(active, path) for path in model or ()):
                 found = [r for r in regions if r.is_attention]
                 active = tuple(re.escape(r.path) for r in found)
                 if found:
                     notes.append(f"the default identifiers match nothing; {len(found)} attention modules found instead")
-        self._require(active, zeros, regions)
+        if model is None:
+            self._require(active, zeros, regions)
         targets = []
         for region in regions:
             if any(re.fullmatch(p, region.path) for p in zeros):
@@ -104,4 +105,8 @@ class TaylorSeer(Method):
 
 
 def _matching(patterns: Sequence[str], regions: Sequence[Region]) -> list[Region]:
-    return [r for r in regions if any(re.fullmatch(p, r.path) for p in patterns)]
+    return [r for r in regions if _matches(patterns, r.path)]
+
+
+def _matches(patterns: Sequence[str], path: str) -> bool:
+    return any(re.fullmatch(p, path) for p in patterns)

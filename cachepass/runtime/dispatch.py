@@ -1,37 +1,37 @@
-"""Dispatch: what happens on each call of a compiled model, around its program.
+"""Dispatch: what happens on each call of a captured graph, around its program.
 
-    clock -> schedule -> phase and weights -> variant(inputs + weights + slots) -> commit
+    model, run, step -> schedule -> phase and weights -> variant(inputs + weights + slots) -> commit
 
-The dispatcher stands where Dynamo calls the compiled graph, so it sees the model's inputs by name: the parameters,
-whose identity tells which instance of the model is called, and the timestep.
+The dispatcher stands where Dynamo calls the graph, so it sees the graph's inputs. Which module is called it learns from
+the parameters among them or, where the model is many graphs, from the calls of modules that it runs in.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import operator
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .. import _torch
 from ..errors import BatchError, CachepassWarning
 from ..graph.half import HalfCall
-from ..graph.plan import NOTHING, Phase
+from ..graph.inputs import kind_of
+from ..graph.plan import Phase
 from ..methods import PLAIN, WHOLE, Guidance, Method, Route, Step
 from ..options import CompileOptions
+from .calls import Call, Model, Run, model_of, step_call
 from .context import current_context, guidance_partner
 from .program import CurrentCall, Program, StepCall
-from .state import RunState
+from .state import OutputState, RunState
 
-logger = logging.getLogger(__name__)
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
-_QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,15 @@ class InputLayout:
 
     Attributes:
         identity: Indices of the tensors whose identity tells which instance of the model is called.
+        own: Indices of the inputs that a call brings, all but parameters and buffers.
         timestep: Index of the timestep input, if there is one.
+        static: Shapes, dtypes and devices of ``own``, where they are the same in all calls.
     """
 
     identity: tuple[int, ...]
-    timestep: int | None
+    own: tuple[int, ...] = ()
+    timestep: int | None = None
+    static: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -55,24 +59,41 @@ class HalfRun:
     call: HalfCall
 
 
-@dataclass
-class Instance:
-    """One model instance: its states by context, and what they did so far."""
+@dataclass(frozen=True)
+class Part:
+    """A graph that is a part of its model: captured behind or in front of a graph break, or of one block.
 
-    states: dict[str, RunState] = field(default_factory=dict)
-    computed: dict[str, int] = field(default_factory=dict)
-    predicted: dict[str, int] = field(default_factory=dict)
-    runs: int = 0
-    steps: int = 0
+    Attributes:
+        model: Of the call in which it was captured.
+        prefix: The path of the captured module in that model.
+        groups: For the prefix of another instance, the groups in which it is cut; some may be cut in none.
+    """
+
+    model: Model
+    prefix: str
+    groups: Callable[[str], frozenset[str]]
+
+
+@dataclass(eq=False)
+class Instance:
+    """A module that the graph was captured of or is called for, and its place in a model.
+
+    ``groups``: those that may be predicted in it; None: all.
+    """
+
+    model: Model
+    module: weakref.ref[torch.nn.Module] | None
+    prefix: str = ""
+    groups: frozenset[str] | None = None
 
 
 class Dispatcher:
     """The callable that Dynamo gets for one graph."""
 
     def __init__(self, method: Method, options: CompileOptions, layout: InputLayout,
-                 roots: Sequence[torch.nn.Module]) -> None:  # fmt: skip
-        self.method, self.options, self.layout = method, options, layout
-        self.roots = [weakref.ref(root) for root in roots]
+                 root: torch.nn.Module | None, part: Part | None = None) -> None:  # fmt: skip
+        self.method, self.options, self.layout, self.part = method, options, layout, part
+        self.root = None if root is None else weakref.ref(root)
         self.instances: dict[tuple[int, ...], Instance] = {}
         self.program: Program | None = None  # set by the backend while the graph is compiled; None: nothing is cached
         self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
@@ -81,8 +102,6 @@ class Dispatcher:
         self.current = CurrentCall()
         self._lock = threading.Lock()
         self._warned = False
-        self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
-        self._watch_timestep = method.needs_timestep or options.num_inference_steps is None
         self._read_identity = operator.itemgetter(*layout.identity) if layout.identity else None
         LIVE.add(self)
 
@@ -90,31 +109,69 @@ class Dispatcher:
 
     def __call__(self, *inputs: Any) -> Any:
         assert self.compiled is not None
-        instance = self._instance(inputs)
-        context = current_context()
-        state, partner = self._state(instance, context), None
+        if self.part is not None and self.program is None and not self.idle_groups:
+            return self.compiled(*inputs)  # nothing in it is cached
+        instance = self._instance_of_part() if self.part is not None else self._instance(inputs)
+        call = self._call(instance.model, inputs)
+        if call is None:
+            return self._plain(inputs)
+        context, succeeded = current_context(), False
+        run = instance.model.run(context, call.kind)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(state.exclusively())
-            if self.method.guidance is not None and self.program is not None:
-                partner = self._partner(instance, context)
-                if partner is not None:
-                    stack.enter_context(partner.exclusively())
-            timestep = self._timestep(inputs)
-            if state.clock.starts_run(timestep):
-                self._end_run(instance, state, partner)
-            call = self._decide(state, partner, timestep)
-            self.current.call = call
+            stack.enter_context(run.exclusively())
+            partner = self._partner(instance.model, context, call.kind)
+            if partner is not None:
+                stack.enter_context(partner.exclusively())
             try:
-                result = self._run(call, inputs)
+                result = self._step(instance, run, call, partner, inputs)
+                succeeded = True
             finally:
-                self.current.call = None
-            if state.clock.index == 0:
-                instance.runs += 1
-            self._count(instance, call.computed or self.idle_groups, call.predicted)
-            state.commit(call.weights, call.computed, call.predicted, timestep)
-            if state.clock.index == self.options.num_inference_steps:
-                self._report_idle(state, partner)
+                if self.part is None:
+                    instance.model.finish(call, succeeded=succeeded)
         return result
+
+    def _call(self, model: Model, inputs: Sequence[Any]) -> Call | None:
+        """The model's call that this is, or is a part of; None for a part that is called by itself."""
+        if self.part is not None:
+            return model.current
+        layout = self.layout
+        kind = layout.static or kind_of([inputs[i] for i in layout.own])
+        return Call(kind, None if layout.timestep is None else inputs[layout.timestep])
+
+    def _step(self, instance: Instance, run: Run, call: Call, partner: Run | None, inputs: Sequence[Any]) -> Any:
+        model = instance.model
+        model.enter(run, call)
+        if self.program is None:
+            run.note(self.idle_groups, ())
+            assert self.compiled is not None
+            return self.compiled(*inputs)
+        run.cached = True
+        state = self._state(instance, run, call)
+        outputs = self._output(run), None if partner is None else self._output(partner)
+        step = Step(run.clock.index, run.timestep, self._module(instance) if self.method.needs_model else None)
+        route = self._route(run, partner, outputs, step)
+        decided = self._decide(instance, state, route, outputs, step)
+        self.current.call = decided
+        try:
+            result = self._run(decided, inputs)
+        finally:
+            self.current.call = None
+        state.commit(step.index, decided.computed, {g: decided.weights.get(g, ()) for g in decided.predicted})
+        self._note(run, decided, step)
+        return result
+
+    def _note(self, run: Run, call: StepCall, step: Step) -> None:
+        """Count what was done; keep the times at which the difference of the branches was written or used."""
+        computed, predicted = call.computed, call.predicted
+        if call.difference is not None:
+            guidance = self.method.guidance
+            assert guidance is not None and call.output is not None
+            call.output.commit(step.index, None if call.difference else call.weights[guidance.group])
+            if call.difference:
+                computed = (*computed, guidance.group)
+            else:
+                predicted = (guidance.group, *predicted)
+        run.note(computed, predicted)
 
     def _run(self, call: StepCall, inputs: Sequence[Any]) -> Any:
         assert self.compiled is not None
@@ -123,46 +180,70 @@ class Dispatcher:
         assert self.half is not None
         return self.half.call.outputs(self.half.run(*self.half.call.inputs(inputs)))
 
-    def _decide(self, state: RunState, partner: RunState | None, timestep: float | None) -> StepCall:
-        """The schedule: the call's route, and what is predicted on it with which weights."""
-        step = Step(state.clock.index, timestep, self._root() if self.method.needs_model else None)
-        route, allowed, scheduled = WHOLE, True, tuple(state.groups)
-        guidance = self.method.guidance
-        predicted, computed, weights = [], [], {}
-        if guidance is not None and self.program is not None:
-            route = self._route(guidance, state, partner, step)
-            allowed = route.predicts and (partner is None or self._skips(guidance, partner, step))
-            scheduled = tuple(group for group in scheduled if route.keeps and group != guidance.group)
+    def _plain(self, inputs: Sequence[Any]) -> Any:
+        """A part of a model is called by itself: there is no step, so nothing is kept and nothing predicted."""
+        assert self.part is not None and self.compiled is not None
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.part.prefix or 'a part of the model'} is called outside of a call of "
+                f"{type(self.part.model.module).__name__}, whose calls are the steps: computed without a cache",
+                CachepassWarning, stacklevel=3,
+            )  # fmt: skip
+        if self.program is not None:
+            self.current.call = StepCall(self.program, Phase(route=PLAIN))
+        try:
+            return self.compiled(*inputs)
+        finally:
+            self.current.call = None
+
+    def _decide(self, instance: Instance, state: RunState, route: Route,
+                outputs: tuple[OutputState | None, OutputState | None], step: Step) -> StepCall:  # fmt: skip
+        """The schedule: what is predicted in a step that takes a route, and with which weights."""
+        assert self.program is not None
+        guidance, (output, partner) = self.method.guidance, outputs
+        allowed = route.predicts
+        difference, predicted, computed, weights = None, [], [], {}
+        if guidance is not None:
+            if partner is not None:
+                allowed = allowed and self._skips(guidance, partner, step)
             if route.weighted:
-                predicted.append(guidance.group)
-                weights[guidance.group] = self.method.weights(guidance.group, step, state.groups[guidance.group])
+                difference = False
+                assert output is not None
+                weights[guidance.group] = self.method.weights(guidance.group, step, output.group)
             elif route in (guidance.both, guidance.uncond):
-                computed.append(guidance.group)
-        groups = []
-        for group in scheduled:
-            history = state.groups[group]
-            if allowed and history.steps and self.method.predicts(group, step):
-                groups.append(group)
+                difference = True
+        for group, history in state.groups.items() if route.keeps else ():
+            wanted = instance.groups is None or group in instance.groups
+            if allowed and wanted and history.steps and self.method.predicts(group, step):
+                predicted.append(group)
                 if state.plan.weighted(group):
-                    weights[group] = self._weights(state, group, step)
+                    weights[group] = self._weights(instance, state, group, step)
             else:
                 computed.append(group)
-        phase = Phase(tuple(groups), route)
-        return StepCall(self.program, state, phase, (*predicted, *groups), tuple(computed), weights, partner)
+        phase = Phase(tuple(predicted), route)
+        return StepCall(self.program, phase, state, tuple(predicted), tuple(computed), weights, output, partner,
+                        difference)  # fmt: skip
 
-    def _weights(self, state: RunState, group: str, step: Step) -> tuple[float, ...]:
+    def _weights(self, instance: Instance, state: RunState, group: str, step: Step) -> tuple[float, ...]:
         history, regions = state.groups[group], state.plan.weight_regions(group)
+        if self.part is not None:  # the plan has the paths of the instance that was captured
+            regions = [instance.prefix + region.removeprefix(self.part.prefix) for region in regions]
         if len(regions) == 1:
             return self.method.weights(group, step, history, regions[0])
         return tuple(w for region in regions for w in self.method.weights(group, step, history, region))
 
     # ---- guidance ---------------------------------------------------------------------------------------------------
 
-    def _partner(self, instance: Instance, context: str) -> RunState | None:
-        """The state of the other call of a two-call guidance step; None for a guidance batch."""
+    def _partner(self, model: Model, context: str, kind: Hashable) -> Run | None:
+        """The other call of a two-call guidance step; None for a guidance batch, or without guidance."""
+        if self.method.guidance is None or self.program is None:
+            return None
         pair = guidance_partner(context)
         if (pair is None) == (self.half is not None):
-            return None if pair is None else self._state(instance, pair[1])
+            if pair is None:
+                return None
+            return model.latest(pair[1]) or model.run(pair[1], kind)
         ways = (
             "two calls per step (in the cache contexts 'cond' and 'uncond')",
             "guidance batches (in one call per step)",
@@ -174,38 +255,27 @@ class Dispatcher:
             hint="call torch._dynamo.reset() before changing the way of calling",
         )
 
-    def _route(self, guidance: Guidance, state: RunState, partner: RunState | None, step: Step) -> Route:
+    def _route(self, run: Run, partner: Run | None, outputs: tuple[OutputState | None, OutputState | None],
+               step: Step) -> Route:  # fmt: skip
+        guidance, output = self.method.guidance, outputs[0]
+        if guidance is None or output is None:
+            return WHOLE
         if partner is None:
-            return guidance.half if self._skips(guidance, state, step) else guidance.both
-        if guidance_partner(state.context) == ("cond", partner.context):
+            return guidance.half if self._skips(guidance, output, step) else guidance.both
+        if guidance_partner(run.context) == ("cond", partner.context):
             return guidance.cond
-        if partner.clock.index != state.clock.index + 1:
+        if partner.clock.index != run.clock.index + 1:
             return PLAIN  # the conditional call of this step did not come first: there is nothing to compare with
-        return guidance.answer if self._skips(guidance, state, step) else guidance.uncond
+        return guidance.answer if self._skips(guidance, output, step) else guidance.uncond
 
-    def _skips(self, guidance: Guidance, state: RunState, step: Step) -> bool:
-        """The unconditional branch is skipped in this step; ``state`` keeps its difference."""
-        return bool(state.groups[guidance.group].steps) and self.method.predicts(guidance.group, step)
-
-    def _root(self) -> torch.nn.Module | None:
-        return self.roots[0]() if self.roots else None
-
-    def _timestep(self, inputs: Sequence[Any]) -> float | None:
-        """The timestep in the unit of the config's ranges. On an accelerator reading it waits for the device once."""
-        if not self._watch_timestep:
-            return None
-        if self._callback is not None:
-            return float(self._callback())
-        if self.layout.timestep is None:
-            return None
-        value = inputs[self.layout.timestep]
-        if isinstance(value, torch.Tensor):
-            value = (value if value.ndim == 0 else value.flatten()[0]).item()
-        return float(value) * self.options.timestep_scale
+    def _skips(self, guidance: Guidance, output: OutputState, step: Step) -> bool:
+        """The unconditional branch is skipped in this step; ``output`` keeps its difference."""
+        return bool(output.group.steps) and self.method.predicts(guidance.group, step)
 
     # ---- instances and states ---------------------------------------------------------------------------------------
 
     def _instance(self, inputs: Sequence[Any]) -> Instance:
+        """The module that is called, by its parameters."""
         if self._read_identity is None:
             key: tuple[int, ...] = ()
         elif len(self.layout.identity) == 1:
@@ -214,62 +284,95 @@ class Dispatcher:
             key = tuple(map(id, self._read_identity(inputs)))
         instance = self.instances.get(key)
         if instance is None:
-            with self._lock:
-                instance = self.instances.setdefault(key, Instance())
-            for index in self.layout.identity[:1]:
-                # The key is made of ids, which are given anew when the parameters are gone: so must the state be.
-                weakref.finalize(inputs[index], _forget_instance, weakref.ref(self), key)
+            held = inputs[self.layout.identity[0]] if self.layout.identity else None
+            module = self._holder(held)
+            model = model_of(module, self.method, self.options)
+            # Parameters may have been replaced (offloading does): the module is the same instance as before.
+            known = next((i for i in self.instances.values() if module is not None and i.model is model), None)
+            instance = self._add(key, known or Instance(model, None if module is None else weakref.ref(module)), held)
         return instance
 
-    def _state(self, instance: Instance, context: str) -> RunState:
-        state = instance.states.get(context)
+    def _instance_of_part(self) -> Instance:
+        """The module that is called, by the call itself: a part may have no parameters, or share them."""
+        module = _torch.calling_module()
+        key = (id(module),)
+        instance = self.instances.get(key)
+        if instance is None:
+            assert self.part is not None
+            begun = step_call(list(_torch.calling_modules()), self.options.timestep_input)
+            if module is None or begun is None:
+                instance = Instance(self.part.model, None, self.part.prefix)
+            else:
+                model = model_of(begun.module, self.method, self.options)
+                model.watch(begun)
+                prefix = next((name for name, m in begun.module.named_modules() if m is module), self.part.prefix)
+                instance = Instance(model, weakref.ref(module), prefix, self.part.groups(prefix))
+            instance = self._add(key, instance, module)
+        return instance
+
+    def _add(self, key: tuple[int, ...], instance: Instance, held: object) -> Instance:
+        with self._lock:
+            instance = self.instances.setdefault(key, instance)
+        if held is not None:
+            # The key is made of ids, which are given anew when the parameters are gone: so must the state be.
+            weakref.finalize(held, _forget_instance, weakref.ref(self), key)
+        return instance
+
+    def _holder(self, held: torch.Tensor | None) -> torch.nn.Module | None:
+        """The module that is called: one like the captured one that holds this parameter; None where a function was
+        captured and the module is not among its arguments."""
+        root = None if self.root is None else self.root()
+        if root is None or held is None:
+            return root
+        called = _torch.calling_module()
+        for module in (called if type(called) is type(root) else None, root):
+            if module is not None and any(held is own for own in (*module.parameters(), *module.buffers())):
+                return module
+        return None
+
+    def _module(self, instance: Instance) -> torch.nn.Module | None:
+        return instance.model.module or (None if self.root is None else self.root())
+
+    def _state(self, instance: Instance, run: Run, call: Call) -> RunState:
+        assert self.program is not None
+        plan = self.program.plan
+        place = instance.prefix, plan.layout
+        key = *place, call.occurrence((run.context, *place))
+        state = run.states.get(key)
         if state is None:
-            plan = NOTHING if self.program is None else self.program.plan
-            with self._lock:
-                fresh = RunState(context, plan, self.options.num_inference_steps)
-                state = instance.states.setdefault(context, fresh)
+            state = run.states.setdefault(key, RunState(plan))
+        state.follow(run.epoch, run.clock.index)
         return state
 
-    def reset(self, instance: Instance) -> None:
-        """End the current run in every context of an instance."""
-        for state in instance.states.values():
-            with state.exclusively():
-                state.forget_history()
-                state.clock.forget()
+    def _output(self, run: Run) -> OutputState | None:
+        assert self.program is not None
+        plan = self.program.plan.output
+        if plan is None:
+            return None
+        state = run.outputs.get(plan.slots)
+        if state is None:
+            state = run.outputs.setdefault(plan.slots, OutputState(plan))
+        state.follow(run.epoch)
+        return state
 
     def belongs_to(self, model: torch.nn.Module) -> list[Instance]:
-        """The instances that are ``model`` (their parameters are among its own)."""
+        """The instances that are ``model`` or in it."""
         own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        is_root = any(root() is model for root in self.roots)
-        return [i for key, i in self.instances.items() if (set(key) <= own if key else is_root)]
+        modules = {id(module) for module in model.modules()}
 
-    # ---- accounting -------------------------------------------------------------------------------------------------
+        def belongs(key: tuple[int, ...], instance: Instance) -> bool:
+            module = None if instance.module is None else instance.module()
+            if module is not None:
+                return id(module) in modules
+            return bool(key) and self.part is None and set(key) <= own
 
-    def _count(self, instance: Instance, computed: Sequence[str], predicted: Sequence[str]) -> None:
-        instance.steps += 1
-        for group in computed:
-            instance.computed[group] = instance.computed.get(group, 0) + 1
-        for group in predicted:
-            instance.predicted[group] = instance.predicted.get(group, 0) + 1
-
-    def _end_run(self, instance: Instance, state: RunState, partner: RunState | None) -> None:
-        if self.options.num_inference_steps is None and state.clock.index >= _QUIET_STEPS:
-            self._report_idle(state, partner)
-        logger.debug("run of %d steps ended in context %r (%d so far)", state.clock.index, state.context, instance.runs)
-        state.forget_history()
-
-    def _report_idle(self, state: RunState, partner: RunState | None) -> None:
-        """Warn once if a run is over and nothing was predicted in it."""
-        groups = [*state.groups.values(), *(partner.groups.values() if partner is not None else ())]
-        if not self._warned and groups and all(g.predicted == 0 for g in groups):
-            self._warned = True
-            warnings.warn(
-                f"the cache never fired in a run of {state.clock.index} steps: "
-                + self.method.why_idle(state.clock.seen), CachepassWarning, stacklevel=2,
-            )  # fmt: skip
+        return list(dict.fromkeys(i for key, i in self.instances.items() if belongs(key, i)))
 
 
 def _forget_instance(dispatcher: weakref.ref[Dispatcher], key: tuple[int, ...]) -> None:
-    owner = dispatcher()
-    if owner is not None:
-        owner.instances.pop(key, None)
+    holder = dispatcher()
+    if holder is not None:
+        holder.instances.pop(key, None)
+
+
+__all__ = ["LIVE", "Dispatcher", "HalfRun", "InputLayout", "Instance", "Part"]

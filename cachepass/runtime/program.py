@@ -22,7 +22,7 @@ from ..graph.show import readable
 from ..graph.specialize import Variant, all_phases, specialize
 from ..lower import LoweredVariant, lower
 from ..methods import WHOLE, Route
-from .state import RunState, SymbolBinder, resolve_size
+from .state import OutputState, RunState, SymbolBinder, resolve_size
 
 logger = logging.getLogger(__name__)
 _TRUE_FALSE = (torch.tensor(False), torch.tensor(True))
@@ -30,24 +30,33 @@ _TRUE_FALSE = (torch.tensor(False), torch.tensor(True))
 
 @dataclass
 class StepCall:
-    """One call: the program and the state it runs on, its phase, what it computes to keep, and weights.
+    """One call of a program: its phase, the state it runs on, and weights.
 
-    ``partner`` is the state of the other call of a two-call guidance step. ``predicted`` and ``computed`` name
-    schedules: groups, and the guidance's.
+    ``predicted`` and ``computed`` name groups. ``output`` is what is kept for guidance, ``partner`` that of the other
+    call of a two-call guidance step; both are None where there is none. ``difference``: whether this call writes the
+    difference of the two branches (True) or uses it (False); None: neither.
     """
 
-    program: Program | None  # None: nothing is cached
-    state: RunState
+    program: Program
     phase: Phase
-    predicted: tuple[str, ...]
-    computed: tuple[str, ...]
+    state: RunState | None = None  # None: nothing is kept, nothing is predicted
+    predicted: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
     weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    partner: RunState | None = None
+    output: OutputState | None = None
+    partner: OutputState | None = None
+    difference: bool | None = None
 
     def compute_all(self) -> None:
         """Predict nothing after all: the history that this was decided on does not fit the call."""
-        assert self.phase.route is WHOLE, "calls under guidance have static shapes"
+        assert self.state is not None and self.phase.route is WHOLE, "calls under guidance have static shapes"
         self.computed, self.predicted, self.phase, self.weights = tuple(self.state.groups), (), Phase(), {}
+
+    def output_slot(self, name: str) -> torch.Tensor:
+        """A slot for what is kept of the model's output: the partner's, if it wrote one of this name."""
+        holder = self.partner if self.partner is not None and name in self.partner.slots else self.output
+        assert holder is not None
+        return holder.slot(name)
 
 
 @dataclass(frozen=True)
@@ -79,20 +88,27 @@ class Program:
 
     def run(self, inputs: list[Any], call: StepCall) -> Any:
         """Run the variant of the call's phase on the model's inputs (flat, as AOTAutograd gives them)."""
-        bound = {} if call.phase.route.half else self._binder.bind(inputs)
-        if call.state.prepare(tuple(bound.values()), lambda size: resolve_size(size, bound)):
-            call.compute_all()
+        if call.state is not None:
+            bound = {} if call.phase.route.half else self._binder.bind(inputs)
+            if call.state.prepare(tuple(bound.values()), lambda size: resolve_size(size, bound)):
+                call.compute_all()
         phase = call.phase
         variant = self._by_phase.get((phase.route, phase.predicted)) or self.compile(phase)
-        call.state.begin(call.computed, call.predicted)
+        if call.state is not None:
+            call.state.begin(call.computed, call.predicted)
+        if call.output is not None and call.difference:
+            call.output.begin()
         for role in variant.inputs:
             if role.kind == "predicate":
-                inputs.append(_TRUE_FALSE[role.group in call.predicted])
+                inputs.append(_TRUE_FALSE[role.group in phase.predicted])
             elif role.kind == "weights":
                 inputs.append(self._weights_tensor(role.group, call.weights.get(role.group)))
             else:
                 break  # slots come last
-        inputs.extend(call.state.slot_list(variant.inputs, call.partner))
+        if call.state is not None:
+            inputs.extend(call.state.slot_list(variant.inputs))
+        if call.output is not None:
+            inputs.extend(call.output_slot(role.slot) for role in variant.inputs if role.kind == "output")
         return variant.run(inputs)
 
     def compile(self, phase: Phase) -> LoweredVariant:
@@ -163,8 +179,9 @@ class Program:
 
 
 def _slots_last(variant: Variant) -> Variant:
-    """``run`` gives predicates and weights first, then all slots: hold the variant to that order."""
-    kinds: list[bool] = [role.kind in ("history", "next", "output") for role in variant.inputs]
+    """``run`` gives predicates and weights first, then the cuts' slots, then the output's: hold the variant to it."""
+    order = {"predicate": 0, "weights": 0, "history": 1, "next": 1, "output": 2}
+    kinds = [order[role.kind] for role in variant.inputs]
     assert kinds == sorted(kinds), "slots come after predicates and weights"
     return variant
 
@@ -180,7 +197,7 @@ def step_runner(current: CurrentCall) -> Callable[[list[Any]], Any]:
 
     def run(inputs: list[Any]) -> Any:
         call = current.call
-        assert call is not None and call.program is not None, "a compiled graph runs inside a call of its dispatcher"
+        assert call is not None, "a compiled graph runs inside a call of its dispatcher"
         return call.program.run(inputs, call)
 
     run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,4 +1,4 @@
-"""State: the slots of one model instance in one context, and which of them hold what.
+"""State: the slots of one graph in one run, and which of them hold what.
 
 A ring per cut; a step writes only the ring's next slot, and the ring turns after the step succeeded. Until then the
 newest outputs are those of the last good step.
@@ -6,57 +6,48 @@ newest outputs are those of the last good step.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
 import torch
 
-from ..errors import ConcurrencyError
-from ..graph.plan import CachePlan, Cut, OutputSlot
+from ..graph.plan import CachePlan, Cut, OutputPlan, OutputSlot
 from ..graph.rewrite import Role
 from ..methods import GroupHistory
-from .clock import Clock
 
 
 @dataclass
 class GroupState(GroupHistory):
-    """One schedule's history: where its rings stand, and how often it was predicted in this run."""
+    """One schedule's history, and where its rings stand."""
 
     head: int = 0
-    predicted: int = 0
 
 
 class RunState:
-    """Slots, histories and clock of one (instance, context)."""
+    """What one graph keeps in one run: the slots of its cuts, and which of them hold what."""
 
-    def __init__(self, context: str, plan: CachePlan, num_inference_steps: int | None) -> None:
-        self.context, self.plan = context, plan
-        self.clock = Clock(num_inference_steps)
-        self.groups = {group: GroupState() for group in plan.schedules}
+    def __init__(self, plan: CachePlan) -> None:
+        self.plan = plan
+        self.groups = {group: GroupState() for group in plan.groups}
         self.rings: dict[int, list[torch.Tensor]] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
         self.sizes: tuple[int, ...] | None = None
-        self._slot_lists: dict[tuple[object, ...], list[torch.Tensor]] = {}
+        self.epoch = 0
+        self._slot_lists: dict[tuple[object, ...], tuple[Sequence[Role], list[torch.Tensor]]] = {}
         self._stale = False
         self._resolve: Callable[[object], int] = int  # pyright: ignore[reportAttributeAccessIssue]
-        self._lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def exclusively(self) -> Iterator[None]:
-        """One call at a time; a second one in another thread raises instead of mixing two histories."""
-        if not self._lock.acquire(blocking=False):
-            raise ConcurrencyError(
-                "this context is in use by another call of the same model",
-                where=f"cache context {self.context!r}",
-                hint='give each thread its own: with cachepass.cache_context("name"): ...',
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def follow(self, epoch: int, index: int) -> None:
+        """Step ``index`` of the run ``epoch`` comes: what was kept in another run is over, and what a step kept that
+        is repeated, because its call failed later on, is not history yet."""
+        if self.epoch != epoch:
+            self.forget_history()
+            self.epoch = epoch
+        for group, state in self.groups.items():
+            if state.steps and state.steps[0] == index:
+                del state.steps[0]
+                state.head = (state.head + 1) % self._ring(group)
+                self._stale = True
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
@@ -73,7 +64,6 @@ class RunState:
         if changed:
             self.forget_history()
         self.rings.clear()
-        self.outputs.clear()
         self._slot_lists.clear()
         self.sizes, self._stale, self._resolve = sizes, False, resolve
         return changed
@@ -92,34 +82,27 @@ class RunState:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the slots that are allocated."""
-        slots = [*self.outputs.values(), *(slot for ring in self.rings.values() for slot in ring)]
-        return sum(slot.untyped_storage().nbytes() for slot in slots)
+        return sum(slot.untyped_storage().nbytes() for ring in self.rings.values() for slot in ring)
 
-    def slot_list(self, inputs: Sequence[Role], partner: RunState | None = None) -> list[torch.Tensor]:
-        """The slots for a variant's history, next and output placeholders, in order, as the rings stand now."""
+    def slot_list(self, inputs: Sequence[Role]) -> list[torch.Tensor]:
+        """The slots for a variant's history and next placeholders, in order, as the rings stand now."""
         key = (id(inputs), *(state.head for state in self.groups.values()))
-        slots = self._slot_lists.get(key)
-        if slots is None:
-            slots = [self._slot(role, partner) for role in inputs if role.kind in ("history", "next", "output")]
-            self._slot_lists[key] = slots
-        return slots
+        known = self._slot_lists.get(key)
+        if known is None:  # ``inputs`` is kept with the list, so that no other one can have its id
+            known = inputs, [self._slot(role) for role in inputs if role.kind in ("history", "next")]
+            self._slot_lists[key] = known
+        return known[1]
 
-    def _slot(self, role: Role, partner: RunState | None) -> torch.Tensor:
-        if role.kind == "output":
-            holds = partner is not None and role.slot in partner.outputs
-            return partner.outputs[role.slot] if holds else self._output(role.slot)  # pyright: ignore
+    def _slot(self, role: Role) -> torch.Tensor:
         ring = self.rings.get(role.cut)
         if ring is None:
             cut = self.plan.cuts[role.cut]
             ring = self.rings[role.cut] = [_slot(cut, self._resolve) for _ in range(self.plan.slots(cut))]
         return ring[(self.groups[role.group].head + (role.age if role.kind == "history" else -1)) % len(ring)]
 
-    def _output(self, name: str) -> torch.Tensor:
-        if name not in self.outputs:
-            assert self.plan.output is not None
-            slot = next(slot for slot in self.plan.output.slots if slot.name == name)
-            self.outputs[name] = _slot(slot, self._resolve)
-        return self.outputs[name]
+    def _ring(self, group: str) -> int:
+        """Slots of a group's rings."""
+        return max(self.plan.history(group) + self.plan.spare, 1)
 
     # ---- history ----------------------------------------------------------------------------------------------------
 
@@ -128,8 +111,6 @@ class RunState:
         for state in self.groups.values():
             state.steps.clear()
             state.weights = ()
-            state.predicted = 0
-        self.clock.restart()
         self._stale = True
 
     def begin(self, computed: Sequence[str], predicted: Sequence[str]) -> None:
@@ -139,28 +120,61 @@ class RunState:
             history = self.plan.history(group)
             if history and not self.plan.spare:
                 del self.groups[group].steps[history - 1 :]
-            elif group not in self.plan.groups:  # what is kept of the output has no spare slot
-                self.groups[group].steps.clear()
 
-    def commit(self, call_weights: Mapping[str, tuple[float, ...]], computed: Sequence[str], predicted: Sequence[str],
-               timestep: float | None) -> None:  # fmt: skip
-        """The step succeeded: turn the rings of what was kept and advance the clock."""
+    def commit(self, index: int, computed: Sequence[str], predicted: Mapping[str, tuple[float, ...]]) -> None:
+        """The graph ran in step ``index``: turn the rings of what was kept. ``predicted``: groups and their weights."""
         self._stale = False
         for group in computed:
-            self._keep(group)
+            self._keep(group, index)
             self.groups[group].weights = ()
-        for group in predicted:
-            self.groups[group].predicted += 1
-            self.groups[group].weights = call_weights.get(group, ())
+        for group, weights in predicted.items():
+            self.groups[group].weights = weights
             if self.plan.recursive(group):
-                self._keep(group)
-        self.clock.commit(timestep)
+                self._keep(group, index)
 
-    def _keep(self, group: str) -> None:
-        state, history = self.groups[group], self.plan.history(group)
-        state.steps.insert(0, self.clock.index)
-        del state.steps[max(history, 1) :]
-        state.head = (state.head - 1) % max(history + self.plan.spare, 1)
+    def _keep(self, group: str, index: int) -> None:
+        state = self.groups[group]
+        state.steps.insert(0, index)
+        del state.steps[max(self.plan.history(group), 1) :]
+        state.head = (state.head - 1) % self._ring(group)
+
+
+class OutputState:
+    """What a run keeps of the model's output, for guidance: one slot for each name, and when they were written."""
+
+    def __init__(self, plan: OutputPlan) -> None:
+        self.plan = plan
+        self.group = GroupState()
+        self.slots: dict[str, torch.Tensor] = {}
+        self.epoch = 0
+
+    def follow(self, epoch: int) -> None:
+        """What was kept in another run is over."""
+        if self.epoch != epoch:
+            self.group.steps.clear()
+            self.group.weights = ()
+            self.epoch = epoch
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(slot.untyped_storage().nbytes() for slot in self.slots.values())
+
+    def slot(self, name: str) -> torch.Tensor:
+        if name not in self.slots:
+            slot = next(slot for slot in self.plan.slots if slot.name == name)
+            self.slots[name] = _slot(slot, int)  # pyright: ignore[reportArgumentType]
+        return self.slots[name]
+
+    def begin(self) -> None:
+        """The slots are about to be written; they have no spare one."""
+        self.group.steps.clear()
+
+    def commit(self, index: int, weights: tuple[float, ...] | None) -> None:
+        """Kept in step ``index`` or, with ``weights``, used in it."""
+        if weights is None:
+            self.group.steps, self.group.weights = [index], ()
+        else:
+            self.group.weights = weights
 
 
 def _slot(slot: Cut | OutputSlot, resolve: Callable[[object], int]) -> torch.Tensor:

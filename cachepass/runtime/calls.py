@@ -1,0 +1,380 @@
+"""Models, their calls and runs: which step of which run a graph is called in.
+
+    Model   a module as its user calls it, under one set of compile options
+    Run     its steps in one cache context with inputs of one kind (shapes, dtypes, devices): the clock and the states
+    Call    one call of it: one step of a run
+
+A model that is one graph makes a call of every call of that graph. Where the graph breaks, or blocks are compiled one
+by one, many graphs run in one call: then two forward hooks on the model say where its calls begin and end, with which
+inputs, and whether they succeeded. A call that fails leaves the clock where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from .. import _torch
+from ..errors import CachepassWarning, ConcurrencyError
+from ..graph.inputs import find_timestep_input, kind_of, named_inputs
+from ..methods import Method, Region
+from ..options import CompileOptions
+from .clock import Clock
+from .context import guidance_partner
+from .state import OutputState, RunState
+
+_KEPT_KINDS = 4  # of inputs, per context, whose slots stay allocated: a server of many resolutions must not fill up
+
+_QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
+_stamps = itertools.count(1)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a model.
+
+    Attributes:
+        kind: Shapes, dtypes and devices of its inputs.
+        timestep: As the model got it, read when a run first asks.
+        hooked: Its end will be seen. The call in which a model was first captured had begun before.
+        finished: It is over, well or not.
+        runs: The runs that it is a step of: one for each context that graphs are called in.
+    """
+
+    kind: Hashable
+    timestep: Any = None
+    hooked: bool = True
+    finished: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+    runs: list[Run] = field(default_factory=list)
+    _counts: dict[Hashable, int] = field(default_factory=dict)
+    _read: list[float | None] = field(default_factory=list)
+
+    def occurrence(self, key: Hashable) -> int:
+        """How often this was asked before with the same key: a module called again has a state of its own."""
+        count = self._counts.get(key, 0)
+        self._counts[key] = count + 1
+        return count
+
+    def read_timestep(self, read: Callable[[Any], float | None]) -> float | None:
+        if not self._read:
+            self._read.append(read(self.timestep))
+        return self._read[0]
+
+
+class Run:
+    """The steps of one context. Also what is kept from step to step, for each graph that runs in them.
+
+    Attributes:
+        clock: Step index and timesteps.
+        epoch: Counts the runs; a state of another epoch has a history that is over.
+        call: The call that is or was its last step, and the timestep read in it.
+        computed, predicted: Schedules that did so in this call.
+        predictions: Steps of this run in which something was predicted.
+        cached: Some graph of this run may predict.
+        stamp: Rises with every step of any run.
+    """
+
+    def __init__(self, context: str, kind: Hashable, num_inference_steps: int | None) -> None:
+        self.context, self.kind = context, kind
+        self.clock = Clock(num_inference_steps)
+        self.epoch = 0
+        self.call: Call | None = None
+        self.timestep: float | None = None
+        self.computed: set[str] = set()
+        self.predicted: set[str] = set()
+        self.predictions = 0
+        self.cached = False
+        self.stamp = 0
+        self.states: dict[Hashable, RunState] = {}
+        self.outputs: dict[Hashable, OutputState] = {}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """One call at a time; a second one in another thread raises instead of mixing two histories."""
+        if not self._lock.acquire(blocking=False):
+            raise self.in_use()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def in_use(self) -> ConcurrencyError:
+        return ConcurrencyError(
+            "this context is in use by another call of the same model", where=f"cache context {self.context!r}",
+            hint='give each thread its own: with cachepass.cache_context("name"): ...',
+        )  # fmt: skip
+
+    def end(self) -> None:
+        """The next step is the first of a new run; what was kept is history."""
+        self.epoch += 1
+        self.predictions = 0
+        self.clock.restart()
+
+    def note(self, computed: Sequence[str], predicted: Sequence[str]) -> None:
+        self.computed.update(computed)
+        self.predicted.update(predicted)
+
+
+class Model:
+    """A module under one set of compile options; ``module`` is None where a function was compiled."""
+
+    def __init__(self, module: torch.nn.Module | None, method: Method, options: CompileOptions) -> None:
+        self._module = None if module is None else weakref.ref(module)
+        self.method, self.options = method, options
+        self.runs: dict[tuple[str, Hashable], Run] = {}
+        self.steps = self.begun = 0
+        self.computed: dict[str, int] = {}
+        self.predicted: dict[str, int] = {}
+        self.regions: dict[str, Region] = {}  # of all graphs, where it is many
+        self._checked = False
+        self._warned = False
+        self._watched = options.num_inference_steps is None or method.needs_timestep
+        self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._hooks: tuple[Any, ...] = ()
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        return None if self._module is None else self._module()
+
+    # ---- runs -------------------------------------------------------------------------------------------------------
+
+    def run(self, context: str, kind: Hashable) -> Run:
+        """The run of a context with inputs of a kind; a run of a new kind may cost the oldest one its memory."""
+        key = context, kind
+        run = self.runs.get(key)
+        if run is None:
+            with self._lock:
+                over = [r for r in self.runs.values() if r.context == context and (r.call is None or r.call.finished)]
+                for old in sorted(over, key=lambda r: r.stamp)[: 1 - _KEPT_KINDS]:
+                    del self.runs[context, old.kind]
+                run = self.runs.setdefault(key, Run(context, kind, self.options.num_inference_steps))
+        return run
+
+    def latest(self, context: str) -> Run | None:
+        """The run of a context that made the last step."""
+        runs = [run for run in self.runs.values() if run.context == context and run.call is not None]
+        return max(runs, key=lambda run: run.stamp, default=None)
+
+    def enter(self, run: Run, call: Call) -> None:
+        """A graph of ``call`` is about to run in a context: the first one in it decides whether a new run begins.
+
+        Raises:
+            ConcurrencyError: Another thread's call of the model is in the middle of a step of this run.
+        """
+        previous = run.call
+        if previous is call:
+            return
+        timestep = call.read_timestep(self.read_timestep)
+        if previous is not None and not previous.finished:
+            if previous.hooked and previous.thread != call.thread:
+                raise run.in_use()
+            # The end of the first call could not be seen: it failed if this one repeats it.
+            repeated = timestep is not None and timestep == run.timestep
+            self.finish(previous, succeeded=not previous.hooked and not repeated)
+        if run.clock.starts_run(timestep):
+            self._end_run(run)
+        run.call, run.timestep = call, timestep
+        run.stamp = next(_stamps)
+        run.computed, run.predicted = set(), set()
+        call.runs.append(run)
+
+    def finish(self, call: Call, *, succeeded: bool) -> None:
+        """A call is over. If it succeeded, every run that it is a step of goes on by one."""
+        if call.finished:
+            return
+        call.finished = True
+        runs, call.runs = call.runs, []  # no cycle is left: slots are freed with their model, not by a collector
+        for run in runs if succeeded else ():
+            self._count(run)
+            run.clock.commit(run.timestep)
+            if run.clock.index == self.options.num_inference_steps:
+                self._report(run)
+
+    def _count(self, run: Run) -> None:
+        with self._lock:
+            self.begun += run.clock.index == 0
+            self.steps += 1
+            for counts, groups in ((self.computed, run.computed), (self.predicted, run.predicted)):
+                for group in groups:
+                    counts[group] = counts.get(group, 0) + 1
+            run.predictions += bool(run.predicted)
+
+    def settle(self) -> None:
+        """Call the calls over whose end could not be seen."""
+        for run in self.runs.values():
+            if run.call is not None and not run.call.hooked:
+                self.finish(run.call, succeeded=True)
+
+    def reset(self) -> None:
+        """End the current run in every context."""
+        self.settle()
+        for run in list(self.runs.values()):
+            with run.exclusively():
+                run.end()
+                run.clock.forget()
+
+    def _end_run(self, run: Run) -> None:
+        if self.options.num_inference_steps is None:
+            self._report(run)
+        run.end()
+
+    def _report(self, run: Run) -> None:
+        """Warn once if a run is over and nothing was predicted in it."""
+        if self._warned or not run.cached or run.predictions:
+            return
+        if self.options.num_inference_steps is None and run.clock.index < _QUIET_STEPS:
+            return
+        pair = guidance_partner(run.context) if self.method.guidance is not None else None
+        partner = None if pair is None else self.latest(pair[1])
+        if partner is None or partner.predictions == 0:
+            self._warned = True
+            warnings.warn(
+                f"the cache never fired in a run of {run.clock.index} steps: "
+                + self.method.why_idle(run.clock.seen), CachepassWarning, stacklevel=2,
+            )  # fmt: skip
+
+    def read_timestep(self, value: Any) -> float | None:
+        """The timestep in the unit of the config's ranges; of a tensor of many, the highest (tokens or samples that
+        are clean already have 0). On an accelerator reading it waits for the device once."""
+        if not self._watched:
+            return None
+        if self._callback is not None:
+            return float(self._callback())
+        if isinstance(value, torch.Tensor):
+            value = (value.amax() if value.numel() > 1 else value).item()
+        return None if value is None else float(value) * self.options.timestep_scale
+
+    # ---- calls of models that are many graphs -----------------------------------------------------------------------
+
+    @property
+    def current(self) -> Call | None:
+        """The call that this thread is in."""
+        call = getattr(self._local, "call", None)
+        return None if call is None or call.finished else call
+
+    def found(self, regions: Sequence[Region]) -> None:
+        """Another graph of the model was captured: these regions are in it."""
+        self.regions.update((region.id, region) for region in regions)
+        self._checked = False
+
+    def watch(self, begun: _torch.ModuleCall) -> None:
+        """See where calls of the module begin and end, from now on; it is in the middle of one."""
+        if not self._hooks:
+            module, record = begun.module, cast("weakref.ref[Model]", weakref.ref(self))
+            before: Any = _Before(record)
+            after: Any = _After(record)
+            self._hooks = (
+                module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+                module.register_forward_hook(after, always_call=True),
+            )
+            weakref.finalize(self, _remove, *self._hooks)
+        if self.current is None:
+            self._local.call = self._new_call(begun, hooked=False)
+
+    def begin(self, begun: _torch.ModuleCall) -> None:
+        """A call of the module begins.
+
+        Raises:
+            NoMatchError: All graphs of the last call are known, and the method finds nothing to cache in them.
+        """
+        if not self._checked:
+            self.method.select(list(self.regions.values()))
+            self._checked = True
+        self._local.call = self._new_call(begun, hooked=True)
+
+    def _new_call(self, begun: _torch.ModuleCall, *, hooked: bool) -> Call:
+        inputs = named_inputs(begun)
+        name = find_timestep_input(inputs, self.options.timestep_input)
+        return Call(kind_of(inputs), None if name is None else inputs[name], hooked)
+
+
+def _remove(*handles: Any) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _nobody() -> None:
+    return None
+
+
+class _Hook:
+    """What a model's hooks share. A copy of the module gets copies of its hooks, which must not act for the original:
+    they hold the module's own record weakly, and leave other modules alone."""
+
+    def __init__(self, model: Callable[[], Model | None]) -> None:
+        self._model = model
+
+    def __deepcopy__(self, memo: object) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (_nobody,)  # a record belongs to a process
+
+    def _of(self, module: torch.nn.Module) -> Model | None:
+        model = self._model()
+        return model if model is not None and model.module is module else None
+
+
+class _Before(_Hook):
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        model = self._of(module)
+        if model is not None:
+            model.begin(_torch.ModuleCall(module, args, kwargs))
+
+
+class _After(_Hook):
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: Any, output: Any) -> None:  # noqa: ARG002
+        model = self._of(module)
+        call = None if model is None else model.current
+        if model is not None and call is not None:
+            model.finish(call, succeeded=output is not None)  # None: it raised
+
+
+# ---- which model a graph belongs to ---------------------------------------------------------------------------------
+
+_models: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet[Model]] = weakref.WeakKeyDictionary()
+_registry_lock = threading.Lock()
+
+
+def model_of(module: torch.nn.Module | None, method: Method, options: CompileOptions) -> Model:
+    """The record of a module under these options: one for all graphs that are captured of it. None: a new one."""
+    if module is None:
+        return Model(None, method, options)
+    with _registry_lock:
+        records = _models.setdefault(module, weakref.WeakSet())
+        for record in records:
+            if record.options == options:
+                return record
+        record = Model(module, method, options)
+        records.add(record)
+        return record
+
+
+def step_call(calls: Sequence[_torch.ModuleCall], timestep: str | None) -> _torch.ModuleCall | None:
+    """Of nested calls of modules, innermost first, the one that is a step: its module is the model.
+
+    It is the innermost call with a timestep. (One for each token is told from an embedding of the timestep, which some
+    blocks get under the same name, by standing further out.) Without one, it is the outermost call.
+    """
+    inputs = [named_inputs(call) for call in calls]
+    for call, named in zip(calls, inputs, strict=True):
+        if find_timestep_input(named, timestep, per_token=False) is not None:
+            return call
+    for call, named in zip(reversed(calls), reversed(inputs), strict=True):
+        if find_timestep_input(named, timestep) is not None:
+            return call
+    return calls[-1] if calls else None

@@ -1,0 +1,152 @@
+"""Place: where a captured graph stands in the model that its user calls.
+
+    locate : Dynamo graph, options -> Place, or None: the graph is the whole model
+
+A graph is a part of a model if it ends at a graph break or begins behind one, or if its code is a module inside a call
+of the model: a block that is compiled by itself, alone or because the code around it breaks. Its modules are then named
+by their paths in the model, and one graph may be called for many of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import _torch
+from ..errors import ConfigError
+from ..graph.inputs import Arguments, find_timestep_input, named_inputs
+from ..graph.regions import RegionTable
+from ..methods import Method, Region, Selection, Target
+from ..options import CompileOptions
+from .calls import model_of, step_call
+from .dispatch import Part
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a graph stands that is a part of its model.
+
+    Attributes:
+        call: Of the model.
+        prefix: Path of the captured module.
+        siblings: Paths of all modules of its class, for which the graph may be called too.
+        root: Path and class name of the captured module, if the graph is all of it.
+        why: It is a part, for messages.
+        options: As the user gave them.
+    """
+
+    call: _torch.ModuleCall
+    prefix: str
+    siblings: tuple[str, ...]
+    root: tuple[str, str] | None
+    why: str
+    options: CompileOptions
+
+    @property
+    def paths(self) -> dict[int, str]:
+        """The model's modules, by id."""
+        return {id(module): name for name, module in self.call.module.named_modules()}
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the model's inputs in this call."""
+        return list(named_inputs(self.call))
+
+    @property
+    def timestep(self) -> str | None:
+        """Which of them is the timestep."""
+        return find_timestep_input(named_inputs(self.call), self.options.timestep_input)
+
+    def select(self, method: Method, regions: Sequence[Region]) -> Selection:
+        """What the method chooses for any of the modules that the graph may be called for."""
+        chosen: dict[str, Target] = {}
+        first = self._select(method, regions, self.prefix)
+        for prefix in self.siblings:
+            for target in self._select(method, regions, prefix).targets:
+                known = chosen.setdefault(target.region.id, target)
+                if known != target:
+                    raise ConfigError(
+                        f"{known.region.path} and the same module of {prefix} differ in group or forecast",
+                        where=type(method.config).__name__,
+                        hint="blocks that share one compiled graph are cut alike; compile the whole model instead",
+                    )
+        return dataclasses.replace(first, targets=tuple(chosen.values()))
+
+    def _select(self, method: Method, regions: Sequence[Region], prefix: str) -> Selection:
+        """The method's choice among the regions as they are called under another prefix, told by their own names."""
+        paths = list(self.paths.values())
+        own = {self._moved(region.id, prefix): region for region in regions}
+        moved = [dataclasses.replace(region, id=name, path=self._moved(region.path, prefix))
+                 for name, region in own.items()]  # fmt: skip
+        selection = method.select(moved, paths)
+        targets = [dataclasses.replace(target, region=own[target.region.id]) for target in selection.targets]
+        return dataclasses.replace(selection, targets=tuple(targets))
+
+    def _moved(self, name: str, prefix: str) -> str:
+        inside = name == self.prefix or name.startswith((f"{self.prefix}.", f"{self.prefix}@"))
+        return prefix + name[len(self.prefix) :] if self.prefix and inside else name
+
+    def part(self, method: Method, table: RegionTable, targets: Sequence[Target]) -> Part:
+        """What the dispatcher needs to know of it.
+
+        Raises:
+            ConfigError: The method's settings cut a group in part of a module and wholly in another of its class.
+        """
+        wanted: dict[str, set[str]] = {}
+        for target in targets:
+            wanted.setdefault(target.group, set()).add(target.region.id)
+
+        def groups(prefix: str) -> frozenset[str]:
+            chosen = {target.region.id for target in self._select(method, table.regions, prefix).targets}
+            for regions in wanted.values():
+                if chosen & regions and not regions <= chosen:
+                    missing = ", ".join(sorted(self._moved(region, prefix) for region in regions - chosen))
+                    raise ConfigError(
+                        f"{prefix} is cut in some of the modules that are cut in others of its class (not in "
+                        f"{missing}), and they share one compiled graph", where=type(method.config).__name__,
+                        hint="write identifiers that take the same modules of every block, or whole blocks out; or "
+                             "compile the whole model",
+                    )  # fmt: skip
+            return frozenset(group for group, regions in wanted.items() if regions <= chosen)
+
+        for prefix in self.siblings:
+            groups(prefix)
+        model = model_of(self.call.module, method, self.options)
+        model.watch(self.call)
+        return Part(model, self.prefix, groups)
+
+
+def locate(gm: fx.GraphModule, options: CompileOptions) -> Place | None:
+    """Where the graph that Dynamo just captured stands. None: it is the whole model, or nothing is called around it."""
+    frame = _torch.current_frame()
+    calls = list(_torch.calling_modules())
+    if frame is None or not calls:
+        return None
+    inner = calls[0].module
+    own = any(value is inner for value in frame.locals.values())  # the captured code belongs to this module
+    broken = _torch.stops_at_break(gm) or _torch.is_resumed(frame)
+    arguments: dict[str, Any] = dict(Arguments.of(frame).all)
+    has_timestep = find_timestep_input(arguments, options.timestep_input, per_token=False) is not None
+    if not broken and (has_timestep or not own):
+        return None
+    call = step_call(calls, options.timestep_input)
+    assert call is not None
+    if not broken and call.module is inner:
+        return None
+    prefix, siblings = _path(call.module, inner)
+    root = (prefix, type(inner).__name__) if prefix and own and not broken else None
+    why = "the graph breaks" if broken else f"{type(inner).__name__} is compiled by itself"
+    return Place(call, prefix, siblings, root, why, options)
+
+
+def _path(model: torch.nn.Module, module: torch.nn.Module) -> tuple[str, tuple[str, ...]]:
+    """The path of a module in the model, and the paths of all modules of its class."""
+    named = dict(model.named_modules())
+    prefix = next((name for name, m in named.items() if m is module), "")
+    alike = tuple(name for name, m in named.items() if type(m) is type(module)) if prefix else ("",)
+    return prefix, alike
