@@ -364,8 +364,8 @@ def model_of(module: torch.nn.Module | None, method: Method, options: CompileOpt
         return record
 
 
-def step_call(calls: Sequence[_torch.ModuleCall], timestep: str | None) -> _torch.ModuleCall | None:
-    """Of nested calls of modules, innermost first, the one that is a step: its module is the model.
+def step_call(calls: Sequence[_torch.ModuleCall], timestep: str | None) -> _torch.ModuleCall:
+    """Of nested calls of modules, from the compiled one outwards, the one that is a step: its module is the model.
 
     It is the innermost call with a timestep. (One for each token is told from an embedding of the timestep, which some
     blocks get under the same name, by standing further out.) Without one, it is the outermost call.
@@ -377,4 +377,4 @@ def step_call(calls: Sequence[_torch.ModuleCall], timestep: str | None) -> _torc
     for call, named in zip(reversed(calls), reversed(inputs), strict=True):
         if find_timestep_input(named, timestep) is not None:
             return call
-    return calls[-1] if calls else None
+    return calls[-1]

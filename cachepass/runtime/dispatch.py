@@ -299,10 +299,11 @@ class Dispatcher:
         instance = self.instances.get(key)
         if instance is None:
             assert self.part is not None
-            begun = step_call(list(_torch.calling_modules()), self.options.timestep_input)
-            if module is None or begun is None:
+            calls, compiled = _torch.calling_modules()
+            if module is None or compiled is None:
                 instance = Instance(self.part.model, None, self.part.prefix)
             else:
+                begun = step_call(calls[compiled:], self.options.timestep_input)
                 model = model_of(begun.module, self.method, self.options)
                 model.watch(begun)
                 prefix = next((name for name, m in begun.module.named_modules() if m is module), self.part.prefix)

@@ -10,16 +10,16 @@ by their paths in the model, and one graph may be called for many of them.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from .. import _torch
 from ..errors import ConfigError
-from ..graph.inputs import Arguments, find_timestep_input, named_inputs
+from ..graph.inputs import find_timestep_input, named_inputs
 from ..graph.regions import RegionTable
 from ..methods import Method, Region, Selection, Target
 from ..options import CompileOptions
@@ -124,24 +124,19 @@ class Place:
 def locate(gm: fx.GraphModule, options: CompileOptions) -> Place | None:
     """Where the graph that Dynamo just captured stands. None: it is the whole model, or nothing is called around it."""
     frame = _torch.current_frame()
-    calls = list(_torch.calling_modules())
-    if frame is None or not calls:
-        return None
+    calls, compiled = _torch.calling_modules()
+    if frame is None or compiled is None:
+        return None  # a function was compiled, and no module is called in it: they were all inlined
     inner = calls[0].module
-    own = any(value is inner for value in frame.locals.values())  # the captured code belongs to this module
-    broken = _torch.stops_at_break(gm) or _torch.is_resumed(frame)
-    arguments: dict[str, Any] = dict(Arguments.of(frame).all)
-    has_timestep = find_timestep_input(arguments, options.timestep_input, per_token=False) is not None
-    if not broken and (has_timestep or not own):
+    whole = not _torch.stops_at_break(gm) and not _torch.is_resumed(frame)
+    forward = _torch.traced_from() == "module" or getattr(inspect.unwrap(inner.forward), "__code__", None) is frame.code
+    step = step_call(calls[compiled:], options.timestep_input)
+    if whole and forward and step.module is inner:
         return None
-    call = step_call(calls, options.timestep_input)
-    assert call is not None
-    if not broken and call.module is inner:
-        return None
-    prefix, siblings = _path(call.module, inner)
-    root = (prefix, type(inner).__name__) if prefix and own and not broken else None
-    why = "the graph breaks" if broken else f"{type(inner).__name__} is compiled by itself"
-    return Place(call, prefix, siblings, root, why, options)
+    prefix, siblings = _path(step.module, inner)
+    root = (prefix, type(inner).__name__) if prefix and forward and whole else None
+    why = f"{type(inner).__name__} is compiled by itself" if root else "the graph breaks"
+    return Place(step, prefix, siblings, root, why, options)
 
 
 def _path(model: torch.nn.Module, module: torch.nn.Module) -> tuple[str, tuple[str, ...]]:
