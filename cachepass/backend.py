@@ -1,6 +1,7 @@
 """``torch.compile(model, backend="cached_inductor", options={"cache": ...})``: the whole way, from top to bottom.
 
     cached_inductor   Dynamo graph -> callable
+      keep_numbers      a Python float that changes from call to call stays an input
       locate            is it the whole model, or a part of one (graph breaks, blocks compiled one by one)?
       prepare           regions -> the method's targets                        (before anything is compiled)
       build             annotate -> AOTAutograd, decompositions, joint passes: one ATen graph for all phases -> plan;
@@ -39,6 +40,7 @@ from .frequency import Latents
 from .graph.annotate import annotate, annotate_output, outermost
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
 from .graph.inputs import Arguments, GraphInputs, find_timestep, find_timestep_input, kind_of, read_inputs
+from .graph.numbers import keep_numbers
 from .graph.outputs import paired_outputs, sample_output
 from .graph.plan import make_plan
 from .graph.regions import RegionTable, find_regions
@@ -95,6 +97,7 @@ class Prepared:
 
 def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Dispatcher:
     """The pipeline for a graph with a cache."""
+    keep_numbers(gm)
     place = locate(gm, options)
     prepared = prepare(gm, inputs, options, place)
     part = None if place is None else place.part(prepared.method, prepared.table, prepared.targets)
@@ -192,6 +195,7 @@ def _build_half(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, o
     built: list[_Half] = []
 
     def trace_half(half: fx.GraphModule, half_inputs: Sequence[Any], call: HalfCall) -> None:
+        keep_numbers(half)
         full_outputs, half_outputs, latents = paired_outputs(gm, half, guidance)
         table = find_regions(half)
         targets, skips = common_targets(prepared.targets, prepared.table, table)

@@ -136,16 +136,16 @@ def test_computed_steps_are_those_of_plain_inductor():
 def test_options_and_mode_reach_inductor(monkeypatch):
     from torch._inductor import config
 
-    from cachepass import _torch
+    from cachepass._torch import inductor
 
     seen = []
-    compile_inner = _torch.compile_fx_inner
+    compile_inner = inductor.compile_fx_inner
 
     def spy(gm, inputs, **kwargs):
         seen.append((config.max_autotune, config.epilogue_fusion, config.coordinate_descent_tuning))
         return compile_inner(gm, inputs, **kwargs)
 
-    monkeypatch.setattr(_torch, "compile_fx_inner", spy)
+    monkeypatch.setattr(inductor, "compile_fx_inner", spy)
     model = compiled(transformer(depth=1), TAYLOR, max_autotune=False, **{"epilogue-fusion": False})
     for call in calls(4):
         model(*call)

@@ -161,12 +161,21 @@ def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], guidance: Guidance,
     arguments, halving = halve(frame, guidance)
     first = guidance.latents.unconditional_first
 
+    numbers = _number_inputs(gm, arguments)
+
     def captured(half: fx.GraphModule, half_inputs: Sequence[Any]) -> None:
+        missing = numbers.keys() - _number_inputs(half, arguments).keys()
+        for name in missing:  # as a constant of this call it would be wrong in all others
+            _torch.restart_dynamic(name, numbers[name])
+            raise BatchError("a number that changes from call to call is a constant at half batch",
+                             where=f"input {name}", hint="give it as a tensor")  # fmt: skip
         picks = _picks(gm, inputs, half, half_inputs, halving)
         backend(half, half_inputs, HalfCall(picks, first, tuple(halving.halved)))
 
     try:
-        _torch.capture(frame, [v for _, v in arguments.positional], dict(arguments.keyword), captured)
+        _torch.capture(
+            frame, [v for _, v in arguments.positional], dict(arguments.keyword), captured, numbers=bool(numbers)
+        )
     except CachepassError:
         raise
     except Exception as error:
@@ -177,6 +186,13 @@ def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], guidance: Guidance,
             hint=f"halved: {listing(halving.halved)}{whole}. The inputs that carry guidance batches are named in "
                  f"{guidance.settings}.{_NAMES}",
         ) from error  # fmt: skip
+
+
+def _number_inputs(gm: fx.GraphModule, arguments: Arguments) -> dict[str, float]:
+    """The Python numbers among the arguments that are inputs of a graph, by name."""
+    given = {name: value for name, value in arguments.all if isinstance(value, (int, float))}
+    names = {input_name(node) for node in gm.graph.find_nodes(op="placeholder")}
+    return {name: value for name, value in given.items() if name in names}
 
 
 def _picks(gm: fx.GraphModule, inputs: Sequence[Any], half: fx.GraphModule, half_inputs: Sequence[Any],

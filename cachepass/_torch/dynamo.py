@@ -1,0 +1,185 @@
+"""Dynamo: the frame being traced, capturing others, restarts, the sources of a graph's inputs, counters."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic, process_automatic_dynamic
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
+
+
+def raise_unwrapped(error: Exception) -> NoReturn:
+    """Raise ``error`` out of a backend so that the caller of the compiled model gets it as its own class.
+
+    Dynamo wraps whatever a backend raises in ``BackendCompilerFailed``, except for its ``ShortenTraceback`` family:
+    the error is re-made as a subclass of both its own class and that one.
+    """
+    bases: Any = (type(error), ShortenTraceback)
+    kind: Any = type(type(error).__name__, bases, {"__module__": type(error).__module__})
+    unwrapped = kind.__new__(kind, *error.args)
+    ShortenTraceback.__init__(unwrapped, *error.args, first_useful_frame=None)
+    unwrapped.__dict__.update(error.__dict__)
+    raise unwrapped.with_traceback(error.__traceback__) from None
+
+
+def root_modules() -> list[torch.nn.Module]:
+    """The modules among the local variables of the frame that Dynamo is tracing (``self`` first); outside: none."""
+    frame = current_frame()
+    if frame is None:
+        return []
+    scope = frame.locals
+    names = sorted(scope, key=lambda name: name != "self")
+    return [scope[name] for name in names if isinstance(scope[name], torch.nn.Module)]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The call that Dynamo is tracing: its code and its arguments, as they were when it began."""
+
+    code: types.CodeType
+    globals: dict[str, Any]
+    locals: dict[str, Any]
+
+
+def current_frame() -> Frame | None:
+    """The outermost frame of the graph that a backend was just given; outside of Dynamo: None."""
+    try:
+        tx: Any = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
+    return Frame(tx.f_code, tx.f_globals, dict(tx.f_locals))
+
+
+def stops_at_break(gm: fx.GraphModule) -> bool:
+    """A Dynamo graph is only the first part of its frame: the graph breaks behind it."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and reason.graph_break
+
+
+def is_resumed(frame: Frame) -> bool:
+    """A frame is the rest of another one, behind a graph break."""
+    return frame.code.co_name.startswith("torch_dynamo_resume_in_")
+
+
+def module_of(key: str) -> int:
+    """The id of the module that a key of ``nn_module_stack`` stands for: ``"<id>"``, or ``"<id>@n"`` when called again;
+    0, if it is none of these."""
+    name = key.split("@")[0]
+    return int(name) if name.isdigit() else 0
+
+
+_captures = itertools.count()
+
+
+class _Captured(Exception):
+    """Ends a captured call before anything runs."""
+
+
+def capture(frame: Frame, args: Sequence[Any], kwargs: dict[str, Any],
+            backend: Callable[[fx.GraphModule, Sequence[Any]], None], *, numbers: bool = False) -> None:  # fmt: skip
+    """Trace a frame's code on other arguments, as one graph, and hand that to ``backend``; nothing runs.
+
+    The code object is a copy of a name of its own, so what Dynamo keeps per code object (compiled entries) and per name
+    (which sizes were seen to change, and are symbolic therefore) stays as it is, and shapes are static. With
+    ``numbers``, the backend may ask for Python numbers to be inputs (:func:`restart_dynamic`).
+    """
+    closure = tuple(types.CellType(frame.locals[name]) for name in frame.code.co_freevars)
+    code = frame.code.replace(co_name=f"{frame.code.co_name}_captured_{next(_captures)}")
+    function = types.FunctionType(code, frame.globals, code.co_name, None, closure)
+    if not trace_only(function, args, kwargs, backend, dynamic=None if numbers else False):
+        raise RuntimeError("the frame ran without a graph")
+
+
+def trace_only(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any],
+               backend: Callable[[fx.GraphModule, Sequence[Any]], None], *,
+               dynamic: bool | None = None) -> bool:  # fmt: skip
+    """Hand the one graph of a call to ``backend``, whose ValueErrors reach the caller as they are; nothing runs.
+
+    Returns whether there was a graph.
+    """
+    receiver = [backend]  # emptied afterwards: Dynamo remembers every backend, and this one would keep the graph alive
+
+    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            receiver[0](gm, inputs)
+        except ValueError as error:
+            raise_unwrapped(error)
+
+        def stop(*_: Any) -> Any:
+            raise _Captured
+
+        return stop
+
+    try:
+        torch.compile(function, backend=compiler, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+    except _Captured:
+        return True
+    finally:
+        receiver.clear()
+    return False
+
+
+def is_symbolic(gm: fx.GraphModule) -> bool:
+    """Some input of a Dynamo graph has a symbolic size."""
+    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return any(isinstance(size, torch.SymInt) for value in tensors for size in value.shape)
+
+
+def restart_static(inputs: Sequence[Any]) -> bool:
+    """Let Dynamo trace the frame once more, with static sizes for the tensors among the graph's inputs.
+
+    Does not return if that may help; False if all of them are static already.
+    """
+    own = [v for v in inputs if isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter)]
+    dynamic = [v for v in own if len(getattr(v, "_dynamo_static_indices", ())) < v.ndim]
+    if not dynamic:
+        return False
+    for value in dynamic:  # what mark_static does; while a backend runs, that one looks at the graph instead
+        value._dynamo_static_indices = set(range(value.ndim))  # pyright: ignore[reportAttributeAccessIssue]
+    raise TensorifyScalarRestartAnalysis(restart_reason="cachepass: static sizes")
+
+
+def restart_dynamic(name: str, value: float) -> None:
+    """Let Dynamo trace the frame once more, with its argument ``name``, a Python number, as an input of the graph.
+
+    What Dynamo itself does when a number changes from one call to the next, a call earlier. Returns if that was done
+    already and the graph has no such input nevertheless.
+    """
+    tx: Any = InstructionTranslator.current_tx().output.root_tx
+    other = FrameStateSizeEntry.make_scalar(value + 1)  # pyright: ignore[reportArgumentType]
+    before = FrameStateSizeEntry.make_scalar(value)  # pyright: ignore[reportArgumentType]
+    source = f"L[{name!r}]"
+    if process_automatic_dynamic(tx, source, before).scalar is auto_dynamic:
+        return
+    process_automatic_dynamic(tx, source, other)
+    raise TensorifyScalarRestartAnalysis(restart_reason=f"cachepass: {name} changes from call to call")
+
+
+def placeholder_source(node: fx.Node) -> str | None:
+    """Where a placeholder of a Dynamo graph comes from, as Dynamo writes it: ``L['self']._parameters['weight']``."""
+    source: Any = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return None
+    return source.name
+
+
+def reset_compile_statistics() -> None:
+    """Empty Dynamo's caches and counters."""
+    torch._dynamo.reset()
+    counters.clear()
+    clear_compilation_metrics()
+
+
+def compile_statistics() -> tuple[int, int, int]:
+    """Graphs captured, graph breaks and recompiles since :func:`reset_compile_statistics`."""
+    recompiles = sum(metric.recompile_reason is not None for metric in get_compilation_metrics())
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), recompiles

@@ -1,0 +1,126 @@
+"""AOTAutograd and Inductor: one ATen graph, programs of it, functions traced into it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._higher_order_ops.cond import cond_op
+from torch._inductor import config as inductor_config
+from torch._inductor import inductor_prims, list_mode_options
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+from torch._logging import trace_structured
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+COND = cond_op
+FORCE_STRIDES = inductor_prims.force_stride_order
+
+
+def inductor_keys() -> set[str]:
+    return set(inductor_config.get_config_copy())
+
+
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """The config patches of every ``mode`` of torch.compile."""
+    return dict(list_mode_options())
+
+
+def plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor as ``backend="inductor"`` runs it."""
+    return compile_fx(gm, inputs, config_patches=patches or None)  # pyright: ignore[reportReturnType]
+
+
+def compile_once(gm: fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any],
+                 patches: dict[str, Any]) -> Callable[..., Any]:  # fmt: skip
+    """Run AOTAutograd, decompositions and joint passes over ``gm`` and hand the ATen graph to ``inner``.
+
+    AOTAutograd's cache is off: a hit would bypass ``inner``. Inductor's own FX graph cache still serves each variant.
+    """
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches or None)  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class SavedContext:
+    """What compiling a variant later needs of the moment at which the ATen graph was handed over."""
+
+    fake_mode: FakeTensorMode
+    tracing_context: TracingContext | None
+    patches: dict[str, Any]
+    inner_kwargs: dict[str, Any]
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.patches:
+                stack.enter_context(inductor_config.patch(self.patches))
+            stack.enter_context(tracing(self.tracing_context))
+            stack.enter_context(V.set_fake_mode(self.fake_mode))
+            yield
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        """``compile_fx_inner`` over a variant; the result takes its inputs as one list (boxed)."""
+        with self.entered(), torch.no_grad():
+            return compile_fx_inner(gm, inputs, **self.inner_kwargs)  # pyright: ignore[reportReturnType]
+
+
+def save_context(inputs: Sequence[Any], patches: dict[str, Any], inner_kwargs: dict[str, Any]) -> SavedContext:
+    return SavedContext(fake_mode_of(inputs), TracingContext.try_get(), dict(patches), dict(inner_kwargs))
+
+
+def fake_mode_of(inputs: Sequence[Any]) -> FakeTensorMode:
+    return detect_fake_mode(inputs) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def input_index(placeholder: fx.Node) -> int | None:
+    """Which input of the Dynamo graph an ATen placeholder is, from AOTAutograd's own description of it."""
+    return getattr(placeholder.meta.get("desc"), "idx", None)
+
+
+def storage_of(value: torch.Tensor) -> int:
+    """An identity of the memory behind a (fake) tensor: equal for aliases."""
+    return value.untyped_storage()._cdata
+
+
+# ---- tracing --------------------------------------------------------------------------------------------------------
+
+
+def flatten(value: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure of nested lists, tuples and dicts."""
+    return pytree.tree_flatten(value)
+
+
+def unflatten(leaves: Sequence[Any], spec: Any) -> Any:
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def trace(function: Callable[..., Any], leaves: Sequence[torch.Tensor], spec: Any) -> tuple[fx.GraphModule, Any]:
+    """A torch function as an ATen graph, decomposed as Inductor wants it; the structure of its result.
+
+    ``leaves`` and ``spec`` are the flattened arguments; the graph takes and returns flat lists.
+    """
+    results: list[Any] = []
+
+    def flat(*inputs: torch.Tensor) -> list[Any]:
+        outputs, result = pytree.tree_flatten(function(*pytree.tree_unflatten(inputs, spec)))
+        results.append(result)
+        return outputs
+
+    return make_fx(flat, decomposition_table=select_decomp_table())(*leaves), results[-1]
+
+
+def dump_graph(name: str, text: Callable[[], str]) -> None:
+    """Give a graph to tlparse (``TORCH_TRACE``); free when nobody listens."""
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": f"cachepass_{name}", "encoding": "string"}, payload_fn=text
+    )

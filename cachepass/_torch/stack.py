@@ -1,0 +1,72 @@
+"""The Python stack: which calls of modules the current code runs in."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dynamo import convert_frame, eval_frame
+from torch._dynamo.eval_frame import OptimizedModule
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """A call ``module(*args, **kwargs)`` that is on the Python stack."""
+
+    module: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_CALL = torch.nn.Module._call_impl.__code__
+
+
+def calling_modules() -> tuple[list[ModuleCall], int | None]:
+    """The calls of modules that the current Python frame runs in, innermost first, and which of them is of the module
+    that was given to ``torch.compile`` (None: a function was).
+
+    Calls that Dynamo inlined are not on the stack; the wrappers that ``torch.compile(module)`` makes are left out.
+    """
+    calls: list[ModuleCall] = []
+    compiled: list[int | None] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            scope = frame.f_locals
+            if not isinstance(scope["self"], OptimizedModule):
+                calls.append(ModuleCall(scope["self"], scope["args"], scope["kwargs"]))
+        elif not compiled and frame.f_code.co_name == "compile_wrapper" and _is_of(frame, eval_frame):
+            compiled.append(len(calls) - 1 if calls else None)
+        frame = frame.f_back
+    return calls, compiled[0] if compiled else None
+
+
+def _is_of(frame: types.FrameType, module: types.ModuleType) -> bool:
+    return frame.f_globals.get("__name__") == module.__name__
+
+
+def calling_module() -> torch.nn.Module | None:
+    """The module of the innermost such call."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL and not isinstance(module := frame.f_locals["self"], OptimizedModule):
+            return module
+        frame = frame.f_back
+    return None
+
+
+def traced_from() -> str:
+    """From where the frame that Dynamo is tracing was called: ``"module"`` (it is the ``forward`` of the innermost
+    calling module), ``"compile"`` (it is what was given to ``torch.compile``) or ``"code"`` (any other code)."""
+    frame, caller = sys._getframe(1), None
+    while frame is not None:
+        if _is_of(frame, convert_frame):
+            caller = frame.f_back
+        elif caller is not None and not frame.f_globals.get("__name__", "").startswith(("torch.", "contextlib")):
+            break  # the compiler's own frames are over
+        frame = frame.f_back
+    name = "" if caller is None else caller.f_globals.get("__name__", "")
+    return {torch.nn.modules.module.__name__: "module", eval_frame.__name__: "compile"}.get(name, "code")
