@@ -410,8 +410,8 @@ def test_regions_outside_diffusers():
     explanation = cachepass.explain(model, x, t, context=torch.randn(2, 5, 8), cache="taylorseer", options=COUNT)
     kinds = {r.path: r.kind for r in explanation.regions if r.kind != "module"}
     assert kinds == {
-        "blocks.0.attn": "attention", "blocks.0.cross": "cross-attention", "blocks.0.ff": "mlp",
-        "blocks.1.attn": "attention", "blocks.1.cross": "cross-attention", "blocks.1.ff": "mlp",
+        "blocks.0": "block", "blocks.0.attn": "attention", "blocks.0.cross": "cross-attention", "blocks.0.ff": "mlp",
+        "blocks.1": "block", "blocks.1.attn": "attention", "blocks.1.cross": "cross-attention", "blocks.1.ff": "mlp",
     }  # fmt: skip
 
 

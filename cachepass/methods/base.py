@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class Region:
         is_attention: It owns an attention computation.
         is_cross: Its keys do not depend on the input that its queries come from (attention only).
         is_mlp: It is a feed-forward.
+        is_block: It is one of a list of blocks: an entry of a ModuleList that holds attentions or feed-forwards.
     """
 
     id: str
@@ -33,12 +35,18 @@ class Region:
     is_attention: bool = False
     is_cross: bool = False
     is_mlp: bool = False
+    is_block: bool = False
 
     @property
     def kind(self) -> str:
         if self.is_attention:
             return "cross-attention" if self.is_cross else "attention"
-        return "mlp" if self.is_mlp else "module"
+        return "mlp" if self.is_mlp else "block" if self.is_block else "module"
+
+    def matches(self, identifier: str, match: Callable[[str, str], object] = re.fullmatch) -> bool:
+        """The identifier is the region's kind (``"attention"``, ``"mlp"``, ``"block"``) or a regex for its path."""
+        kinds = {"attention": self.is_attention, "mlp": self.is_mlp, "block": self.is_block}
+        return kinds.get(identifier, False) or bool(match(identifier, self.path))
 
 
 @dataclass(frozen=True)

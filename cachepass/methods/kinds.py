@@ -21,7 +21,7 @@ def fits(kind: str, region: Region) -> bool:
 def kind_of(region: Region, kinds: Sequence[str], config: KindConfig) -> str | None:
     """The first of the kinds that fits the region and has an identifier for it."""
     for kind in kinds:
-        if fits(kind, region) and any(re.search(p, region.path) for p in config.kind(kind)[2]):
+        if fits(kind, region) and any(region.matches(p, re.search) for p in config.kind(kind)[2]):
             return kind
     return None
 

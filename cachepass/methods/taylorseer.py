@@ -45,7 +45,9 @@ class TaylorSeer(Method):
                 )
         elif not active:
             active = _ATTENTION
-            if not _matching(active, regions) and not any(_matches(active, path) for path in model or ()):
+            if not _matching(active, regions) and not any(
+                re.fullmatch(p, path) for path in model or () for p in active
+            ):
                 found = [r for r in regions if r.is_attention]
                 active = tuple(re.escape(r.path) for r in found)
                 if found:
@@ -54,9 +56,9 @@ class TaylorSeer(Method):
             self._require(active, zeros, regions)
         targets = []
         for region in regions:
-            if any(re.fullmatch(p, region.path) for p in zeros):
+            if any(region.matches(p) for p in zeros):
                 targets.append(Target(region, GROUP, ZEROS))
-            elif any(re.fullmatch(p, region.path) for p in active):
+            elif any(region.matches(p) for p in active):
                 targets.append(Target(region, GROUP, self._forecast, config.taylor_factors_dtype))
         return Selection(tuple(targets), notes=tuple(notes))
 
@@ -105,8 +107,4 @@ class TaylorSeer(Method):
 
 
 def _matching(patterns: Sequence[str], regions: Sequence[Region]) -> list[Region]:
-    return [r for r in regions if _matches(patterns, r.path)]
-
-
-def _matches(patterns: Sequence[str], path: str) -> bool:
-    return any(re.fullmatch(p, path) for p in patterns)
+    return [r for r in regions if any(r.matches(p) for p in patterns)]
