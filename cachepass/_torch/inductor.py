@@ -88,7 +88,9 @@ def input_index(placeholder: fx.Node) -> int | None:
 
 
 def storage_of(value: torch.Tensor) -> int:
-    """An identity of the memory behind a (fake) tensor: equal for aliases."""
+    """An identity of the memory behind a (fake) tensor: equal for aliases. Under vmap, of what is mapped over."""
+    while torch._C._functorch.is_batchedtensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
     return value.untyped_storage()._cdata
 
 
