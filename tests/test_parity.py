@@ -13,7 +13,9 @@ import torch
 from zoo import (
     ZOO,
     build,
+    clock_of,
     first_tensor,
+    is_one_graph,
     pab_oracle,
     relative_error,
     taylorseer_oracle,
@@ -22,37 +24,30 @@ from zoo import (
 )
 
 import cachepass
-from cachepass.inspect.summary import programs_of
 
 STEPS = 9
 SCHEDULE = {"cache_interval": 3, "disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32}
-SUBMODULES = [r".*\.(attn\d?|attention|ff|ffn|feed_forward|ff_context)"]
+SUBMODULES = [r".*\.(attn\d?|self_attn|attention|ff|ffn|feed_forward|ff_context)"]
 BLOCKS = [r"[^.]*(blocks|layers)\.\d+"]
 
 
-def cut_regions(compiled) -> set[str]:
-    """Paths of the modules that a compiled model cuts."""
-    dispatcher = next(programs_of(compiled))[0]
-    assert dispatcher.program is not None
-    return {cut.region.split("@")[0] for cut in dispatcher.program.plan.cuts}
-
-
 def assert_parity(name, make_oracle, cache, *, tolerance=1e-5, now=None, dtype=torch.float32, **options):
-    """Two runs, step by step. ``make_oracle`` gets the paths of the modules that are cut."""
+    """Two runs, step by step; returns the largest error. ``make_oracle`` gets the paths of the modules that are cut."""
     compiled = torch.compile(
-        build(name).to(dtype), backend="cached_inductor", fullgraph=True,
+        build(name).to(dtype), backend="cached_inductor", fullgraph=is_one_graph(name),
         options={"cache": cache, "lowering": "eager", "num_inference_steps": STEPS, **options},
     )  # fmt: skip
-    oracle = None
+    oracle, largest = None, 0.0
     for run in range(2):
         for step, (timestep, call) in enumerate(trajectory(name, STEPS, dtype)):
             if now is not None:
                 now[0] = timestep
             result = first_tensor(compiled(**call))
             if oracle is None:
-                oracle = make_oracle(cut_regions(compiled))
+                oracle = make_oracle(set(cachepass.summary(compiled).modules))
                 oracle.model.to(dtype)
             error = relative_error(result, oracle(**call))
+            largest = max(largest, error)
             assert error < tolerance, f"run {run}, step {step}: {error:.1e}"
         assert oracle is not None
         oracle.reset()
@@ -60,6 +55,7 @@ def assert_parity(name, make_oracle, cache, *, tolerance=1e-5, now=None, dtype=t
     assert sum(summary.predicted.values()) > 0
     assert summary.runs == 2
     assert summary.cache_bytes == summary.planned_bytes
+    return largest
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -84,16 +80,21 @@ def test_taylorseer_custom_identifiers(name):
     assert_parity(name, lambda _: taylorseer_oracle(name, **fields), {"method": "taylorseer", **fields})
 
 
+# Behind their graph breaks Dynamo gives up what would have to be cut: proj_out, or the blocks. (Without a break, models
+# that have neither by diffusers' patterns are an error too: its hooks do nothing.)
+GIVEN_UP = {"HiDreamImageTransformer2DModel", "HunyuanVideo15Transformer3DModel"}
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_taylorseer_lite(name):
     fields = {**SCHEDULE, "use_lite_mode": True}
     cache = {"method": "taylorseer", **fields}
     with warnings.catch_warnings():  # models without proj_out: the warning has a test of its own
         warnings.simplefilter("ignore", cachepass.CachepassWarning)
-        if name.startswith("ZImage"):  # neither proj_out nor a block by diffusers' patterns: its hooks do nothing
-            assert not taylorseer_oracle(name, **fields).hooked()
+        hooked = taylorseer_oracle(name, **fields).hooked()
+        if not hooked or name in GIVEN_UP:
             with pytest.raises(cachepass.NoMatchError, match="proj_out"):
-                assert_parity(name, None, cache)
+                assert_parity(name, lambda _: taylorseer_oracle(name, **fields), cache)
             return
         if name.startswith("SD3"):  # diffusers' hook fails on the last block, which returns None beside a tensor;
             # the forecast of proj_out does not depend on what the blocks return, so this is the same function
@@ -103,13 +104,13 @@ def test_taylorseer_lite(name):
         assert_parity(name, lambda _: oracle, cache)
 
 
-# diffusers gives these cross-attentions no flag, so its hooks take them for spatial ones.
-UNFLAGGED_CROSS = {"LTXVideoTransformer3DModel"}
+# diffusers' flag for cross-attentions is missing in the one and set for the self-attentions of the other.
+MISFLAGGED = {"LTXVideoTransformer3DModel", "OmniGenTransformer2DModel"}
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name in ZOO if clock_of(name)])
 def test_pab(name):
-    spatial, cross = (3, 3) if name in UNFLAGGED_CROSS else (2, 3)
+    spatial, cross = (3, 3) if name in MISFLAGGED else (2, 3)
     fields = {"spatial_attention_block_skip_range": spatial, "cross_attention_block_skip_range": cross,
               "temporal_attention_block_skip_range": 4}  # fmt: skip
     now = [0.0]

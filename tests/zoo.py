@@ -1,7 +1,7 @@
 """Tiny configurations of diffusers' transformers (zoo.json), and the oracle: diffusers' own cache hooks.
 
 Adding a model is adding its JSON: ``init`` arguments and ``inputs`` with dtype, shape and, where random numbers would
-make no sense, values.
+make no sense, values. ``graph_breaks`` says that Dynamo cannot trace it as one graph.
 """
 
 from __future__ import annotations
@@ -20,6 +20,16 @@ import cachepass
 EAGER_FIRST = {"ZImageTransformer2DModel"}
 
 ZOO: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "zoo.json").read_text())
+CLOCKS = ("timestep", "timesteps", "t")
+
+
+def clock_of(name: str) -> str | None:
+    """The name of the timestep input, if the model has one."""
+    return next((clock for clock in CLOCKS if clock in ZOO[name]["inputs"]), None)
+
+
+def is_one_graph(name: str) -> bool:
+    return not ZOO[name].get("graph_breaks", False)
 
 
 def build(name: str, seed: int = 0) -> torch.nn.Module:
@@ -85,9 +95,8 @@ def trajectory(name: str, steps: int, dtype: torch.dtype = torch.float32, *,
     The latents change smoothly with some noise; models whose timestep runs from 1 to 0 get it so.
     """
     base = guided_inputs_of(name) if guided else inputs_of(name)
-    latents = "hidden_states" if "hidden_states" in base else "x"
-    clock = "timestep" if "timestep" in base else "t"
-    unit = 1000.0 if base[clock].is_floating_point() and float(base[clock].max()) <= 1.0 else 1.0
+    latents = next(key for key in ("hidden_states", "x", "encoder_hidden_states") if key in base)
+    clock, unit = clock_of(name), timestep_scale(name)
     generator = torch.Generator().manual_seed(7)
 
     def cast(value: Any) -> Any:
@@ -105,15 +114,19 @@ def trajectory(name: str, steps: int, dtype: torch.dtype = torch.float32, *,
         timestep = 950.0 - 880.0 * step / steps
         call = dict(base)
         call[latents] = move(base[latents], step)
-        scaled = timestep / unit if base[clock].is_floating_point() else int(timestep)
-        call[clock] = torch.full_like(base[clock], scaled)
-        yield float(call[clock].flatten()[0]) * unit, {k: cast(v) for k, v in call.items()}
+        if clock is not None:
+            scaled = timestep / unit if base[clock].is_floating_point() else int(timestep)
+            call[clock] = torch.full_like(base[clock], scaled)
+            timestep = float(call[clock].flatten()[0]) * unit
+        yield timestep, {k: cast(v) for k, v in call.items()}
 
 
 def timestep_scale(name: str) -> float:
     """Factor from the model's timestep input to 0..1000 in :func:`trajectory`."""
-    base = inputs_of(name)
-    clock = base.get("timestep", base.get("t"))
+    name_of_clock = clock_of(name)
+    if name_of_clock is None:
+        return 1.0
+    clock = inputs_of(name)[name_of_clock]
     return 1000.0 if clock.is_floating_point() and float(clock.max()) <= 1.0 else 1.0
 
 

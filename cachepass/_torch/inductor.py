@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import get_unwrapped, is_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.cond import cond_op
@@ -89,8 +90,8 @@ def input_index(placeholder: fx.Node) -> int | None:
 
 def storage_of(value: torch.Tensor) -> int:
     """An identity of the memory behind a (fake) tensor: equal for aliases. Under vmap, of what is mapped over."""
-    while torch._C._functorch.is_batchedtensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
+    while is_batchedtensor(value):
+        value = get_unwrapped(value)
     return value.untyped_storage()._cdata
 
 

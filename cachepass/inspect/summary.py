@@ -27,6 +27,7 @@ class Summary:
         steps: Calls that succeeded.
         contexts: Contexts that hold a state.
         graphs: Graphs that the model was captured in.
+        modules: Paths of the modules that are cut.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Summary:
     steps: int
     contexts: tuple[str, ...]
     graphs: int
+    modules: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         groups = list(dict.fromkeys([*self.computed, *self.predicted]))
@@ -61,9 +63,13 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
 
     Raises:
         NotCompiledError: No program of ``backend="cached_inductor"`` belongs to the model (yet).
+        NoMatchError: The model is many graphs, and nothing in any of them is cached.
     """
     found = list(programs_of(model))
     if not found:
+        for dispatcher in list(LIVE):
+            if dispatcher.part is not None and dispatcher.part.model.module is _original(model):
+                dispatcher.part.model.require_match()
         raise NotCompiledError(
             f"no cached_inductor program belongs to this {type(_original(model)).__name__}",
             where="summary", hint='call the model compiled with backend="cached_inductor" and a cache at least once',
@@ -90,6 +96,7 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
         steps=sum(model_.steps for model_ in models),
         contexts=tuple(dict.fromkeys(run.context for run in runs)),
         graphs=len(dispatchers),
+        modules=tuple(dict.fromkeys(path for d, instance in found for path in d.modules(instance))),
     )
 
 

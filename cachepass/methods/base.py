@@ -174,6 +174,12 @@ class Method(ABC):
         may do so in another part: no error and no warning.
         """
 
+    def check(self, regions: Sequence[Region], model: Sequence[str]) -> None:  # noqa: ARG002 (for methods that need more)
+        """``regions`` are those of all parts of a model whose modules have the paths ``model``: raise what
+        :meth:`select` would for the whole one, and NoMatchError for what is needed and lies outside of every part.
+        """
+        self.select(regions)
+
     @abstractmethod
     def predicts(self, group: str, step: Step) -> bool:
         """The schedule: True if the group is predicted at this step, given that it has a history."""

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from ..config import TaylorSeerCacheConfig
-from ..errors import CachepassWarning
+from ..errors import CachepassWarning, NoMatchError
 from ..forecast import ZEROS, taylor, taylor_weights
 from .base import GroupHistory, Method, Region, Selection, Step, Target, no_match
 
@@ -61,6 +61,16 @@ class TaylorSeer(Method):
             elif any(region.matches(p) for p in active):
                 targets.append(Target(region, GROUP, self._forecast, config.taylor_factors_dtype))
         return Selection(tuple(targets), notes=tuple(notes))
+
+    def check(self, regions: Sequence[Region], model: Sequence[str]) -> None:
+        outside = [path for path in model if any(re.fullmatch(p, path) for p in _LITE_FORECAST)]
+        if self.config.use_lite_mode and outside and not _matching(_LITE_FORECAST, regions):
+            raise NoMatchError(
+                f"use_lite_mode forecasts {outside[0]}, which is in no compiled graph: blocks would return zeros, and "
+                "nothing would stand in for them", where=type(self.config).__name__,
+                hint="compile the whole model as one graph, or give cache_identifiers",
+            )  # fmt: skip
+        super().check(regions, model)
 
     def _require(self, active: Sequence[str], zeros: Sequence[str], regions: Sequence[Region]) -> None:
         """Patterns that the user wrote must each match; the built-in ones must match together."""

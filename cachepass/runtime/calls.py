@@ -269,6 +269,13 @@ class Model:
         self.regions.update((region.id, region) for region in regions)
         self._checked = False
 
+    def require_match(self) -> None:
+        """Raise NoMatchError if the method finds nothing, or not enough, in all graphs that are known by now."""
+        module = self.module
+        if not self._checked and module is not None:
+            self.method.check(list(self.regions.values()), [name for name, _ in module.named_modules()])
+            self._checked = True
+
     def watch(self, begun: _torch.ModuleCall) -> None:
         """See where calls of the module begin and end, from now on; it is in the middle of one."""
         if not self._hooks:
@@ -289,9 +296,7 @@ class Model:
         Raises:
             NoMatchError: All graphs of the last call are known, and the method finds nothing to cache in them.
         """
-        if not self._checked:
-            self.method.select(list(self.regions.values()))
-            self._checked = True
+        self.require_match()
         self._local.call = self._new_call(begun, hooked=True)
 
     def _new_call(self, begun: _torch.ModuleCall, *, hooked: bool) -> Call:

@@ -227,8 +227,7 @@ class Dispatcher:
 
     def _weights(self, instance: Instance, state: RunState, group: str, step: Step) -> tuple[float, ...]:
         history, regions = state.groups[group], state.plan.weight_regions(group)
-        if self.part is not None:  # the plan has the paths of the instance that was captured
-            regions = [instance.prefix + region.removeprefix(self.part.prefix) for region in regions]
+        regions = [self._path(instance, region) for region in regions]
         if len(regions) == 1:
             return self.method.weights(group, step, history, regions[0])
         return tuple(w for region in regions for w in self.method.weights(group, step, history, region))
@@ -355,6 +354,17 @@ class Dispatcher:
             state = run.outputs.setdefault(plan.slots, OutputState(plan))
         state.follow(run.epoch)
         return state
+
+    def modules(self, instance: Instance) -> list[str]:
+        """Paths of the modules that are cut in an instance."""
+        if self.program is None:
+            return []
+        cuts = [c for c in self.program.plan.cuts if instance.groups is None or c.group in instance.groups]
+        return [self._path(instance, path) for path in dict.fromkeys(c.region.split("@")[0] for c in cuts)]
+
+    def _path(self, instance: Instance, path: str) -> str:
+        """The path in an instance of what has this path in the one that was captured."""
+        return path if self.part is None else instance.prefix + path.removeprefix(self.part.prefix)
 
     def belongs_to(self, model: torch.nn.Module) -> list[Instance]:
         """The instances that are ``model`` or in it."""
