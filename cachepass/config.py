@@ -163,7 +163,8 @@ class PyramidAttentionBroadcastConfig(CacheConfig):
 _GUIDED_INPUTS = ("hidden_states", "encoder_hidden_states", "timestep", "attention_mask", "encoder_attention_mask")
 _MORE_GUIDED_INPUTS = (
     "added_cond_kwargs", "cap_feats", "class_labels", "encoder_hidden_states_image", "encoder_hidden_states_mask",
-    "encoder_hidden_states_t5", "guidance", "image_meta_size", "pooled_projections", "sample", "style", "t",
+    "encoder_hidden_states_t5", "guidance", "image_embeds", "image_meta_size", "latents_clean", "latents_history_2x",
+    "latents_history_4x", "pooled_projections", "sample", "style", "t",
     "text_embedding_mask", "text_embedding_mask_t5", "x",
 )  # fmt: skip
 TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")

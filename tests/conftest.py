@@ -1,4 +1,4 @@
-"""What all tests share: Dynamo's caches emptied between tests, quiet diffusers, no gradients."""
+"""What all tests share: Dynamo's caches emptied between tests, quiet diffusers, no gradients; the sweep's table."""
 
 from __future__ import annotations
 
@@ -24,3 +24,24 @@ def _quiet_diffusers():
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture
+def sweep(record_property, request):
+    """``sweep(method, error)``: what the line of the model (the test's ``name``) says of a method."""
+    return lambda method, error: record_property("sweep", [request.node.callspec.params["name"], method, error])
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line per model: the largest relative error of each method against its oracle."""
+    lines: dict[str, dict[str, float]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "sweep":
+                model, method, error = value
+                lines.setdefault(model, {})[method] = error
+    if lines:
+        terminalreporter.section("parity with the oracles, largest relative error", sep="-")
+        for model, errors in sorted(lines.items()):
+            cells = (f"{method} {error:.0e}" for method, error in sorted(errors.items()))
+            terminalreporter.write_line(f"{model}: {', '.join(cells)}")

@@ -9,7 +9,16 @@ import warnings
 import pytest
 import torch
 from small_models import calls, transformer
-from zoo import build, first_tensor, pab_oracle, relative_error, taylorseer_oracle, timestep_scale, trajectory
+from zoo import (
+    build,
+    first_tensor,
+    is_one_graph,
+    pab_oracle,
+    relative_error,
+    taylorseer_oracle,
+    timestep_scale,
+    trajectory,
+)
 
 import cachepass
 from cachepass.testing import count_compiles
@@ -24,7 +33,8 @@ PAB = {"method": "pab", "spatial_attention_block_skip_range": 2}
 
 def compiled(name_or_model, cache, **options):
     model = build(name_or_model) if isinstance(name_or_model, str) else name_or_model
-    return torch.compile(model, backend="cached_inductor", fullgraph=True, options={"cache": cache, **options})
+    fullgraph = not isinstance(name_or_model, str) or is_one_graph(name_or_model)
+    return torch.compile(model, backend="cached_inductor", fullgraph=fullgraph, options={"cache": cache, **options})
 
 
 def outputs(model, name, steps=STEPS):
@@ -32,13 +42,14 @@ def outputs(model, name, steps=STEPS):
 
 
 @pytest.mark.parametrize("name", [
-    "DiTTransformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel", "SanaTransformer2DModel",
-    "WanTransformer3DModel",
+    "DiTTransformer2DModel", "FluxTransformer2DModel", "HunyuanDiT2DModel", "OmniGenTransformer2DModel",
+    "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel", "SanaTransformer2DModel",
+    "UVit2DModel", "WanTransformer3DModel",
 ])  # fmt: skip
 def test_taylorseer_parity_through_inductor(name):
     """1e-5 relative to diffusers' eager hooks, over two runs."""
     fields = {k: v for k, v in TAYLOR.items() if k != "method"}
-    fields["cache_identifiers"] = [r".*\.(attn\d?|ff|ffn)"]
+    fields["cache_identifiers"] = [r".*\.(attn\d?|self_attn|ff|ffn)"]
     oracle, model = taylorseer_oracle(name, **fields), compiled(name, {**TAYLOR, **fields}, num_inference_steps=STEPS)
     for run in range(2):
         for step, (_, call) in enumerate(trajectory(name, STEPS)):
@@ -50,7 +61,8 @@ def test_taylorseer_parity_through_inductor(name):
     assert summary.cache_bytes == summary.planned_bytes
 
 
-@pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "LatteTransformer3DModel"])
+@pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "LatteTransformer3DModel",
+                                  "AllegroTransformer3DModel"])  # fmt: skip
 def test_pab_parity_through_inductor(name):
     now, fields = [0.0], {"spatial_attention_block_skip_range": 2}
     oracle, model = pab_oracle(name, now, **fields), compiled(name, {"method": "pab", **fields})

@@ -60,7 +60,7 @@ def assert_parity(name, make_oracle, cache, *, tolerance=1e-5, now=None, dtype=t
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", ZOO)
-def test_taylorseer_default_identifiers(name, order):
+def test_taylorseer_default_identifiers(name, order, sweep):
     """Where diffusers' default patterns match nothing, the attentions found by what they do are the oracle's list."""
     fields = {**SCHEDULE, "max_order": order}
 
@@ -71,13 +71,14 @@ def test_taylorseer_default_identifiers(name, order):
         assert set(oracle.hooked()) == cut
         return oracle
 
-    assert_parity(name, make_oracle, {"method": "taylorseer", **fields})
+    sweep(f"taylorseer {order}", assert_parity(name, make_oracle, {"method": "taylorseer", **fields}))
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_taylorseer_custom_identifiers(name):
+def test_taylorseer_custom_identifiers(name, sweep):
     fields = {**SCHEDULE, "cache_identifiers": SUBMODULES, "max_order": 2}
-    assert_parity(name, lambda _: taylorseer_oracle(name, **fields), {"method": "taylorseer", **fields})
+    error = assert_parity(name, lambda _: taylorseer_oracle(name, **fields), {"method": "taylorseer", **fields})
+    sweep("attention and mlp", error)
 
 
 # Behind their graph breaks Dynamo gives up what would have to be cut: proj_out, or the blocks. (Without a break, models
@@ -86,7 +87,7 @@ GIVEN_UP = {"HiDreamImageTransformer2DModel", "HunyuanVideo15Transformer3DModel"
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_taylorseer_lite(name):
+def test_taylorseer_lite(name, sweep):
     fields = {**SCHEDULE, "use_lite_mode": True}
     cache = {"method": "taylorseer", **fields}
     with warnings.catch_warnings():  # models without proj_out: the warning has a test of its own
@@ -101,7 +102,7 @@ def test_taylorseer_lite(name):
             oracle = taylorseer_oracle(name, **SCHEDULE, cache_identifiers=["proj_out"])
         else:
             oracle = taylorseer_oracle(name, **fields)
-        assert_parity(name, lambda _: oracle, cache)
+        sweep("lite", assert_parity(name, lambda _: oracle, cache))
 
 
 # diffusers' flag for cross-attentions is missing in the one and set for the self-attentions of the other.
@@ -109,7 +110,7 @@ MISFLAGGED = {"LTXVideoTransformer3DModel", "OmniGenTransformer2DModel"}
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if clock_of(name)])
-def test_pab(name):
+def test_pab(name, sweep):
     spatial, cross = (3, 3) if name in MISFLAGGED else (2, 3)
     fields = {"spatial_attention_block_skip_range": spatial, "cross_attention_block_skip_range": cross,
               "temporal_attention_block_skip_range": 4}  # fmt: skip
@@ -122,7 +123,8 @@ def test_pab(name):
 
     with warnings.catch_warnings():  # kinds that the model does not have
         warnings.simplefilter("ignore", cachepass.CachepassWarning)
-        assert_parity(name, make_oracle, {"method": "pab", **fields}, now=now, timestep_scale=timestep_scale(name))
+        scale = timestep_scale(name)
+        sweep("pab", assert_parity(name, make_oracle, {"method": "pab", **fields}, now=now, timestep_scale=scale))
 
 
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel", "SD3Transformer2DModel"])
