@@ -21,6 +21,7 @@ from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 COND = cond_op
@@ -86,6 +87,11 @@ def fake_mode_of(inputs: Sequence[Any]) -> FakeTensorMode:
 def input_index(placeholder: fx.Node) -> int | None:
     """Which input of the Dynamo graph an ATen placeholder is, from AOTAutograd's own description of it."""
     return getattr(placeholder.meta.get("desc"), "idx", None)
+
+
+def depends_on_data(value: torch.Tensor) -> bool:
+    """A (fake) tensor has a size that only running the graph can tell."""
+    return bool(free_unbacked_symbols(value))
 
 
 def storage_of(value: torch.Tensor) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from .. import _torch
 from ..errors import OutputError
 from ..frequency import Latents
 from ..methods import Guidance
@@ -19,6 +20,13 @@ def returned(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in dict.fromkeys(nodes) if n.meta["example_value"].is_floating_point()]
 
 
+def _require_known_sizes(values: Sequence[fx.Node], where: str) -> None:
+    if any(_torch.depends_on_data(value.meta["example_value"]) for value in values):
+        raise OutputError("the size of the model's output depends on the data that it is called with", where=where,
+                          hint="what is kept of it has a fixed size; is_guidance_distilled=True forecasts attentions "
+                               "alone")  # fmt: skip
+
+
 def sample_output(gm: fx.GraphModule, guidance: Guidance) -> list[fx.Node]:
     """The sample among the returned values: the first one.
 
@@ -28,6 +36,7 @@ def sample_output(gm: fx.GraphModule, guidance: Guidance) -> list[fx.Node]:
     values = returned(gm)
     if not values:
         raise OutputError("the model returns no floating-point tensor", where=guidance.settings)
+    _require_known_sizes(values[:1], guidance.settings)
     guidance.latents.check(_shape(values[0]), f"{guidance.settings}.tensor_format")
     return values[:1]
 
@@ -40,6 +49,7 @@ def paired_outputs(full: fx.GraphModule, half: fx.GraphModule,
         OutputError: The sample does not halve with the batch, or is no image or video in the given format.
     """
     of_full, of_half, where = returned(full), returned(half), f"{guidance.settings}.tensor_format"
+    _require_known_sizes([*of_full, *of_half], guidance.settings)
     shapes = [_shape(n) for n in of_full], [_shape(n) for n in of_half]
     if shapes[0] and shapes[1] and len(shapes[0]) == 2 * len(shapes[1]) and len({*shapes[0], *shapes[1]}) == 1:
         latents = replace(guidance.latents, listed=True)
