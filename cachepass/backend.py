@@ -50,6 +50,7 @@ from .runtime.context import current_context, guidance_partner
 from .runtime.dispatch import Dispatcher, HalfRun, InputLayout
 from .runtime.place import Place, locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
+from .runtime.state import SymbolBinder
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +117,10 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
         dispatcher.idle_groups = tuple(dict.fromkeys(target.group for target in prepared.targets))
         dispatcher.compiled = _uncached(gm, inputs, options)
         return dispatcher
+    sizes = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
     built = build(gm, inputs, prepared, options, dispatcher.current)
     dispatcher.compiled, dispatcher.half, dispatcher.program = built.run, built.half, built.program
+    dispatcher.binder = SymbolBinder.of(sizes, built.program.plan.sizes)
     return dispatcher
 
 

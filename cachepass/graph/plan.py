@@ -8,10 +8,9 @@ the cuts that the phase predicts. A cut whose forecast no phase reads is dead; s
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +118,22 @@ class OutputPlan:
         return (guidance.both, guidance.half) if self.halved else (guidance.cond, guidance.uncond, guidance.answer)
 
 
+class Layout:
+    """Equal for plans that keep the same: graphs of one model that were captured under different conditions go on with
+    each other's history. It is looked up on every call, so its hash is computed once."""
+
+    __slots__ = ("_hash", "parts")
+
+    def __init__(self, parts: tuple[object, ...]) -> None:
+        self.parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layout) and self.parts == other.parts)
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """What will be kept and which programs there will be.
@@ -160,16 +175,18 @@ class CachePlan:
         """Of these, the bytes of the cuts' slots."""
         return sum(self.slots(cut) * cut.slot_bytes for cut in self.cuts)
 
-    @functools.cached_property
-    def layout(self) -> tuple[object, ...]:
-        """Equal for plans that keep the same, so that graphs captured twice can go on with each other's history. A
-        plan with symbolic sizes is equal to itself alone."""
-        slots = tuple(
-            (c.region, c.output, c.group, c.forecast, c.shape, c.stride, c.slot_dtype, c.device, c.live)
+    def layout(self, resolve: Callable[[object], int]) -> Layout:
+        """What the plan keeps, once the symbolic sizes have values."""
+        return Layout((self.spare, *(
+            (c.region, c.output, c.group, c.forecast, tuple(map(resolve, c.shape)), tuple(map(resolve, c.stride)),
+             c.slot_dtype, c.device, c.live)
             for c in self.cuts
-        )  # fmt: skip
-        sizes = [size for cut in self.cuts for size in (*cut.shape, *cut.stride)]
-        return (id(self),) if any(isinstance(s, torch.SymInt) for s in sizes) else (self.spare, *slots)
+        )))  # fmt: skip
+
+    @property
+    def sizes(self) -> list[int | torch.SymInt]:
+        """All sizes and strides of the live cuts."""
+        return [size for cut in self.live_cuts for size in (*cut.shape, *cut.stride)]
 
     def history(self, group: str) -> int:
         """Outputs kept by the group's deepest ring."""

@@ -90,7 +90,7 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
         computed=_total(model_.computed for model_ in models),
         predicted=_total(model_.predicted for model_ in models),
         cache_bytes=sum(s.cache_bytes for run in runs for s in (*run.states.values(), *run.outputs.values())),
-        planned_bytes=sum(s.plan.cut_bytes for s in cuts.values()) + sum(s.plan.slot_bytes for s in outputs.values()),
+        planned_bytes=sum(s.planned_bytes for s in cuts.values()) + sum(s.plan.slot_bytes for s in outputs.values()),
         variants=variants,
         runs=sum(model_.begun for model_ in models),
         steps=sum(model_.steps for model_ in models),

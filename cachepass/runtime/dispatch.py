@@ -9,6 +9,7 @@ the parameters among them or, where the model is many graphs, from the calls of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import threading
 import warnings
@@ -29,7 +30,7 @@ from ..options import CompileOptions
 from .calls import Call, Model, Run, model_of, step_call
 from .context import current_context, guidance_partner
 from .program import CurrentCall, Program, StepCall
-from .state import OutputState, RunState
+from .state import OutputState, RunState, SymbolBinder, resolve_size
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
@@ -99,7 +100,9 @@ class Dispatcher:
         self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
         self.compiled: Callable[..., Any] | None = None
         self.half: HalfRun | None = None  # for guidance batches
+        self.binder = SymbolBinder()  # of the sizes in the plan, from the inputs
         self.current = CurrentCall()
+        self._layouts: dict[tuple[int, ...], tuple[Hashable, Callable[[object], int]]] = {}
         self._lock = threading.Lock()
         self._warned = False
         self._read_identity = operator.itemgetter(*layout.identity) if layout.identity else None
@@ -146,7 +149,7 @@ class Dispatcher:
             assert self.compiled is not None
             return self.compiled(*inputs)
         run.cached = True
-        state = self._state(instance, run, call)
+        state = self._state(instance, run, call, inputs)
         outputs = self._output(run), None if partner is None else self._output(partner)
         step = Step(run.clock.index, run.timestep, self._module(instance) if self.method.needs_model else None)
         route = self._route(run, partner, outputs, step)
@@ -333,14 +336,19 @@ class Dispatcher:
     def _module(self, instance: Instance) -> torch.nn.Module | None:
         return instance.model.module or (None if self.root is None else self.root())
 
-    def _state(self, instance: Instance, run: Run, call: Call) -> RunState:
+    def _state(self, instance: Instance, run: Run, call: Call, inputs: Sequence[Any]) -> RunState:
         assert self.program is not None
-        plan = self.program.plan
-        place = instance.prefix, plan.layout
+        bound = self.binder.bind(inputs)
+        sizes = tuple(bound.values())
+        if sizes not in self._layouts:
+            resolve = functools.partial(resolve_size, bound=bound)
+            self._layouts[sizes] = self.program.plan.layout(resolve), resolve
+        layout, resolve = self._layouts[sizes]
+        place = instance.prefix, layout
         key = *place, call.occurrence((run.context, *place))
         state = run.states.get(key)
         if state is None:
-            state = run.states.setdefault(key, RunState(plan))
+            state = run.states.setdefault(key, RunState(self.program.plan, resolve))
         state.follow(run.epoch, run.clock.index)
         return state
 

@@ -22,7 +22,7 @@ from ..graph.show import readable
 from ..graph.specialize import Variant, all_phases, specialize
 from ..lower import LoweredVariant, lower
 from ..methods import WHOLE, Route
-from .state import OutputState, RunState, SymbolBinder, resolve_size
+from .state import OutputState, RunState
 
 logger = logging.getLogger(__name__)
 _TRUE_FALSE = (torch.tensor(False), torch.tensor(True))
@@ -46,11 +46,6 @@ class StepCall:
     output: OutputState | None = None
     partner: OutputState | None = None
     difference: bool | None = None
-
-    def compute_all(self) -> None:
-        """Predict nothing after all: the history that this was decided on does not fit the call."""
-        assert self.state is not None and self.phase.route is WHOLE, "calls under guidance have static shapes"
-        self.computed, self.predicted, self.phase, self.weights = tuple(self.state.groups), (), Phase(), {}
 
     def output_slot(self, name: str) -> torch.Tensor:
         """A slot for what is kept of the model's output: the partner's, if it wrote one of this name."""
@@ -77,7 +72,6 @@ class Program:
         self.variants: dict[str, LoweredVariant] = {}
         self._canonical: dict[Route, Canonical] = {}
         self._by_phase: dict[tuple[Route, tuple[str, ...]], LoweredVariant] = {}
-        self._binder = SymbolBinder.of(full.inputs, [s for cut in plan.live_cuts for s in (*cut.shape, *cut.stride)])
         self._weights: dict[tuple[object, ...], torch.Tensor] = {}
         devices = {cut.group: cut.device for cut in plan.live_cuts if cut.history}
         self._weights_at = {g: (weights_dtype(plan, g), devices[g]) for g in plan.groups if plan.weighted(g)}
@@ -88,10 +82,6 @@ class Program:
 
     def run(self, inputs: list[Any], call: StepCall) -> Any:
         """Run the variant of the call's phase on the model's inputs (flat, as AOTAutograd gives them)."""
-        if call.state is not None:
-            bound = {} if call.phase.route.half else self._binder.bind(inputs)
-            if call.state.prepare(tuple(bound.values()), lambda size: resolve_size(size, bound)):
-                call.compute_all()
         phase = call.phase
         variant = self._by_phase.get((phase.route, phase.predicted)) or self.compile(phase)
         if call.state is not None:

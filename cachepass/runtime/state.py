@@ -6,6 +6,7 @@ newest outputs are those of the last good step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,15 +28,13 @@ class GroupState(GroupHistory):
 class RunState:
     """What one graph keeps in one run: the slots of its cuts, and which of them hold what."""
 
-    def __init__(self, plan: CachePlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: CachePlan, resolve: Callable[[object], int]) -> None:
+        self.plan, self.resolve = plan, resolve
         self.groups = {group: GroupState() for group in plan.groups}
         self.rings: dict[int, list[torch.Tensor]] = {}
-        self.sizes: tuple[int, ...] | None = None
         self.epoch = 0
         self._slot_lists: dict[tuple[object, ...], tuple[Sequence[Role], list[torch.Tensor]]] = {}
         self._stale = False
-        self._resolve: Callable[[object], int] = int  # pyright: ignore[reportAttributeAccessIssue]
 
     def follow(self, epoch: int, index: int) -> None:
         """Step ``index`` of the run ``epoch`` comes: what was kept in another run is over, and what a step kept that
@@ -51,23 +50,6 @@ class RunState:
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
-    def prepare(self, sizes: tuple[int, ...], resolve: Callable[[object], int]) -> bool:
-        """Get ready for a call with these values of the symbolic sizes; other sizes start a fresh history.
-
-        Returns whether a history was given up for it. Slots are made when a program first asks for them.
-        """
-        if self.sizes == sizes:
-            if self._stale:
-                self._clear_slots()
-            return False
-        changed = self.sizes is not None
-        if changed:
-            self.forget_history()
-        self.rings.clear()
-        self._slot_lists.clear()
-        self.sizes, self._stale, self._resolve = sizes, False, resolve
-        return changed
-
     def _clear_slots(self) -> None:
         """A slot that holds nothing weighs 0, and 0 * inf is nan: what a diverged run or a step that failed left in it
         must not stay."""
@@ -78,6 +60,12 @@ class RunState:
         if slots:
             torch._foreach_zero_(slots)
         self._stale = False
+
+    @property
+    def planned_bytes(self) -> int:
+        """Bytes of the slots that the plan has; they are made when a program first asks for them."""
+        live = [(cut, math.prod(map(self.resolve, cut.shape))) for cut in self.plan.live_cuts]
+        return sum(self.plan.slots(cut) * numel * cut.slot_dtype.itemsize for cut, numel in live)
 
     @property
     def cache_bytes(self) -> int:
@@ -97,7 +85,7 @@ class RunState:
         ring = self.rings.get(role.cut)
         if ring is None:
             cut = self.plan.cuts[role.cut]
-            ring = self.rings[role.cut] = [_slot(cut, self._resolve) for _ in range(self.plan.slots(cut))]
+            ring = self.rings[role.cut] = [_slot(cut, self.resolve) for _ in range(self.plan.slots(cut))]
         return ring[(self.groups[role.group].head + (role.age if role.kind == "history" else -1)) % len(ring)]
 
     def _ring(self, group: str) -> int:
@@ -115,6 +103,8 @@ class RunState:
 
     def begin(self, computed: Sequence[str], predicted: Sequence[str]) -> None:
         """A step is about to write the next slot of what it keeps: without a spare one, the oldest output is gone."""
+        if self._stale:
+            self._clear_slots()
         self._stale = True  # until the step is committed
         for group in (*computed, *(group for group in predicted if self.plan.recursive(group))):
             history = self.plan.history(group)
@@ -216,7 +206,7 @@ class SymbolBinder:
                 for s, (i, d) in self.symbols.items()}  # fmt: skip
 
 
-def resolve_size(size: object, bound: dict[sympy.Symbol, int]) -> int:
+def resolve_size(size: object, bound: Mapping[sympy.Symbol, int]) -> int:
     if isinstance(size, torch.SymInt):
         return int(size.node.expr.xreplace(bound))
     assert isinstance(size, int)
