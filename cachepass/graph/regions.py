@@ -66,13 +66,15 @@ def find_regions(gm: fx.GraphModule, paths: Mapping[int, str] | None = None,
 
 
 def _stack(node: fx.Node, root: tuple[str, str] | None = None) -> Iterator[tuple[str, tuple[str, object]]]:
+    """The module calls around a node, outermost first: a key for each call, the module's path and class. A module that
+    is reached by two paths has one key in Dynamo's stack for both calls."""
     if node.op in ("placeholder", "output"):
         return
     if root is not None:
         yield "root", (f"L['self'].{root[0]}", root[1])
     for key, (path, cls) in (node.meta.get("nn_module_stack") or {}).items():
         if dotted(path):
-            yield str(key), (path, cls)
+            yield f"{key} {path}", (path, cls)
 
 
 def _class_name(cls: object) -> str:
