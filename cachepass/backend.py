@@ -39,7 +39,7 @@ from .errors import (
 from .frequency import Latents
 from .graph.annotate import annotate, annotate_output, outermost
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
-from .graph.inputs import Arguments, GraphInputs, find_timestep, find_timestep_input, kind_of, read_inputs
+from .graph.inputs import Arguments, GraphInputs, find_latents, find_timestep, find_timestep_input, kind_of, read_inputs
 from .graph.numbers import keep_numbers
 from .graph.outputs import paired_outputs, sample_output
 from .graph.plan import make_plan
@@ -47,7 +47,8 @@ from .graph.regions import RegionTable, find_regions
 from .methods import Method, Skip, Target, make_method
 from .options import CompileOptions, parse_options
 from .runtime.context import current_context, guidance_partner
-from .runtime.dispatch import Dispatcher, HalfRun, InputLayout
+from .runtime.dispatch import Dispatcher
+from .runtime.instance import HalfRun, InputLayout
 from .runtime.place import Place, locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
 from .runtime.state import SymbolBinder
@@ -260,7 +261,7 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
                 hint="compile the whole model with fullgraph=True, or give is_guidance_distilled=True to forecast "
                      "attentions alone",
             )  # fmt: skip
-        table = find_regions(gm, place.paths, place.root)
+        table = find_regions(gm, place.paths, place.root, rest=place.rest)
         timestep = None
         _require_timestep(place.timestep is not None, place.inputs, method, options)
         selection = place.select(method, table.regions)
@@ -268,8 +269,10 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     for note in selection.notes:
         logger.info(note)
     skips = (*table.skips, *selection.skips, *nested)
-    static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in named.own])
-    layout = InputLayout(named.identity, named.own, timestep, static)
+    found = find_latents([named.names[i] for i in named.own], [inputs[i] for i in named.own])
+    latents = tuple(i for i in (named.own[k] for k in found) if isinstance(inputs[i], torch.Tensor))
+    static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
+    layout = InputLayout(named.identity, latents, timestep, static)
     return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout)
 
 

@@ -70,9 +70,9 @@ def is_resumed(frame: Frame) -> bool:
 
 
 def module_of(key: str) -> int:
-    """The id of the module that a key of ``nn_module_stack`` begins with: ``"<id>"``, or ``"<id>@n"`` when called
+    """The id of the module that a key of ``nn_module_stack`` stands for: ``"<id>"``, or ``"<id>@n"`` when called
     again; 0, if it is none of these."""
-    name = key.split()[0].split("@")[0]
+    name = key.split("@")[0]
     return int(name) if name.isdigit() else 0
 
 

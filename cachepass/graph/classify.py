@@ -52,8 +52,13 @@ class RegionTable:
     _member_cache: dict[str, set[fx.Node]] = field(default_factory=dict, repr=False)
 
 
-def classify(table: RegionTable, owners_of: Mapping[fx.Node, Sequence[str]]) -> list[Region]:
-    """The table's regions with their kinds. ``owners_of``: the ids of the regions around a node, outermost first."""
+def classify(table: RegionTable, owners_of: Mapping[fx.Node, Sequence[str]], *,
+             projections_missing: bool = False) -> list[Region]:  # fmt: skip
+    """The table's regions with their kinds. ``owners_of``: the ids of the regions around a node, outermost first.
+
+    ``projections_missing``: the graph may begin behind the projections of queries and keys; where they are not seen, an
+    attention is taken for self-attention.
+    """
     kinds: dict[str, Region] = {}
     for region in table.regions:
         leaf = region.path.rsplit(".", 1)[-1]
@@ -69,7 +74,8 @@ def classify(table: RegionTable, owners_of: Mapping[fx.Node, Sequence[str]]) -> 
         # A block that calls the kernel itself, beside its feed-forward, is no attention: more would be skipped.
         if any(m != region.id and table.inside(m, region.id) for m in mlps):
             continue
-        cross = kernel is not None and _is_cross(*kernel, set(table.nodes[region.id]))
+        members = set(table.nodes[region.id])
+        cross = kernel is not None and _is_cross(*kernel, members, only_projected=projections_missing)
         kinds[region.id] = replace(region, is_attention=True, is_cross=cross, is_mlp=False)
     # A feed-forward inside an attention (or another feed-forward) belongs to it.
     marked = [r for r in kinds.values() if r.is_attention or r.is_mlp]
@@ -171,16 +177,16 @@ def _linears(nodes: list[fx.Node]) -> int:
     )
 
 
-def _is_cross(query: fx.Node, key: fx.Node, members: set[fx.Node]) -> bool:
-    roots_of_query, roots_of_key = _projected_from(query, members), _projected_from(key, members)
+def _is_cross(query: fx.Node, key: fx.Node, members: set[fx.Node], *, only_projected: bool) -> bool:
+    roots_of_query, roots_of_key = (_projected_from(value, members, only_projected) for value in (query, key))
     return bool(roots_of_query) and bool(roots_of_key) and not roots_of_query & roots_of_key
 
 
-def _projected_from(value: fx.Node, members: set[fx.Node]) -> set[fx.Node]:
+def _projected_from(value: fx.Node, members: set[fx.Node], only_projected: bool) -> set[fx.Node]:
     """The activations outside the region that reach ``value`` through a projection.
 
     Rotary tables and masks meet a value after its projection, so they are not among its roots; without any
-    projection on the way, every activation that reaches the value counts.
+    projection on the way, every activation that reaches the value counts (``only_projected``: none does).
     """
     projected: set[fx.Node] = set()
     direct: set[fx.Node] = set()
@@ -197,4 +203,4 @@ def _projected_from(value: fx.Node, members: set[fx.Node]) -> set[fx.Node]:
             continue
         linear = node.op == "call_function" and node.target in _LINEAR and any(map(_is_parameter, node.all_input_nodes))
         stack.extend((operand, behind or linear) for operand in node.all_input_nodes)
-    return projected or direct
+    return projected if only_projected else projected or direct

@@ -149,12 +149,24 @@ def find_timestep_input(inputs: Mapping[str, Any], wanted: str | None, *, per_to
     return None
 
 
+_LATENTS = ("hidden_states", "x", "sample")
+
+
+def find_latents(names: Sequence[str], values: Sequence[Any]) -> list[int]:
+    """Which of the inputs hold the latents, whose shape tells runs at different sizes apart: those of a usual name
+    (a list of samples is many inputs of a graph), or the first floating-point tensor of two dimensions or more."""
+    for name in _LATENTS:
+        found = [i for i, own in enumerate(names) if name in own.split(".")]
+        if found:
+            return found
+    tensors = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.ndim > 1]
+    return tensors[:1]
+
+
 def kind_of(value: Any) -> Hashable:
-    """Shapes, dtypes and devices of the tensors in (nested) inputs."""
+    """Shapes, dtypes and devices of the tensors in (lists of) inputs."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype, value.device
-    if isinstance(value, Mapping):
-        return tuple((name, kind_of(v)) for name, v in value.items() if v is not None)
     if isinstance(value, (list, tuple)):
         return tuple(map(kind_of, value))
     return None

@@ -175,11 +175,11 @@ class CachePlan:
         """Of these, the bytes of the cuts' slots."""
         return sum(self.slots(cut) * cut.slot_bytes for cut in self.cuts)
 
-    def layout(self, resolve: Callable[[object], int]) -> Layout:
-        """What the plan keeps, once the symbolic sizes have values."""
+    def layout(self, resolve: Callable[[object], int], prefix: str = "") -> Layout:
+        """What the plan keeps, once the symbolic sizes have values, below the module of the path ``prefix``."""
         return Layout((self.spare, *(
-            (c.region, c.output, c.group, c.forecast, tuple(map(resolve, c.shape)), tuple(map(resolve, c.stride)),
-             c.slot_dtype, c.device, c.live)
+            (c.region.removeprefix(prefix), c.output, c.group, c.forecast, tuple(map(resolve, c.shape)),
+             tuple(map(resolve, c.stride)), c.slot_dtype, c.device, c.live)
             for c in self.cuts
         )))  # fmt: skip
 

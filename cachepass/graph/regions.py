@@ -35,18 +35,18 @@ def dotted(source: str) -> str:
 
 
 def find_regions(gm: fx.GraphModule, paths: Mapping[int, str] | None = None,
-                 root: tuple[str, str] | None = None) -> RegionTable:  # fmt: skip
+                 root: tuple[str, str] | None = None, *, rest: bool = False) -> RegionTable:  # fmt: skip
     """All module calls of a Dynamo graph; those that cannot be cut are in ``skips`` with the reason.
 
     Modules are named by where the captured code finds them. Where that is only a part of the model, ``paths`` names its
-    modules, by their ids, and ``root`` (path, class name) is the module whose call is the whole graph, if there is one.
+    modules, by their ids, and ``root`` (path, class name) is the module whose call is the whole graph, if there is one;
+    or, with ``rest``, the rest of its call behind a graph break.
     """
     table, by_key = RegionTable(), {}
     calls: dict[str, int] = {}
     for node in gm.graph.nodes:
-        for key, (path, cls) in _stack(node, root):
+        for key, (name, cls) in _stack(node, paths or {}, root):
             if key not in by_key:
-                name = (paths or {}).get(_torch.module_of(key)) or dotted(path)
                 calls[name] = calls.get(name, -1) + 1
                 region_id = name if calls[name] == 0 else f"{name}@{calls[name]}"
                 by_key[key] = Region(region_id, name, _class_name(cls))
@@ -54,8 +54,8 @@ def find_regions(gm: fx.GraphModule, paths: Mapping[int, str] | None = None,
             table.nodes[by_key[key].id].append(node)
     table.regions = list(by_key.values())
     _find_outputs(table, gm)
-    owners = {node: [by_key[key].id for key, _ in _stack(node, root)] for node in gm.graph.nodes}
-    table.regions = classify(table, owners)
+    owners = {node: [by_key[key].id for key, _ in _stack(node, paths or {}, root)] for node in gm.graph.nodes}
+    table.regions = classify(table, owners, projections_missing=rest)
     aliases = _Aliases(gm)
     for region in list(table.regions):
         reason = _unfit(region, table, aliases)
@@ -65,16 +65,18 @@ def find_regions(gm: fx.GraphModule, paths: Mapping[int, str] | None = None,
     return table
 
 
-def _stack(node: fx.Node, root: tuple[str, str] | None = None) -> Iterator[tuple[str, tuple[str, object]]]:
+def _stack(node: fx.Node, paths: Mapping[int, str],
+           root: tuple[str, str] | None) -> Iterator[tuple[str, tuple[str, object]]]:  # fmt: skip
     """The module calls around a node, outermost first: a key for each call, the module's path and class. A module that
     is reached by two paths has one key in Dynamo's stack for both calls."""
     if node.op in ("placeholder", "output"):
         return
     if root is not None:
-        yield "root", (f"L['self'].{root[0]}", root[1])
+        yield "root", root
     for key, (path, cls) in (node.meta.get("nn_module_stack") or {}).items():
-        if dotted(path):
-            yield f"{key} {path}", (path, cls)
+        name = paths.get(_torch.module_of(str(key))) or dotted(path)
+        if name:
+            yield f"{key} {path}", (name, cls)
 
 
 def _class_name(cls: object) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import NotCompiledError
-from ..runtime.dispatch import LIVE, Dispatcher, Instance
+from ..runtime.dispatch import LIVE, Dispatcher
+from ..runtime.instance import Instance
 from .tables import human_bytes, table
 
 
@@ -95,7 +96,7 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
         runs=sum(model_.begun for model_ in models),
         steps=sum(model_.steps for model_ in models),
         contexts=tuple(dict.fromkeys(run.context for run in runs)),
-        graphs=len(dispatchers),
+        graphs=len(dict.fromkeys([*dispatchers, *(d for d in list(LIVE) if d.part and d.part.model in models)])),
         modules=tuple(dict.fromkeys(path for d, instance in found for path in d.modules(instance))),
     )
 

@@ -1,7 +1,7 @@
 """Models, their calls and runs: which step of which run a graph is called in.
 
     Model   a module as its user calls it, under one set of compile options
-    Run     its steps in one cache context with inputs of one kind (shapes, dtypes, devices): the clock and the states
+    Run     its steps in one cache context with latents of one kind (shape, dtype, device): the clock and the states
     Call    one call of it: one step of a run
 
 A model that is one graph makes a call of every call of that graph. Where the graph breaks, or blocks are compiled one
@@ -18,17 +18,18 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from .. import _torch
-from ..errors import CachepassWarning, ConcurrencyError
-from ..graph.inputs import find_timestep_input, kind_of, named_inputs
+from ..errors import CachepassWarning, ConcurrencyError, NoMatchError, listing
+from ..graph.inputs import find_latents, find_timestep_input, kind_of, named_inputs
 from ..methods import Method, Region
 from ..options import CompileOptions
 from .clock import Clock
 from .context import guidance_partner
+from .hooks import watch_calls
 from .state import OutputState, RunState
 
 _KEPT_KINDS = 4  # of inputs, per context, whose slots stay allocated: a server of many resolutions must not fill up
@@ -42,7 +43,7 @@ class Call:
     """One call of a model.
 
     Attributes:
-        kind: Shapes, dtypes and devices of its inputs.
+        kind: Shape, dtype and device of its latents.
         timestep: As the model got it, read when a run first asks.
         hooked: Its end will be seen. The call in which a model was first captured had begun before.
         finished: It is over, well or not.
@@ -136,6 +137,7 @@ class Model:
         self.computed: dict[str, int] = {}
         self.predicted: dict[str, int] = {}
         self.regions: dict[str, Region] = {}  # of all graphs, where it is many
+        self.broken: set[str] = set()  # paths of modules with a graph break inside
         self._checked = False
         self._warned = False
         self._watched = options.num_inference_steps is None or method.needs_timestep
@@ -273,20 +275,17 @@ class Model:
         """Raise NoMatchError if the method finds nothing, or not enough, in all graphs that are known by now."""
         module = self.module
         if not self._checked and module is not None:
-            self.method.check(list(self.regions.values()), [name for name, _ in module.named_modules()])
+            try:
+                self.method.check(list(self.regions.values()), [name for name, _ in module.named_modules()])
+            except NoMatchError as error:
+                breaks = f"; graphs break inside {listing(sorted(self.broken))}" if self.broken else ""
+                raise NoMatchError(error.what, where=error.where, hint=(error.hint or "") + breaks) from None
             self._checked = True
 
     def watch(self, begun: _torch.ModuleCall) -> None:
         """See where calls of the module begin and end, from now on; it is in the middle of one."""
         if not self._hooks:
-            module, record = begun.module, cast("weakref.ref[Model]", weakref.ref(self))
-            before: Any = _Before(record)
-            after: Any = _After(record)
-            self._hooks = (
-                module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-                module.register_forward_hook(after, always_call=True),
-            )
-            weakref.finalize(self, _remove, *self._hooks)
+            self._hooks = watch_calls(begun.module, weakref.ref(self))
         if self.current is None:
             self._local.call = self._new_call(begun, hooked=False)
 
@@ -302,51 +301,9 @@ class Model:
     def _new_call(self, begun: _torch.ModuleCall, *, hooked: bool) -> Call:
         inputs = named_inputs(begun)
         name = find_timestep_input(inputs, self.options.timestep_input)
-        return Call(kind_of(inputs), None if name is None else inputs[name], hooked)
-
-
-def _remove(*handles: Any) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _nobody() -> None:
-    return None
-
-
-class _Hook:
-    """What a model's hooks share. A copy of the module gets copies of its hooks, which must not act for the original:
-    they hold the module's own record weakly, and leave other modules alone."""
-
-    def __init__(self, model: Callable[[], Model | None]) -> None:
-        self._model = model
-
-    def __deepcopy__(self, memo: object) -> _Hook:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (_nobody,)  # a record belongs to a process
-
-    def _of(self, module: torch.nn.Module) -> Model | None:
-        model = self._model()
-        return model if model is not None and model.module is module else None
-
-
-class _Before(_Hook):
-    @torch.compiler.disable
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        model = self._of(module)
-        if model is not None:
-            model.begin(_torch.ModuleCall(module, args, kwargs))
-
-
-class _After(_Hook):
-    @torch.compiler.disable
-    def __call__(self, module: Any, args: Any, output: Any) -> None:  # noqa: ARG002
-        model = self._of(module)
-        call = None if model is None else model.current
-        if model is not None and call is not None:
-            model.finish(call, succeeded=output is not None)  # None: it raised
+        values = list(inputs.values())
+        kind = kind_of([values[i] for i in find_latents(list(inputs), values)])
+        return Call(kind, None if name is None else inputs[name], hooked)
 
 
 # ---- which model a graph belongs to ---------------------------------------------------------------------------------
@@ -372,14 +329,26 @@ def model_of(module: torch.nn.Module | None, method: Method, options: CompileOpt
 def step_call(calls: Sequence[_torch.ModuleCall], timestep: str | None) -> _torch.ModuleCall:
     """Of nested calls of modules, from the compiled one outwards, the one that is a step: its module is the model.
 
-    It is the innermost call with a timestep. (One for each token is told from an embedding of the timestep, which some
-    blocks get under the same name, by standing further out.) Without one, it is the outermost call.
+    It is the innermost call with a timestep, or the one that hands its timestep on to it, if that is a module many
+    times as large: a block. (One timestep for each token is told from an embedding of the timestep, which some blocks
+    get under the same name, by standing further out.) Without a timestep, it is the outermost call.
     """
     inputs = [named_inputs(call) for call in calls]
+    step: tuple[_torch.ModuleCall, Any] | None = None
     for call, named in zip(calls, inputs, strict=True):
-        if find_timestep_input(named, timestep, per_token=False) is not None:
-            return call
+        name = find_timestep_input(named, timestep, per_token=False)
+        if name is not None and (step is None or (named[name] is step[1] and _is_part(step[0].module, call.module))):
+            step = call, named[name]
+    if step is not None:
+        return step[0]
     for call, named in zip(reversed(calls), reversed(inputs), strict=True):
         if find_timestep_input(named, timestep) is not None:
             return call
     return calls[-1]
+
+
+def _is_part(module: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """A block rather than a model in a wrapper: there are others of its class, or most parameters are elsewhere."""
+    alike = sum(type(other) is type(module) for other in model.modules())
+    own, whole = (sum(p.numel() for p in m.parameters()) for m in (module, model))
+    return alike > 1 or 2 * own < whole

@@ -15,77 +15,23 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import _torch
 from ..errors import BatchError, CachepassWarning
-from ..graph.half import HalfCall
 from ..graph.inputs import kind_of
 from ..graph.plan import Phase
 from ..methods import PLAIN, WHOLE, Guidance, Method, Route, Step
 from ..options import CompileOptions
 from .calls import Call, Model, Run, model_of, step_call
 from .context import current_context, guidance_partner
+from .instance import HalfRun, InputLayout, Instance, Part
 from .program import CurrentCall, Program, StepCall
 from .state import OutputState, RunState, SymbolBinder, resolve_size
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class InputLayout:
-    """Where things stand among the inputs of a Dynamo graph.
-
-    Attributes:
-        identity: Indices of the tensors whose identity tells which instance of the model is called.
-        own: Indices of the inputs that a call brings, all but parameters and buffers.
-        timestep: Index of the timestep input, if there is one.
-        static: Shapes, dtypes and devices of ``own``, where they are the same in all calls.
-    """
-
-    identity: tuple[int, ...]
-    own: tuple[int, ...] = ()
-    timestep: int | None = None
-    static: Hashable = None
-
-
-@dataclass(frozen=True)
-class HalfRun:
-    """The half-batch graph as a callable, and how to call it."""
-
-    run: Callable[..., Any]
-    call: HalfCall
-
-
-@dataclass(frozen=True)
-class Part:
-    """A graph that is a part of its model: captured behind or in front of a graph break, or of one block.
-
-    Attributes:
-        model: Of the call in which it was captured.
-        prefix: The path of the captured module in that model.
-        groups: For the prefix of another instance, the groups in which it is cut; some may be cut in none.
-    """
-
-    model: Model
-    prefix: str
-    groups: Callable[[str], frozenset[str]]
-
-
-@dataclass(eq=False)
-class Instance:
-    """A module that the graph was captured of or is called for, and its place in a model.
-
-    ``groups``: those that may be predicted in it; None: all.
-    """
-
-    model: Model
-    module: weakref.ref[torch.nn.Module] | None
-    prefix: str = ""
-    groups: frozenset[str] | None = None
 
 
 class Dispatcher:
@@ -138,7 +84,7 @@ class Dispatcher:
         if self.part is not None:
             return model.current
         layout = self.layout
-        kind = layout.static or kind_of([inputs[i] for i in layout.own])
+        kind = layout.static or kind_of([inputs[i] for i in layout.latents])
         return Call(kind, None if layout.timestep is None else inputs[layout.timestep])
 
     def _step(self, instance: Instance, run: Run, call: Call, partner: Run | None, inputs: Sequence[Any]) -> Any:
@@ -309,6 +255,7 @@ class Dispatcher:
                 model = model_of(begun.module, self.method, self.options)
                 model.watch(begun)
                 prefix = next((name for name, m in begun.module.named_modules() if m is module), self.part.prefix)
+                model.found(self.part.regions(prefix))
                 instance = Instance(model, weakref.ref(module), prefix, self.part.groups(prefix))
             instance = self._add(key, instance, module)
         return instance
@@ -342,7 +289,8 @@ class Dispatcher:
         sizes = tuple(bound.values())
         if sizes not in self._layouts:
             resolve = functools.partial(resolve_size, bound=bound)
-            self._layouts[sizes] = self.program.plan.layout(resolve), resolve
+            prefix = "" if self.part is None else self.part.prefix
+            self._layouts[sizes] = self.program.plan.layout(resolve, prefix), resolve
         layout, resolve = self._layouts[sizes]
         place = instance.prefix, layout
         key = *place, call.occurrence((run.context, *place))
@@ -392,6 +340,3 @@ def _forget_instance(dispatcher: weakref.ref[Dispatcher], key: tuple[int, ...]) 
     holder = dispatcher()
     if holder is not None:
         holder.instances.pop(key, None)
-
-
-__all__ = ["LIVE", "Dispatcher", "HalfRun", "InputLayout", "Instance", "Part"]

@@ -24,7 +24,7 @@ from ..graph.regions import RegionTable
 from ..methods import Method, Region, Selection, Target
 from ..options import CompileOptions
 from .calls import model_of, step_call
-from .dispatch import Part
+from .instance import Part
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Place:
         call: Of the model.
         prefix: Path of the captured module.
         siblings: Paths of all modules of its class, for which the graph may be called too.
-        root: Path and class name of the captured module, if the graph is all of it.
+        root: Path and class name of the captured module, if the graph is all of it, or its end.
+        rest: The graph is its end, behind a graph break: what came in front of it is always computed.
         why: It is a part, for messages.
         options: As the user gave them.
     """
@@ -44,6 +45,7 @@ class Place:
     prefix: str
     siblings: tuple[str, ...]
     root: tuple[str, str] | None
+    rest: bool
     why: str
     options: CompileOptions
 
@@ -81,11 +83,14 @@ class Place:
         """The method's choice among the regions as they are called under another prefix, told by their own names."""
         paths = list(self.paths.values())
         own = {self._moved(region.id, prefix): region for region in regions}
-        moved = [dataclasses.replace(region, id=name, path=self._moved(region.path, prefix))
-                 for name, region in own.items()]  # fmt: skip
-        selection = method.select(moved, paths)
+        selection = method.select(self.regions(regions, prefix), paths)
         targets = [dataclasses.replace(target, region=own[target.region.id]) for target in selection.targets]
         return dataclasses.replace(selection, targets=tuple(targets))
+
+    def regions(self, regions: Sequence[Region], prefix: str) -> list[Region]:
+        """The regions as they are called under another prefix."""
+        return [dataclasses.replace(region, id=self._moved(region.id, prefix), path=self._moved(region.path, prefix))
+                for region in regions]  # fmt: skip
 
     def _moved(self, name: str, prefix: str) -> str:
         inside = name == self.prefix or name.startswith((f"{self.prefix}.", f"{self.prefix}@"))
@@ -118,7 +123,9 @@ class Place:
             groups(prefix)
         model = model_of(self.call.module, method, self.options)
         model.watch(self.call)
-        return Part(model, self.prefix, groups)
+        if self.prefix and (self.rest or self.root is None):
+            model.broken.update(self.siblings)
+        return Part(model, self.prefix, groups, lambda prefix: self.regions(table.regions, prefix))
 
 
 def locate(gm: fx.GraphModule, options: CompileOptions) -> Place | None:
@@ -134,9 +141,20 @@ def locate(gm: fx.GraphModule, options: CompileOptions) -> Place | None:
     if whole and forward and step.module is inner:
         return None
     prefix, siblings = _path(step.module, inner)
-    root = (prefix, type(inner).__name__) if prefix and forward and whole else None
-    why = f"{type(inner).__name__} is compiled by itself" if root else "the graph breaks"
-    return Place(step, prefix, siblings, root, why, options)
+    rest = not _torch.stops_at_break(gm) and _is_rest_of(frame, inner)
+    root = (prefix, type(inner).__name__) if prefix and ((forward and whole) or rest) else None
+    why = "the graph breaks" if root is None or rest else f"{type(inner).__name__} is compiled by itself"
+    return Place(step, prefix, siblings, root, rest, why, options)
+
+
+def _is_rest_of(frame: _torch.Frame, module: torch.nn.Module) -> bool:
+    """A frame is what follows the last graph break in a module's ``forward``: its outputs are the module's."""
+    code = getattr(inspect.unwrap(module.forward), "__code__", None)
+    if code is None or not _torch.is_resumed(frame) or frame.code.co_filename != code.co_filename:
+        return False
+    name, _, line = frame.code.co_name.rpartition("_at_")
+    last = max(number for _, _, number in code.co_lines() if number is not None)
+    return name.endswith(f"_in_{code.co_name}") and code.co_firstlineno <= int(line) <= last
 
 
 def _path(model: torch.nn.Module, module: torch.nn.Module) -> tuple[str, tuple[str, ...]]:

@@ -1,0 +1,69 @@
+"""Instances: the modules that one graph is called for, and where its inputs and the graph itself stand."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..graph.half import HalfCall
+from ..methods import Region
+from .calls import Model
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """Where things stand among the inputs of a Dynamo graph.
+
+    Attributes:
+        identity: Indices of the tensors whose identity tells which instance of the model is called.
+        latents: Indices of the latents.
+        timestep: Index of the timestep input, if there is one.
+        static: Shape, dtype and device of the latents, where they are the same in all calls.
+    """
+
+    identity: tuple[int, ...]
+    latents: tuple[int, ...] = ()
+    timestep: int | None = None
+    static: Hashable = None
+
+
+@dataclass(frozen=True)
+class HalfRun:
+    """The half-batch graph as a callable, and how to call it."""
+
+    run: Callable[..., Any]
+    call: HalfCall
+
+
+@dataclass(frozen=True)
+class Part:
+    """A graph that is a part of its model: captured behind or in front of a graph break, or of one block.
+
+    Attributes:
+        model: Of the call in which it was captured.
+        prefix: The path of the captured module in that model.
+        groups: For the prefix of another instance, the groups in which it is cut; some may be cut in none.
+        regions: For the prefix of another instance, the regions in it.
+    """
+
+    model: Model
+    prefix: str
+    groups: Callable[[str], frozenset[str]]
+    regions: Callable[[str], list[Region]]
+
+
+@dataclass(eq=False)
+class Instance:
+    """A module that the graph was captured of or is called for, and its place in a model.
+
+    ``groups``: those that may be predicted in it; None: all.
+    """
+
+    model: Model
+    module: weakref.ref[torch.nn.Module] | None
+    prefix: str = ""
+    groups: frozenset[str] | None = None
