@@ -105,8 +105,8 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
     part = None if place is None else place.part(prepared.method, prepared.table, prepared.targets)
     root = next(iter(_torch.root_modules()), None)
     dispatcher = Dispatcher(prepared.method, options, prepared.layout, root, part)
-    if part is not None:
-        part.model.found(prepared.table.regions)
+    if part is not None and place is not None:
+        part.model.found(region for prefix in place.siblings for region in part.regions(prefix))
         if not prepared.targets:
             logger.info("nothing to cache in this part of the model: compiled as it is")
             dispatcher.compiled = _uncached(gm, inputs, options)

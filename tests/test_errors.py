@@ -209,3 +209,156 @@ def test_lite_mode_without_proj_out_and_with_patterns():
 def test_pab_without_any_range_warns_and_uses_spatial_two():
     with pytest.warns(cachepass.CachepassWarning, match="spatial_attention_block_skip_range=2"):
         call("pab")
+
+
+# ---- parts of models -------------------------------------------------------------------------------------------------
+
+
+def by_blocks(cache, **options):
+    """A model whose blocks are compiled one by one."""
+    model = transformer()
+    for block in model.blocks:
+        block.compile(backend="cached_inductor", options={"cache": cache, "lowering": "eager", **options})
+    return model
+
+
+def test_blocks_that_share_a_graph_are_cut_alike():
+    x, t = calls(1)[0]
+    mixed = {"method": "taylorseer", "cache_identifiers": [r"blocks\.0\.(attn|ff)", r"blocks\.1\.attn"]}
+    with pytest.raises(cachepass.ConfigError, match=r"blocks.1 is cut in some .*not in blocks.1.ff"):
+        by_blocks(mixed)(x, t)
+    kinds = {**PAB, "spatial_attention_block_identifiers": [r"blocks\.0"], "temporal_attention_block_skip_range": 3,
+             "temporal_attention_block_identifiers": [r"blocks\.1"]}  # fmt: skip
+    with pytest.raises(cachepass.ConfigError, match=r"of blocks\.1 differ in group or forecast") as caught:
+        by_blocks(kinds)(x, t)
+    assert "cut alike" in str(caught.value)
+
+
+def test_whole_blocks_may_be_left_out():
+    model = by_blocks({"method": "taylorseer", "cache_identifiers": [r"blocks\.1\.attn"]})
+    for step in calls(9):
+        model(*step)
+    summary = cachepass.summary(model)
+    assert summary.modules == ("blocks.1.attn",)
+    assert summary.predicted == {"taylorseer": 5}
+
+
+def test_lite_mode_needs_proj_out_in_a_compiled_graph():
+    model, steps = by_blocks({"method": "taylorseer", "use_lite_mode": True}), calls(2)
+    model(*steps[0])
+    with pytest.raises(cachepass.NoMatchError, match="proj_out, which is in no compiled graph"):
+        model(*steps[1])
+
+
+def test_identifiers_that_match_in_no_part():
+    model, steps = by_blocks({"method": "taylorseer", "cache_identifiers": ["layers.*"]}), calls(2)
+    model(*steps[0])
+    with pytest.raises(cachepass.NoMatchError, match=r"candidates: blocks\.0\.attn, blocks\.1\.attn"):
+        model(*steps[1])
+    with pytest.raises(cachepass.NoMatchError, match="matches no module that the model calls"):
+        cachepass.summary(model)
+
+
+def test_a_block_that_is_called_outside_of_its_model_is_computed():
+    model = by_blocks("taylorseer")
+    x, t = calls(1)[0]
+    model(x, t)
+    cachepass.reset(model)  # the first call is over
+    expected = transformer().blocks[0](x, t)
+    with pytest.warns(cachepass.CachepassWarning, match="called outside of a call of Transformer") as caught:
+        for _ in range(3):
+            torch.testing.assert_close(model.blocks[0](x, t), expected)
+    assert len(caught) == 1
+
+
+# ---- what is no transformer ------------------------------------------------------------------------------------------
+
+
+def test_a_function_of_tensors():
+    compiled = torch.compile(lambda x, timestep: x * timestep, backend="cached_inductor",
+                             options={"cache": "taylorseer"})  # fmt: skip
+    with pytest.raises(cachepass.NoMatchError, match="no module call that can be cached"):
+        compiled(torch.ones(2), torch.ones(2))
+
+
+def test_explain_of_nothing_and_of_an_unknown_phase():
+    with pytest.raises(cachepass.CachepassError, match="runs no tensor operation"):
+        cachepass.explain(lambda: 1, cache="taylorseer")
+    explanation = cachepass.explain(transformer(), *calls(1)[0], cache="taylorseer")
+    with pytest.raises(cachepass.CachepassError, match="there is no phase 'forecast'") as caught:
+        explanation.graph("forecast")
+    assert "predict" in str(caught.value)
+
+
+class Latent(nn.Module):
+    """``[batch, channels, height, width]`` through the small transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = transformer()
+        self.register_buffer("pair", torch.ones(1))
+
+    def forward(self, hidden_states, timestep):
+        return self.inner(hidden_states.flatten(2), timestep).view_as(hidden_states)
+
+
+def guided(model, **fields):
+    cache = {"method": "fastercache", "tensor_format": "BCHW", **fields}
+    return torch.compile(model.eval(), backend="cached_inductor", options={"cache": cache, "lowering": "eager"})
+
+
+LATENT = {"hidden_states": torch.ones(4, 4, 2, 4), "timestep": torch.full((4,), 500.0)}
+
+
+def test_guidance_of_a_model_that_returns_no_image():
+    class Classes(Latent):
+        def forward(self, hidden_states, timestep):
+            return super().forward(hidden_states, timestep).argmax(-1)
+
+    with pytest.raises(cachepass.OutputError, match="returns no floating-point tensor"), \
+            cachepass.cache_context("cond"):  # fmt: skip
+        guided(Classes())(**LATENT)
+
+
+def test_guidance_of_a_model_with_other_inputs_at_half_batch():
+    class Depends(Latent):
+        def forward(self, hidden_states, timestep):
+            y = super().forward(hidden_states, timestep)
+            return y * self.pair if hidden_states.shape[0] == 2 else y
+
+    with pytest.raises(cachepass.BatchError, match="the half-batch graph has it, the full one has not"):
+        guided(Depends())(**LATENT)
+
+
+def test_guidance_with_a_number_that_cannot_be_an_input(monkeypatch):
+    from cachepass import _torch
+
+    class Number(Latent):
+        def forward(self, hidden_states, timestep):
+            return super().forward(hidden_states, torch.full((hidden_states.shape[0],), timestep))
+
+    restart, asked = _torch.restart_dynamic, []
+    monkeypatch.setattr(_torch, "restart_dynamic", lambda *a: asked.append(a) or (len(asked) == 1 and restart(*a)))
+    with pytest.raises(cachepass.BatchError, match="a number that changes from call to call is a constant at half"):
+        guided(Number())(LATENT["hidden_states"], 500.0)
+
+
+def test_guidance_where_sizes_stay_symbolic(monkeypatch):
+    from cachepass import _torch
+
+    monkeypatch.setattr(_torch, "restart_static", lambda _: False)
+    model = torch.compile(Latent().eval(), backend="cached_inductor", dynamic=True, options={
+        "cache": {"method": "fastercache", "tensor_format": "BCHW"}, "lowering": "eager"})  # fmt: skip
+    with pytest.raises(cachepass.BatchError, match="symbolic sizes"):
+        model(**LATENT)
+
+
+def test_a_callback_of_modules_where_a_function_was_compiled():
+    models = [Latent().eval()]
+    cache = {"method": "fastercache", "is_guidance_distilled": True, "attention_weight_callback": lambda _: 0.3}
+    compiled = torch.compile(lambda hidden_states, timestep: models[0](hidden_states, timestep),
+                             backend="cached_inductor", options={"lowering": "eager", "cache": cache})  # fmt: skip
+    for step in range(3):
+        compiled(LATENT["hidden_states"], torch.full((4,), 500.0 - step))
+    with pytest.raises(cachepass.ConfigError, match="takes a module, and what was compiled is not one"):
+        compiled(LATENT["hidden_states"], torch.full((4,), 490.0))

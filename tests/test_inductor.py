@@ -209,13 +209,37 @@ def test_cuda(cache, lowering):
     fast = compiled(model, cache, lowering=lowering)
     for a, b in zip([fast(*step) for step in steps], expected, strict=True):
         assert relative_error(a, b) < 1e-5
-    if cache is TAYLOR and lowering == "specialize":
-        counted = compiled(transformer().to(device), cache, num_inference_steps=9)
-        for step in steps:
-            counted(*step)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+@pytest.mark.parametrize("cache", [TAYLOR, PAB], ids=["taylorseer", "pab"])
+def test_cuda_waits_for_nothing_but_the_timestep(cache, regional, monkeypatch):
+    """At most one synchronisation per step, in reading the timestep; none where nothing asks for it."""
+    from cachepass.runtime.calls import Model
+
+    device, reads = torch.device("cuda"), []
+    steps = [(x.to(device), t.to(device)) for x, t in calls(9)]
+    model = transformer().to(device)
+    for part in model.blocks if regional else [model]:
+        part.compile(backend="cached_inductor", options={"cache": cache, "num_inference_steps": 9})
+    for step in steps:
+        model(*step)
+    read = Model.read_timestep
+
+    def allowed(self, value):
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(read(self, value))
         torch.cuda.set_sync_debug_mode("error")
-        try:
-            for step in steps:
-                counted(*step)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        return reads[-1]
+
+    monkeypatch.setattr(Model, "read_timestep", allowed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in steps:
+            model(*step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(reads) == 9
+    assert (reads.count(None) == 9) == (cache is TAYLOR)

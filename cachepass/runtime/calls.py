@@ -16,7 +16,7 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -266,7 +266,7 @@ class Model:
         call = getattr(self._local, "call", None)
         return None if call is None or call.finished else call
 
-    def found(self, regions: Sequence[Region]) -> None:
+    def found(self, regions: Iterable[Region]) -> None:
         """Another graph of the model was captured: these regions are in it."""
         self.regions.update((region.id, region) for region in regions)
         self._checked = False
