@@ -240,6 +240,7 @@ def test_whole_blocks_may_be_left_out():
         model(*step)
     summary = cachepass.summary(model)
     assert summary.modules == ("blocks.1.attn",)
+    assert summary.cache_bytes == 2 * calls(1)[0][0].numel() * 2  # two outputs of one block, in bfloat16
     assert summary.predicted == {"taylorseer": 5}
 
 

@@ -81,20 +81,20 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
         for name, variant in ({} if dispatcher.program is None else dispatcher.program.variants).items():
             variants[name] = variants.get(name, 0.0) + variant.compile_seconds
     models = list(dict.fromkeys(instance.model for _, instance in found))
-    for model_ in models:
-        model_.settle()
-    runs = [run for model_ in models for run in model_.runs.values() if run.call is not None]
+    for record in models:
+        record.settle()
+    runs = [run for record in models for run in record.runs.values() if run.call is not None]
     cuts = {(run.kind, key): state for run in runs for key, state in run.states.items()}
     outputs = {(run.kind, slots): state for run in runs for slots, state in run.outputs.items()}
     return Summary(
         method=type(found[0][0].method.config).__name__,
-        computed=_total(model_.computed for model_ in models),
-        predicted=_total(model_.predicted for model_ in models),
+        computed=_total(record.computed for record in models),
+        predicted=_total(record.predicted for record in models),
         cache_bytes=sum(s.cache_bytes for run in runs for s in (*run.states.values(), *run.outputs.values())),
         planned_bytes=sum(s.planned_bytes for s in cuts.values()) + sum(s.plan.slot_bytes for s in outputs.values()),
         variants=variants,
-        runs=sum(model_.begun for model_ in models),
-        steps=sum(model_.steps for model_ in models),
+        runs=sum(record.begun for record in models),
+        steps=sum(record.steps for record in models),
         contexts=tuple(dict.fromkeys(run.context for run in runs)),
         graphs=len(dict.fromkeys([*dispatchers, *(d for d in list(LIVE) if d.part and d.part.model in models)])),
         modules=tuple(dict.fromkeys(path for d, instance in found for path in d.modules(instance))),

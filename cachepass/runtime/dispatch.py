@@ -61,8 +61,11 @@ class Dispatcher:
         if self.part is not None and self.program is None and not self.idle_groups:
             return self.compiled(*inputs)  # nothing in it is cached
         instance = self._instance_of_part() if self.part is not None else self._instance(inputs)
+        if instance.groups is not None and not instance.groups:
+            return self._plain(inputs)  # nothing is cut in this one
         call = self._call(instance.model, inputs)
         if call is None:
+            self._warn_outside()
             return self._plain(inputs)
         context, succeeded = current_context(), False
         run = instance.model.run(context, call.kind)
@@ -130,21 +133,25 @@ class Dispatcher:
         return self.half.call.outputs(self.half.run(*self.half.call.inputs(inputs)))
 
     def _plain(self, inputs: Sequence[Any]) -> Any:
-        """A part of a model is called by itself: there is no step, so nothing is kept and nothing predicted."""
-        assert self.part is not None and self.compiled is not None
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self.part.prefix or 'a part of the model'} is called outside of a call of "
-                f"{type(self.part.model.module).__name__}, whose calls are the steps: computed without a cache",
-                CachepassWarning, stacklevel=3,
-            )  # fmt: skip
+        """Keep nothing and predict nothing."""
+        assert self.compiled is not None
         if self.program is not None:
             self.current.call = StepCall(self.program, Phase(route=PLAIN))
         try:
             return self.compiled(*inputs)
         finally:
             self.current.call = None
+
+    def _warn_outside(self) -> None:
+        """A part of a model is called by itself: there is no step."""
+        assert self.part is not None
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.part.prefix or 'a part of the model'} is called outside of a call of "
+                f"{type(self.part.model.module).__name__}, whose calls are the steps: computed without a cache",
+                CachepassWarning, stacklevel=4,
+            )  # fmt: skip
 
     def _decide(self, instance: Instance, state: RunState, route: Route,
                 outputs: tuple[OutputState | None, OutputState | None], step: Step) -> StepCall:  # fmt: skip
