@@ -1,9 +1,9 @@
 """``torch.compile(model, backend="cached_inductor", options={"cache": ...})``: the whole way, from top to bottom.
 
     cached_inductor   Dynamo graph -> callable
-      keep_numbers      a Python float that changes from call to call stays an input
       locate            is it the whole model, or a part of one (graph breaks, blocks compiled one by one)?
       prepare           regions -> the method's targets                        (before anything is compiled)
+        keep_numbers      a Python float that changes from call to call stays an input
       build             annotate -> AOTAutograd, decompositions, joint passes: one ATen graph for all phases -> plan;
                         for guidance batches also the graph of half a batch
       Program           rewrite (the canonical form) -> specialize -> lower: one variant per phase, when first needed
@@ -99,7 +99,6 @@ class Prepared:
 
 def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Dispatcher:
     """The pipeline for a graph with a cache."""
-    keep_numbers(gm)
     place = locate(gm, options)
     prepared = prepare(gm, inputs, options, place)
     part = None if place is None else place.part(prepared.method, prepared.table, prepared.targets)
@@ -240,6 +239,7 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     """Choose what is cut. All that can be wrong with the user's settings for this model is found here; where the graph
     is only a part of it (it has a ``place``), what matches nothing may match in another."""
     assert options.cache is not None
+    keep_numbers(gm)
     _refuse_training(gm, inputs)
     method = make_method(options.cache)
     named = read_inputs(gm, inputs)

@@ -464,7 +464,7 @@ def test_int8_weights_of_torchao(way, cache):
 
     def quantised():
         model = net(width=16)
-        quantization.quantize_(model.blocks, quantization.Int8WeightOnlyConfig())
+        quantization.quantize_(model.blocks, quantization.Int8WeightOnlyConfig(set_inductor_config=False))
         return model
 
     check_two_runs(way, quantised(), ByHand(quantised(), cache), cache, calls(9, width=16))
@@ -569,6 +569,22 @@ def test_timesteps_that_are_python_numbers(number, way, cache):
 class PerToken(Net):
     def scaled(self, timestep):
         return timestep.mean(1, keepdim=True) / 1000
+
+
+@pytest.mark.parametrize("number", [int, float])
+def test_explain_of_a_python_number(number):
+    """The timestep is found, as it is when the model runs: no warning, and the range of the method holds."""
+
+    class Number(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x, timestep):
+            return self.inner(x, torch.full((x.shape[0],), timestep, dtype=torch.float32))
+
+    explanation = cachepass.explain(Number().eval(), calls(1)[0][0], number(500), cache=PAB)
+    assert explanation.phases == ("compute", "predict")
 
 
 @CACHES

@@ -176,7 +176,7 @@ def timesteps(context, batch):
 
 
 @pytest.mark.parametrize("way", ["whole", "blocks", "breaks"])
-@settings(max_examples=25, deadline=None, derandomize=True, database=None,
+@settings(max_examples=15, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(model=models, method=st.one_of(taylorseers, broadcasts), sequence=sequences,
        kinds=st.sampled_from([("attention",), ("mlp",), ("attention", "mlp"), ("block",)]),
