@@ -51,6 +51,7 @@ from .runtime.dispatch import Dispatcher
 from .runtime.instance import HalfRun, InputLayout
 from .runtime.place import Place, locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
+from .runtime.siblings import Siblings
 from .runtime.state import SymbolBinder
 
 logger = logging.getLogger(__name__)
@@ -95,21 +96,22 @@ class Prepared:
     notes: tuple[str, ...]
     names: tuple[str, ...]
     layout: InputLayout
+    siblings: Siblings | None = None
 
 
 def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Dispatcher:
     """The pipeline for a graph with a cache."""
     place = locate(gm, options)
     prepared = prepare(gm, inputs, options, place)
-    part = None if place is None else place.part(prepared.method, prepared.table, prepared.targets)
+    part = None
+    if place is not None and prepared.siblings is not None:
+        part = place.part(prepared.siblings, prepared.targets, options)
     root = next(iter(_torch.root_modules()), None)
     dispatcher = Dispatcher(prepared.method, options, prepared.layout, root, part)
-    if part is not None and place is not None:
-        part.model.found(region for prefix in place.siblings for region in part.regions(prefix))
-        if not prepared.targets:
-            logger.info("nothing to cache in this part of the model: compiled as it is")
-            dispatcher.compiled = _uncached(gm, inputs, options)
-            return dispatcher
+    if part is not None and not prepared.targets:
+        logger.info("nothing to cache in this part of the model: compiled as it is")
+        dispatcher.compiled = _uncached(gm, inputs, options)
+        return dispatcher
     idle = prepared.method.never_predicts(options.num_inference_steps)
     if idle is not None:
         # Nothing would ever read a slot: no marker, no slot, the very program that Inductor makes.
@@ -243,6 +245,7 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     _refuse_training(gm, inputs)
     method = make_method(options.cache)
     named = read_inputs(gm, inputs)
+    siblings = None
     if place is None:
         table = find_regions(gm)
         if not table.regions:
@@ -261,10 +264,12 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
                 hint="compile the whole model with fullgraph=True, or give is_guidance_distilled=True to forecast "
                      "attentions alone",
             )  # fmt: skip
-        table = find_regions(gm, place.paths, place.root, rest=place.rest)
+        paths = place.paths()
+        table = find_regions(gm, paths, place.root, rest=place.rest)
         timestep = None
         _require_timestep(place.timestep is not None, place.inputs, method, options)
-        selection = place.select(method, table.regions)
+        siblings = Siblings(method, tuple(table.regions), place.prefix, place.siblings, tuple(paths.values()))
+        selection = siblings.selection()
     targets, nested = outermost(selection.targets, table)
     for note in selection.notes:
         logger.info(note)
@@ -273,7 +278,7 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     latents = tuple(i for i in (named.own[k] for k in found) if isinstance(inputs[i], torch.Tensor))
     static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
     layout = InputLayout(named.identity, latents, timestep, static)
-    return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout)
+    return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout, siblings)
 
 
 def _placeholder_names(aten: fx.GraphModule, names: Sequence[str]) -> dict[str, str]:

@@ -422,6 +422,22 @@ def live_tensors():
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_compiled_graph_keeps_neither_inputs_nor_the_model(way):
+    """The inputs of the first call, in which the graph was captured, die with it; the model dies without a reset."""
+    model = net()
+    compiled, run = way(model), calls(9)
+    first, parameter = weakref.ref(run[0][0]), weakref.ref(model.proj_out.weight)
+    for call in run:
+        compiled(*call)
+    del run, call
+    gc.collect()
+    assert first() is None
+    del model, compiled
+    gc.collect()
+    assert parameter() is None
+
+
 @CACHES
 @WAYS
 def test_memory_is_flat(way, cache):

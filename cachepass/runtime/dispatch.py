@@ -108,13 +108,13 @@ class Dispatcher:
             result = self._run(decided, inputs)
         finally:
             self.current.call = None
-        state.commit(step.index, decided.computed, {g: decided.weights.get(g, ()) for g in decided.predicted})
+        state.commit(step.index, decided.computed, {g: decided.weights.get(g, ()) for g in decided.phase.predicted})
         self._note(run, decided, step)
         return result
 
     def _note(self, run: Run, call: StepCall, step: Step) -> None:
         """Count what was done; keep the times at which the difference of the branches was written or used."""
-        computed, predicted = call.computed, call.predicted
+        computed, predicted = call.computed, call.phase.predicted
         if call.difference is not None:
             guidance = self.method.guidance
             assert guidance is not None and call.output is not None
@@ -148,7 +148,7 @@ class Dispatcher:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.part.prefix or 'a part of the model'} is called outside of a call of "
+                f"{self.part.siblings.prefix or 'a part of the model'} is called outside of a call of "
                 f"{type(self.part.model.module).__name__}, whose calls are the steps: computed without a cache",
                 CachepassWarning, stacklevel=4,
             )  # fmt: skip
@@ -178,8 +178,7 @@ class Dispatcher:
             else:
                 computed.append(group)
         phase = Phase(tuple(predicted), route)
-        return StepCall(self.program, phase, state, tuple(predicted), tuple(computed), weights, output, partner,
-                        difference)  # fmt: skip
+        return StepCall(self.program, phase, state, tuple(computed), weights, output, partner, difference)
 
     def _weights(self, instance: Instance, state: RunState, group: str, step: Step) -> tuple[float, ...]:
         history, regions = state.groups[group], state.plan.weight_regions(group)
@@ -256,14 +255,16 @@ class Dispatcher:
             assert self.part is not None
             calls, compiled = _torch.calling_modules()
             if module is None or compiled is None:
-                instance = Instance(self.part.model, None, self.part.prefix)
+                instance = Instance(self.part.model, None, self.part.siblings.prefix)
             else:
                 begun = step_call(calls[compiled:], self.options.timestep_input)
                 model = model_of(begun.module, self.method, self.options)
                 model.watch(begun)
-                prefix = next((name for name, m in begun.module.named_modules() if m is module), self.part.prefix)
-                model.found(self.part.regions(prefix))
-                instance = Instance(model, weakref.ref(module), prefix, self.part.groups(prefix))
+                siblings = self.part.siblings
+                prefix = next((name for name, m in begun.module.named_modules() if m is module), siblings.prefix)
+                model.found(siblings.under(prefix))
+                groups = siblings.groups(prefix, self.part.targets)
+                instance = Instance(model, weakref.ref(module), prefix, groups)
             instance = self._add(key, instance, module)
         return instance
 
@@ -296,7 +297,7 @@ class Dispatcher:
         sizes = tuple(bound.values())
         if sizes not in self._layouts:
             resolve = functools.partial(resolve_size, bound=bound)
-            prefix = "" if self.part is None else self.part.prefix
+            prefix = "" if self.part is None else self.part.siblings.prefix
             self._layouts[sizes] = self.program.plan.layout(resolve, prefix), resolve
         layout, resolve = self._layouts[sizes]
         place = instance.prefix, layout
@@ -327,7 +328,7 @@ class Dispatcher:
 
     def _path(self, instance: Instance, path: str) -> str:
         """The path in an instance of what has this path in the one that was captured."""
-        return path if self.part is None else instance.prefix + path.removeprefix(self.part.prefix)
+        return path if self.part is None else instance.prefix + path.removeprefix(self.part.siblings.prefix)
 
     def belongs_to(self, model: torch.nn.Module) -> list[Instance]:
         """The instances that are ``model`` or in it."""

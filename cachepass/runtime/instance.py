@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..graph.half import HalfCall
-from ..methods import Region
+from ..methods import Target
 from .calls import Model
+from .siblings import Siblings
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,13 @@ class Part:
 
     Attributes:
         model: Of the call in which it was captured.
-        prefix: The path of the captured module in that model.
-        groups: For the prefix of another instance, the groups in which it is cut; some may be cut in none.
-        regions: For the prefix of another instance, the regions in it.
+        siblings: The modules that it may be called for.
+        targets: What is cut in it.
     """
 
     model: Model
-    prefix: str
-    groups: Callable[[str], frozenset[str]]
-    regions: Callable[[str], list[Region]]
+    siblings: Siblings
+    targets: tuple[Target, ...]
 
 
 @dataclass(eq=False)

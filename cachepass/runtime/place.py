@@ -9,7 +9,6 @@ by their paths in the model, and one graph may be called for many of them.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..errors import ConfigError
 from ..graph.inputs import find_timestep_input, named_inputs
-from ..graph.regions import RegionTable
-from ..methods import Method, Region, Selection, Target
+from ..methods import Target
 from ..options import CompileOptions
 from .calls import model_of, step_call
 from .instance import Part
+from .siblings import Siblings
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Place:
         root: Path and class name of the captured module, if the graph is all of it, or its end.
         rest: The graph is its end, behind a graph break: what came in front of it is always computed.
         why: It is a part, for messages.
-        options: As the user gave them.
+        timestep: Which of the model's inputs is the timestep.
     """
 
     call: _torch.ModuleCall
@@ -47,9 +45,8 @@ class Place:
     root: tuple[str, str] | None
     rest: bool
     why: str
-    options: CompileOptions
+    timestep: str | None
 
-    @property
     def paths(self) -> dict[int, str]:
         """The model's modules, by id."""
         return {id(module): name for name, module in self.call.module.named_modules()}
@@ -59,73 +56,20 @@ class Place:
         """Names of the model's inputs in this call."""
         return list(named_inputs(self.call))
 
-    @property
-    def timestep(self) -> str | None:
-        """Which of them is the timestep."""
-        return find_timestep_input(named_inputs(self.call), self.options.timestep_input)
-
-    def select(self, method: Method, regions: Sequence[Region]) -> Selection:
-        """What the method chooses for any of the modules that the graph may be called for."""
-        chosen: dict[str, Target] = {}
-        first = self._select(method, regions, self.prefix)
-        for prefix in self.siblings:
-            for target in self._select(method, regions, prefix).targets:
-                known = chosen.setdefault(target.region.id, target)
-                if known != target:
-                    raise ConfigError(
-                        f"{known.region.path} and the same module of {prefix} differ in group or forecast",
-                        where=type(method.config).__name__,
-                        hint="blocks that share one compiled graph are cut alike; compile the whole model instead",
-                    )
-        return dataclasses.replace(first, targets=tuple(chosen.values()))
-
-    def _select(self, method: Method, regions: Sequence[Region], prefix: str) -> Selection:
-        """The method's choice among the regions as they are called under another prefix, told by their own names."""
-        paths = list(self.paths.values())
-        own = {self._moved(region.id, prefix): region for region in regions}
-        selection = method.select(self.regions(regions, prefix), paths)
-        targets = [dataclasses.replace(target, region=own[target.region.id]) for target in selection.targets]
-        return dataclasses.replace(selection, targets=tuple(targets))
-
-    def regions(self, regions: Sequence[Region], prefix: str) -> list[Region]:
-        """The regions as they are called under another prefix."""
-        return [dataclasses.replace(region, id=self._moved(region.id, prefix), path=self._moved(region.path, prefix))
-                for region in regions]  # fmt: skip
-
-    def _moved(self, name: str, prefix: str) -> str:
-        inside = name == self.prefix or name.startswith((f"{self.prefix}.", f"{self.prefix}@"))
-        return prefix + name[len(self.prefix) :] if self.prefix and inside else name
-
-    def part(self, method: Method, table: RegionTable, targets: Sequence[Target]) -> Part:
-        """What the dispatcher needs to know of it.
+    def part(self, siblings: Siblings, targets: Sequence[Target], options: CompileOptions) -> Part:
+        """What the dispatcher needs to know of it. It outlives this call, so nothing of the call goes into it.
 
         Raises:
             ConfigError: The method's settings cut a group in part of a module and wholly in another of its class.
         """
-        wanted: dict[str, set[str]] = {}
-        for target in targets:
-            wanted.setdefault(target.group, set()).add(target.region.id)
-
-        def groups(prefix: str) -> frozenset[str]:
-            chosen = {target.region.id for target in self._select(method, table.regions, prefix).targets}
-            for regions in wanted.values():
-                if chosen & regions and not regions <= chosen:
-                    missing = ", ".join(sorted(self._moved(region, prefix) for region in regions - chosen))
-                    raise ConfigError(
-                        f"{prefix} is cut in some of the modules that are cut in others of its class (not in "
-                        f"{missing}), and they share one compiled graph", where=type(method.config).__name__,
-                        hint="write identifiers that take the same modules of every block, or whole blocks out; or "
-                             "compile the whole model",
-                    )  # fmt: skip
-            return frozenset(group for group, regions in wanted.items() if regions <= chosen)
-
-        for prefix in self.siblings:
-            groups(prefix)
-        model = model_of(self.call.module, method, self.options)
+        for prefix in siblings.prefixes:
+            siblings.groups(prefix, targets)
+        model = model_of(self.call.module, siblings.method, options)
         model.watch(self.call)
+        model.found(region for prefix in siblings.prefixes for region in siblings.under(prefix))
         if self.prefix and (self.rest or self.root is None):
-            model.broken.update(self.siblings)
-        return Part(model, self.prefix, groups, lambda prefix: self.regions(table.regions, prefix))
+            model.broken.update(siblings.prefixes)
+        return Part(model, siblings, tuple(targets))
 
 
 def locate(gm: fx.GraphModule, options: CompileOptions) -> Place | None:
@@ -144,7 +88,8 @@ def locate(gm: fx.GraphModule, options: CompileOptions) -> Place | None:
     rest = not _torch.stops_at_break(gm) and _is_rest_of(frame, inner)
     root = (prefix, type(inner).__name__) if prefix and ((forward and whole) or rest) else None
     why = "the graph breaks" if root is None or rest else f"{type(inner).__name__} is compiled by itself"
-    return Place(step, prefix, siblings, root, rest, why, options)
+    timestep = find_timestep_input(named_inputs(step), options.timestep_input)
+    return Place(step, prefix, siblings, root, rest, why, timestep)
 
 
 def _is_rest_of(frame: _torch.Frame, module: torch.nn.Module) -> bool:

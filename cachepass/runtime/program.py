@@ -32,15 +32,14 @@ _TRUE_FALSE = (torch.tensor(False), torch.tensor(True))
 class StepCall:
     """One call of a program: its phase, the state it runs on, and weights.
 
-    ``predicted`` and ``computed`` name groups. ``output`` is what is kept for guidance, ``partner`` that of the other
-    call of a two-call guidance step; both are None where there is none. ``difference``: whether this call writes the
-    difference of the two branches (True) or uses it (False); None: neither.
+    ``computed`` are the groups whose outputs are kept. ``output`` is what is kept for guidance, ``partner`` that of the
+    other call of a two-call guidance step; both are None where there is none. ``difference``: whether this call writes
+    the difference of the two branches (True) or uses it (False); None: neither.
     """
 
     program: Program
     phase: Phase
     state: RunState | None = None  # None: nothing is kept, nothing is predicted
-    predicted: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
     weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
     output: OutputState | None = None
@@ -85,7 +84,7 @@ class Program:
         phase = call.phase
         variant = self._by_phase.get((phase.route, phase.predicted)) or self.compile(phase)
         if call.state is not None:
-            call.state.begin(call.computed, call.predicted)
+            call.state.begin(call.computed, phase.predicted)
         if call.output is not None and call.difference:
             call.output.begin()
         for role in variant.inputs:
