@@ -422,7 +422,7 @@ def live_tensors():
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@WAYS
 def test_a_compiled_graph_keeps_neither_inputs_nor_the_model(way):
     """The inputs of the first call, in which the graph was captured, die with it; the model dies without a reset."""
     model = net()
