@@ -472,7 +472,7 @@ class failing_after_its_writes:
 
         def fail(inputs, call):
             self.run(inputs, call)
-            for group in (*call.computed, *call.predicted):
+            for group in (*call.computed, *call.phase.predicted):
                 history = call.state.groups[group]
                 for cut in call.state.plan.live_cuts:
                     if cut.group == group:

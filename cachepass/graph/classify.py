@@ -17,6 +17,7 @@ from torch import fx
 
 from .. import _torch
 from ..methods import Region, Skip
+from .nodes import target_name
 
 _ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\d*D?)$")
 _MLP_CLASS = re.compile(r"(feed_?forward|mlp|ffn)", re.IGNORECASE)
@@ -119,7 +120,7 @@ def attention_operands(node: fx.Node) -> Operands | None:
     result is multiplied with values."""
     if node.op not in ("call_function", "call_method"):
         return None
-    name = _name(node)
+    name = target_name(node)
     if any(kernel in name for kernel in _KERNELS):
         operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
         query, key = node.kwargs.get("query", operands[0]), node.kwargs.get("key", operands[1])
@@ -142,15 +143,11 @@ def _search(start: fx.Node, neighbours: Callable[[fx.Node], list[fx.Node]]) -> f
         if node in seen:
             continue
         seen.add(node)
-        if _name(node) in _PRODUCTS and not any(map(_is_parameter, node.all_input_nodes)):
+        if target_name(node) in _PRODUCTS and not any(map(_is_parameter, node.all_input_nodes)):
             return node
-        if _name(node) in _KEEPS_PRODUCT:
+        if target_name(node) in _KEEPS_PRODUCT:
             queue.extend(neighbours(node))
     return None
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
 def _attention_by_class(region: Region, table: RegionTable, owners: Mapping[str, Operands]) -> bool:

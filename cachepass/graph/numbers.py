@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .nodes import target_name
+
 
 def keep_numbers(gm: fx.GraphModule) -> fx.GraphModule:
     """Write tensors that are made of a changing number as sums with it; ``gm`` itself is changed."""
@@ -43,7 +45,7 @@ def _number_in(node: fx.Node) -> fx.Node | None:
     """The number that fills the tensor that a node makes."""
     if not isinstance(node.meta.get("example_value"), torch.Tensor):
         return None
-    name, data = _name(node), None
+    name, data = target_name(node), None
     if name in ("full", "full_like", "new_full"):
         position = 2 if name == "new_full" else 1
         data = node.args[position] if len(node.args) > position else node.kwargs.get("fill_value")
@@ -55,12 +57,8 @@ def _number_in(node: fx.Node) -> fx.Node | None:
     return data if is_number else None  # pyright: ignore[reportReturnType]
 
 
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
 def _size(node: fx.Node) -> Any:
     """The size of the tensor that a node makes, which may depend on other nodes."""
-    if _name(node) in ("full", "new_full"):
-        return node.args[0 if _name(node) == "full" else 1]
+    if target_name(node) in ("full", "new_full"):
+        return node.args[0 if target_name(node) == "full" else 1]
     return tuple(node.meta["example_value"].shape)

@@ -19,6 +19,7 @@ from torch import fx
 from .. import _torch
 from ..methods import Region, Skip
 from .classify import RegionTable, classify
+from .nodes import target_name
 
 _TOKEN = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z_0-9]+)")
 _PLUMBING = {"__dict__", "_modules", "_parameters", "_buffers", "_orig_mod"}
@@ -160,7 +161,7 @@ def _storage(node: fx.Node) -> int | None:
 
 def _written_argument(node: fx.Node) -> fx.Node | None:
     """The tensor that a node writes in place, if it does."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = target_name(node)
     in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
     in_place |= node.op == "call_function" and (
         node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
