@@ -20,13 +20,26 @@ from .graph.specialize import Variant
 
 @dataclass(frozen=True)
 class LoweredVariant:
-    """A variant that can run: takes its inputs as one list, the model's own first, then ``inputs`` in order."""
+    """A variant that can run: takes its inputs as one list, the model's own first, then ``inputs`` in order.
+
+    ``scalars``, ``slots`` and ``outputs`` are the inputs in three parts: predicates and weights, the cuts' slots, the
+    slots of the model's output.
+    """
 
     name: str
     run: Callable[[list[Any]], Any]
-    inputs: tuple[Role, ...]
+    scalars: tuple[Role, ...]
+    slots: tuple[Role, ...]
+    outputs: tuple[Role, ...]
     compile_seconds: float
     nodes: int
+
+    @property
+    def inputs(self) -> tuple[Role, ...]:
+        return (*self.scalars, *self.slots, *self.outputs)
+
+
+_PARTS = (("predicate", "weights"), ("history", "next"), ("output",))
 
 
 def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: SavedContext) -> LoweredVariant:
@@ -40,7 +53,10 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
         inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
         with _no_advice_on_complex_numbers(variant.gm):
             run = context.compile(variant.gm, inputs)
-    return LoweredVariant(variant.name, run, variant.inputs, time.perf_counter() - start, nodes)
+    scalars, slots, outputs = (tuple(r for r in variant.inputs if r.kind in kinds) for kinds in _PARTS)
+    lowered = LoweredVariant(variant.name, run, scalars, slots, outputs, time.perf_counter() - start, nodes)
+    assert lowered.inputs == variant.inputs, "slots come after predicates and weights"
+    return lowered
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ the cuts that the phase predicts. A cut whose forecast no phase reads is dead; s
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -135,6 +136,27 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class _GroupPlan:
+    """What :class:`CachePlan` says about one group."""
+
+    history: int
+    weighted: bool
+    recursive: bool
+    weight_regions: tuple[str, ...]
+
+
+def _group_plan(cuts: Sequence[Cut]) -> _GroupPlan:
+    live = [cut for cut in cuts if cut.live]
+    paths = tuple(dict.fromkeys(cut.region.split("@")[0] for cut in cuts))
+    return _GroupPlan(
+        history=max(cut.history for cut in cuts),
+        weighted=any(cut.forecast.constant_weights is None for cut in live),
+        recursive=any(cut.forecast.recursive for cut in live),
+        weight_regions=paths if any(cut.forecast.per_region for cut in cuts) else ("",),
+    )
+
+
+@dataclass(frozen=True)
 class CachePlan:
     """What will be kept and which programs there will be.
 
@@ -190,22 +212,25 @@ class CachePlan:
 
     def history(self, group: str) -> int:
         """Outputs kept by the group's deepest ring."""
-        return max((cut.history for cut in self.cuts if cut.group == group), default=0)
+        return self._schedule[group].history if group in self._schedule else 0
 
     def weighted(self, group: str) -> bool:
         """Some live cut of the group takes weights at run time."""
-        return any(c.group == group and c.live and c.forecast.constant_weights is None for c in self.cuts)
+        return group in self._schedule and self._schedule[group].weighted
 
     def recursive(self, group: str) -> bool:
         """Predictions of the group are kept as computed outputs are."""
-        return any(c.group == group and c.live and c.forecast.recursive for c in self.cuts)
+        return group in self._schedule and self._schedule[group].recursive
 
     def weight_regions(self, group: str) -> tuple[str, ...]:
         """Paths of the regions whose weights differ, in order of their rows; one nameless one where none do."""
-        cuts = [c for c in self.cuts if c.group == group]
-        if not any(c.forecast.per_region for c in cuts):
-            return ("",)
-        return tuple(dict.fromkeys(c.region.split("@")[0] for c in cuts))
+        return self._schedule[group].weight_regions if group in self._schedule else ("",)
+
+    @functools.cached_property
+    def _schedule(self) -> dict[str, _GroupPlan]:
+        """Asked on every step, so no walk over the cuts may be behind it."""
+        return {group: _group_plan([c for c in self.cuts if c.group == group])
+                for group in dict.fromkeys(c.group for c in self.cuts)}  # fmt: skip
 
     @property
     def schedules(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import threading
 import warnings
 import weakref
@@ -51,7 +50,6 @@ class Dispatcher:
         self._layouts: dict[tuple[int, ...], tuple[Hashable, Callable[[object], int]]] = {}
         self._lock = threading.Lock()
         self._warned = False
-        self._read_identity = operator.itemgetter(*layout.identity) if layout.identity else None
         LIVE.add(self)
 
     # ---- a call -----------------------------------------------------------------------------------------------------
@@ -229,20 +227,22 @@ class Dispatcher:
     # ---- instances and states ---------------------------------------------------------------------------------------
 
     def _instance(self, inputs: Sequence[Any]) -> Instance:
-        """The module that is called, by its parameters."""
-        if self._read_identity is None:
-            key: tuple[int, ...] = ()
-        elif len(self.layout.identity) == 1:
-            key = (id(self._read_identity(inputs)),)
-        else:
-            key = tuple(map(id, self._read_identity(inputs)))
-        instance = self.instances.get(key)
+        """The module that is called: the one whose call this is, or the one with these parameters."""
+        called = _torch.calling_module()
+        held = inputs[self.layout.identity[0]] if self.layout.identity else None
+        quick = id(called), id(held)
+        instance = self.instances.get(quick)
+        if instance is not None and instance.module is not None and instance.module() is called:
+            return instance
+        # The module is not on the stack: a function was captured. Then all parameters tell.
+        full = tuple(id(inputs[i]) for i in self.layout.identity)
+        instance = self.instances.get(full)
         if instance is None:
-            held = inputs[self.layout.identity[0]] if self.layout.identity else None
-            module = self._holder(held)
+            module = self._holder(held, called)
             model = model_of(module, self.method, self.options)
             # Parameters may have been replaced (offloading does): the module is the same instance as before.
             known = next((i for i in self.instances.values() if module is not None and i.model is model), None)
+            key = quick if module is called and module is not None else full
             instance = self._add(key, known or Instance(model, None if module is None else weakref.ref(module)), held)
         return instance
 
@@ -276,13 +276,12 @@ class Dispatcher:
             weakref.finalize(held, _forget_instance, weakref.ref(self), key)
         return instance
 
-    def _holder(self, held: torch.Tensor | None) -> torch.nn.Module | None:
+    def _holder(self, held: torch.Tensor | None, called: torch.nn.Module | None) -> torch.nn.Module | None:
         """The module that is called: one like the captured one that holds this parameter; None where a function was
         captured and the module is not among its arguments."""
         root = None if self.root is None else self.root()
         if root is None or held is None:
             return root
-        called = _torch.calling_module()
         for module in (called if type(called) is type(root) else None, root):
             if module is not None and any(held is own for own in (*module.parameters(), *module.buffers())):
                 return module

@@ -17,7 +17,7 @@ from torch import fx
 
 from .. import _torch
 from ..graph.plan import CachePlan, Phase
-from ..graph.rewrite import Canonical, Role, rewrite, role_names, weights_dtype
+from ..graph.rewrite import Canonical, rewrite, role_names, weights_dtype
 from ..graph.show import readable
 from ..graph.specialize import Variant, all_phases, specialize
 from ..lower import LoweredVariant, lower
@@ -87,17 +87,16 @@ class Program:
             call.state.begin(call.computed, phase.predicted)
         if call.output is not None and call.difference:
             call.output.begin()
-        for role in variant.inputs:
+        for role in variant.scalars:
             if role.kind == "predicate":
                 inputs.append(_TRUE_FALSE[role.group in phase.predicted])
-            elif role.kind == "weights":
-                inputs.append(self._weights_tensor(role.group, call.weights.get(role.group)))
             else:
-                break  # slots come last
-        if call.state is not None:
-            inputs.extend(call.state.slot_list(variant.inputs))
-        if call.output is not None:
-            inputs.extend(call.output_slot(role.slot) for role in variant.inputs if role.kind == "output")
+                inputs.append(self._weights_tensor(role.group, call.weights.get(role.group)))
+        if variant.slots:
+            assert call.state is not None, "a variant with slots runs on a state"
+            inputs.extend(call.state.slot_list(variant.slots))
+        for role in variant.outputs:
+            inputs.append(call.output_slot(role.slot))
         return variant.run(inputs)
 
     def compile(self, phase: Phase) -> LoweredVariant:
@@ -111,7 +110,7 @@ class Program:
             if lowered is None:
                 traced, names = self._traced(phase.route), self.names(phase.route)
                 _torch.dump_graph(f"variant_{variant.name}", lambda: readable(variant.gm.graph, names))
-                lowered = lower(_slots_last(variant), traced.inputs, self.lowering, traced.context)
+                lowered = lower(variant, traced.inputs, self.lowering, traced.context)
                 logger.info("variant %s: %d nodes, %.2f s", lowered.name, lowered.nodes, lowered.compile_seconds)
                 self.variants[variant.name] = lowered
             self._by_phase[key] = lowered
@@ -167,14 +166,6 @@ class Program:
         return tensor
 
 
-def _slots_last(variant: Variant) -> Variant:
-    """``run`` gives predicates and weights first, then the cuts' slots, then the output's: hold the variant to it."""
-    order = {"predicate": 0, "weights": 0, "history": 1, "next": 1, "output": 2}
-    kinds = [order[role.kind] for role in variant.inputs]
-    assert kinds == sorted(kinds), "slots come after predicates and weights"
-    return variant
-
-
 class CurrentCall(threading.local):
     """The call that a thread is in: set by the dispatcher around the compiled graph, read inside it."""
 
@@ -193,4 +184,4 @@ def step_runner(current: CurrentCall) -> Callable[[list[Any]], Any]:
     return run
 
 
-__all__ = ["CurrentCall", "Program", "Role", "StepCall", "Traced", "step_runner"]
+__all__ = ["CurrentCall", "Program", "StepCall", "Traced", "step_runner"]

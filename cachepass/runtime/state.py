@@ -73,11 +73,11 @@ class RunState:
         return sum(slot.untyped_storage().nbytes() for ring in self.rings.values() for slot in ring)
 
     def slot_list(self, inputs: Sequence[Role]) -> list[torch.Tensor]:
-        """The slots for a variant's history and next placeholders, in order, as the rings stand now."""
+        """The slots for a variant's history and next placeholders (``inputs``), as the rings stand now."""
         key = (id(inputs), *(state.head for state in self.groups.values()))
         known = self._slot_lists.get(key)
         if known is None:  # ``inputs`` is kept with the list, so that no other one can have its id
-            known = inputs, [self._slot(role) for role in inputs if role.kind in ("history", "next")]
+            known = inputs, [self._slot(role) for role in inputs]
             self._slot_lists[key] = known
         return known[1]
 
@@ -106,9 +106,10 @@ class RunState:
         if self._stale:
             self._clear_slots()
         self._stale = True  # until the step is committed
-        for group in (*computed, *(group for group in predicted if self.plan.recursive(group))):
+        written = [*computed, *[group for group in predicted if self.plan.recursive(group)]]
+        for group in written if not self.plan.spare else ():
             history = self.plan.history(group)
-            if history and not self.plan.spare:
+            if history:
                 del self.groups[group].steps[history - 1 :]
 
     def commit(self, index: int, computed: Sequence[str], predicted: Mapping[str, tuple[float, ...]]) -> None:

@@ -1,0 +1,189 @@
+"""Host time per step that caching adds to the call of a compiled graph, by the number of cuts.
+
+    python benchmarks/host.py
+    python benchmarks/host.py --cuts 150 --rounds 21
+
+A model of n small attention blocks; every block's attention is a cut. What is timed is the callable that Dynamo calls
+for the graph, less what the programs themselves take in it (those of cachepass, or the one that a backend of
+AOTAutograd alone gives): what remains is AOTAutograd's wrapper and, for cachepass, clock, schedule, weights, slots and
+commit. The difference of the two is the cache's own. Subjects are interleaved; medians over all steps of a phase.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._dynamo.backends.common import aot_autograd
+
+import cachepass
+from cachepass.inspect.summary import programs_of
+from cachepass.runtime.dispatch import Dispatcher
+
+STEPS = 12
+TAYLOR: dict[str, Any] = {"method": "taylorseer", "cache_interval": 4, "disable_cache_before_step": 2, "max_order": 1}
+METHODS: dict[str, dict[str, Any]] = {
+    "taylorseer": TAYLOR | {"cache_identifiers": [r"blocks\.\d+\.attn"], "taylor_factors_dtype": None},
+    "pab": {"method": "pab", "spatial_attention_timestep_skip_range": (0, 1000)},
+}
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (torch.nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(self.to_q(x), self.to_k(x), self.to_v(x))
+
+
+class Block(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = Attention(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.attn(x)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, cuts: int, width: int = 8) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block(width) for _ in range(cuts))
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = hidden_states * (1 + timestep[:, None, None])
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Timed:
+    """A callable that adds up the time spent in it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.function(*args)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class Subject:
+    """A compiled model, the time of its last step in the graph's callable, and in the programs that it runs."""
+
+    def __init__(self, model: Callable[..., Any], outer: Timed, inner: dict[str, Timed]) -> None:
+        self.model, self.outer, self.inner, self.phase = model, outer, inner, ""
+
+    def step(self, inputs: tuple[torch.Tensor, ...]) -> float:
+        """Host seconds of a step, less the programs'."""
+        timers = [self.outer, *self.inner.values()]
+        for timer in timers:
+            timer.seconds = 0.0
+        self.model(*inputs)
+        self.phase = next(name for name, timer in self.inner.items() if timer.seconds)
+        return self.outer.seconds - sum(timer.seconds for timer in self.inner.values())
+
+
+def plain(cuts: int) -> Subject:
+    """The same graph under AOTAutograd, uncompiled."""
+    inner: dict[str, Timed] = {}
+    outer: list[Timed] = []
+
+    def program(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(inputs: list[Any]) -> Any:
+            with torch.no_grad():
+                return gm(*inputs)
+
+        inner["compute"] = Timed(run)
+
+        def boxed(inputs: list[Any]) -> Any:
+            return inner["compute"](inputs)
+
+        boxed._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
+        return boxed
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        outer.append(Timed(aot_autograd(fw_compiler=program)(gm, inputs)))
+        return outer[-1]
+
+    torch.manual_seed(0)
+    compiled = torch.compile(Model(cuts).eval(), backend=backend, fullgraph=True)
+    compiled(*inputs_of(0))
+    return Subject(compiled, outer[-1], inner)
+
+
+def cached(cuts: int, method: str, *, counted: bool) -> Subject:
+    """``counted``: the runs are told apart by counting, so a timestep is read only where the schedule needs it."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"cache": METHODS[method], "lowering": "eager"}
+    options |= {"num_inference_steps": STEPS} if counted else {}
+    compiled = torch.compile(Model(cuts).eval(), backend="cached_inductor", fullgraph=True, options=options)
+    for step in range(STEPS):
+        compiled(*inputs_of(step))
+    dispatcher, _ = next(programs_of(compiled))
+    assert dispatcher.program is not None
+    assert len(dispatcher.program.plan.live_cuts) == cuts
+    inner: dict[str, Timed] = {}
+    for name, variant in dispatcher.program.variants.items():
+        inner[name] = Timed(variant.run)
+        object.__setattr__(variant, "run", inner[name])
+    outer = Timed(functools.partial(Dispatcher.__call__, dispatcher))
+    _OUTER[dispatcher], dispatcher.__class__ = outer, _TimedDispatcher
+    return Subject(compiled, outer, inner)
+
+
+_OUTER: dict[Dispatcher, Timed] = {}
+
+
+class _TimedDispatcher(Dispatcher):
+    """Dynamo calls a dispatcher by its class's ``__call__``."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        return _OUTER[self](*inputs)
+
+
+def inputs_of(step: int) -> tuple[torch.Tensor, ...]:
+    return torch.ones(1, 4, 8), torch.tensor([float(STEPS - step)])
+
+
+@click.command()
+@click.option("--cuts", "sizes", multiple=True, type=int, default=(10, 50, 150), show_default=True)
+@click.option("--rounds", default=21, show_default=True)
+def main(sizes: tuple[int, ...], rounds: int) -> None:
+    """Measure and print a table, in microseconds per step."""
+    cachepass.reset()
+    table = Table("cuts", "method", "phase", "AOTAutograd us", "cachepass us", "the cache's own us")
+    for cuts in sizes:
+        with torch.no_grad():
+            base = plain(cuts)
+            subjects = {
+                f"{method}{'' if counted else ', runs told by the timestep'}": cached(cuts, method, counted=counted)
+                for method in METHODS for counted in (True, False)
+            }  # fmt: skip
+            plain_us: list[float] = []
+            own: dict[tuple[str, str], list[float]] = {}
+            for _ in range(rounds):
+                for step in range(STEPS):
+                    plain_us.append(1e6 * base.step(inputs_of(step)))
+                    for name, subject in subjects.items():
+                        seconds = subject.step(inputs_of(step))
+                        own.setdefault((name, subject.phase), []).append(1e6 * seconds)
+        for (name, phase), values in own.items():
+            base_us, us = statistics.median(plain_us), statistics.median(values)
+            table.add_row(str(cuts), name, phase, f"{base_us:.0f}", f"{us:.0f}", f"{us - base_us:.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
