@@ -328,6 +328,22 @@ def test_inference_mode_and_no_grad_share_state():
         assert relative_error(a, b) < 1e-6
 
 
+def test_models_that_share_all_parameters_have_states_of_their_own_which_die_with_them():
+    first, alone = compiled(transformer()), run(compiled(transformer()))
+    original = first._orig_mod
+    second = copy.deepcopy(original, {id(p): p for p in original.parameters()})
+    other = compiled(second)
+    pairs = [(first(x, t), other(x, t)) for x, t in calls(9)]
+    assert_same([a for a, _ in pairs], alone)
+    assert_same([b for _, b in pairs], alone)
+    dispatcher = _dispatcher(first)
+    assert dispatcher is _dispatcher(other)
+    assert len(dispatcher.instances) == 2
+    del second, other
+    gc.collect()
+    assert len(dispatcher.instances) == 1
+
+
 def test_models_and_slots_are_freed():
     original = transformer()
     model = compiled(original)

@@ -3,7 +3,7 @@
     model, run, step -> schedule -> phase and weights -> variant(inputs + weights + slots) -> commit
 
 The dispatcher stands where Dynamo calls the graph, so it sees the graph's inputs. Which module is called it learns from
-the parameters among them or, where the model is many graphs, from the calls of modules that it runs in.
+the calls of modules that it runs in or, where a function was captured, from the parameters among them.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Dispatcher:
                  root: torch.nn.Module | None, part: Part | None = None) -> None:  # fmt: skip
         self.method, self.options, self.layout, self.part = method, options, layout, part
         self.root = None if root is None else weakref.ref(root)
+        self._root_type = None if root is None else type(root)  # the graph may outlive the module it was captured of
         self.instances: dict[tuple[int, ...], Instance] = {}
         self.program: Program | None = None  # set by the backend while the graph is compiled; None: nothing is cached
         self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
@@ -229,21 +230,22 @@ class Dispatcher:
     def _instance(self, inputs: Sequence[Any]) -> Instance:
         """The module that is called: the one whose call this is, or the one with these parameters."""
         called = _torch.calling_module()
-        held = inputs[self.layout.identity[0]] if self.layout.identity else None
-        quick = id(called), id(held)
-        instance = self.instances.get(quick)
-        if instance is not None and instance.module is not None and instance.module() is called:
+        own = (id(called),)
+        instance = self.instances.get(own)
+        if instance is not None:
             return instance
         # The module is not on the stack: a function was captured. Then all parameters tell.
-        full = tuple(id(inputs[i]) for i in self.layout.identity)
-        instance = self.instances.get(full)
+        key = tuple(id(inputs[i]) for i in self.layout.identity)
+        instance = self.instances.get(key)
         if instance is None:
+            held = inputs[self.layout.identity[0]] if self.layout.identity else None
             module = self._holder(held, called)
             model = model_of(module, self.method, self.options)
             # Parameters may have been replaced (offloading does): the module is the same instance as before.
             known = next((i for i in self.instances.values() if module is not None and i.model is model), None)
-            key = quick if module is called and module is not None else full
-            instance = self._add(key, known or Instance(model, None if module is None else weakref.ref(module)), held)
+            instance = known or Instance(model, None if module is None else weakref.ref(module))
+            by_module = module is called and module is not None
+            instance = self._add(own if by_module else key, instance, module if by_module else held)
         return instance
 
     def _instance_of_part(self) -> Instance:
@@ -272,7 +274,7 @@ class Dispatcher:
         with self._lock:
             instance = self.instances.setdefault(key, instance)
         if held is not None:
-            # The key is made of ids, which are given anew when the parameters are gone: so must the state be.
+            # The key is made of ids, which are given anew when what has them is gone: so must the state be.
             weakref.finalize(held, _forget_instance, weakref.ref(self), key)
         return instance
 
@@ -280,9 +282,9 @@ class Dispatcher:
         """The module that is called: one like the captured one that holds this parameter; None where a function was
         captured and the module is not among its arguments."""
         root = None if self.root is None else self.root()
-        if root is None or held is None:
+        if held is None:
             return root
-        for module in (called if type(called) is type(root) else None, root):
+        for module in (called if type(called) is self._root_type else None, root):
             if module is not None and any(held is own for own in (*module.parameters(), *module.buffers())):
                 return module
         return None
