@@ -17,6 +17,7 @@ from torch import fx
 
 from .. import _torch
 from .emit import Emitter, alias_root, aten
+from .narrow import narrow
 from .plan import CachePlan, Phase, is_impure, phase_name
 from .rewrite import Canonical, Role, drop_unread
 
@@ -55,6 +56,7 @@ def _evaluate(canonical: Canonical, name: str, predicted: set[str], silent: set[
     fake_mode = _torch.fake_mode_of([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
     _own_outputs(graph, canonical.roles, Emitter(graph, fake_mode))
     graph.eliminate_dead_code(is_impure_node=is_impure)
+    narrow(graph)
     roles = tuple(drop_unread(graph, canonical.roles).values())
     graph.lint()
     return Variant(name, fx.GraphModule(source, graph), roles)
