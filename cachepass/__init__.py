@@ -4,7 +4,7 @@ compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
                          options={"cache": cachepass.TaylorSeerCacheConfig(cache_interval=5, max_order=1)})
 """
 
-from .config import FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from .config import FasterCacheConfig, InvariantConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from .errors import (
     BatchError,
     CachepassError,
@@ -35,6 +35,7 @@ __all__ = [
     "ConfigError",
     "Explanation",
     "FasterCacheConfig",
+    "InvariantConfig",
     "NoMatchError",
     "NotCompiledError",
     "OptionError",

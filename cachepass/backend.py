@@ -5,7 +5,8 @@
       prepare           regions -> the method's targets                        (before anything is compiled)
         keep_numbers      a Python float that changes from call to call stays an input
       build             annotate -> AOTAutograd, decompositions, joint passes: one ATen graph for all phases -> plan;
-                        for guidance batches also the graph of half a batch
+                        for guidance batches also the graph of half a batch; what stays the same within a run is
+                        hoisted out of both
       Program           rewrite (the canonical form) -> specialize -> lower: one variant per phase, when first needed
       Dispatcher        clock -> schedule -> phase and weights -> variant -> commit, on each call
 
@@ -15,6 +16,7 @@ torch finds this backend by its entry point, so ``import cachepass`` is not need
 from __future__ import annotations
 
 import dataclasses
+import enum
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +33,7 @@ from .errors import (
     CachepassError,
     CachepassWarning,
     NoMatchError,
+    OptionError,
     PartialGraphError,
     TimestepError,
     TrainingError,
@@ -39,6 +42,7 @@ from .errors import (
 from .frequency import Latents
 from .graph.annotate import annotate, annotate_output, outermost
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
+from .graph.hoist import hoist, invariant_regions
 from .graph.inputs import Arguments, GraphInputs, find_latents, find_timestep, find_timestep_input, kind_of, read_inputs
 from .graph.numbers import keep_numbers
 from .graph.outputs import paired_outputs, sample_output
@@ -98,6 +102,11 @@ class Prepared:
     layout: InputLayout
     siblings: Siblings | None = None
 
+    @property
+    def varying(self) -> set[str]:
+        """Names of the inputs that change from step to step."""
+        return {self.names[i] for i in (*self.layout.latents, self.layout.timestep) if i is not None}
+
 
 def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Dispatcher:
     """The pipeline for a graph with a cache."""
@@ -153,30 +162,68 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
             notes = (*notes, f"captured at half batch too; halved on steps that run it: {', '.join(half.call.names)}")
     annotate(gm, list(targets), prepared.table)
     annotate_output(gm, outputs)
-    full, run = _trace(gm, inputs, prepared.names, options, current)
-    planned = full if half is None else half.traced
+    full, run = _trace(gm, inputs, prepared.names, prepared.varying, options, current)
+    traced = [full] if half is None else [full, half.traced]
+    if options.invariants and prepared.siblings is None:
+        traced, once = _hoist(traced)
+        skips = (*skips, *once)
+        if not prepared.method.cuts and traced[0].hoisted is None:
+            warnings.warn("nothing but parameters and light work on them stays the same within a run: this is plain "
+                          "Inductor", CachepassWarning, stacklevel=4)  # fmt: skip
+    full, planned = traced[0], traced[-1]
     if half is not None:
-        check_halves(full.gm.graph, half.traced.gm.graph)
+        check_halves(full.gm.graph, planned.gm.graph)
     plan = make_plan(planned.gm, targets, spare=options.lowering == "cond", skips=skips, notes=notes,
                      guidance=guidance, latents=latents, halved=half is not None)  # fmt: skip
     for cut in plan.cuts:
         logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")
-    program = Program(full, None if half is None else half.traced, plan, options.lowering)
+    program = Program(full, None if half is None else planned, plan, options.lowering)
     return Built(program, run, None if half is None else HalfRun(half.run, half.call))
 
 
-def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], options: CompileOptions,
-           current: CurrentCall) -> tuple[Traced, Callable[..., Any]]:  # fmt: skip
+def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], varying: set[str],
+           options: CompileOptions, current: CurrentCall) -> tuple[Traced, Callable[..., Any]]:  # fmt: skip
     """AOTAutograd over an annotated Dynamo graph: its ATen graph, and the callable that runs the current call."""
     traced: list[Traced] = []
+    roles = [_Input.of(value, name, varying, options) for value, name in zip(inputs, names, strict=True)]
 
     def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
         context = _torch.save_context(own_inputs, options.inductor, kwargs)
-        traced.append(Traced(aten, tuple(own_inputs), context, _placeholder_names(aten, names)))
+        known = [_torch.input_index(node) for node in aten.graph.find_nodes(op="placeholder")]
+        found = {kind: frozenset(i for i, index in enumerate(known) if index is not None and roles[index] is kind)
+                 for kind in _Input}  # fmt: skip
+        unknown = {i for i, index in enumerate(known) if index is None}
+        traced.append(Traced(aten, tuple(own_inputs), context, _placeholder_names(aten, names),
+                             varying=found[_Input.VARYING] | unknown, declared=found[_Input.DECLARED]))  # fmt: skip
         return step_runner(current)
 
     run = _torch.compile_once(gm, inputs, inner, options.inductor)
     return traced[-1], run
+
+
+class _Input(enum.Enum):
+    """What is known of an input's change within a run."""
+
+    VARYING = enum.auto()
+    DECLARED = enum.auto()  # by the user, not to change
+    CHECKED = enum.auto()
+
+    @staticmethod
+    def of(value: Any, name: str, varying: set[str], options: CompileOptions) -> _Input:
+        if any(name == given or name.startswith(f"{given}.") for given in options.invariant_inputs):
+            return _Input.DECLARED
+        traceless = isinstance(value, torch.Tensor) and value.is_inference()
+        return _Input.VARYING if name in varying or traceless else _Input.CHECKED
+
+
+def _hoist(traced: Sequence[Traced]) -> tuple[list[Traced], list[Skip]]:
+    """Take what stays the same within a run out of the graphs (of a full and half a batch), which are cut alike."""
+    regions = set.intersection(*(invariant_regions(t.gm.graph, t.varying) for t in traced))
+    result = []
+    for one in traced:
+        gm, hoisted = hoist(one.gm, one.varying, regions, one.context.fake_mode)
+        result.append(dataclasses.replace(one, gm=gm, hoisted=hoisted))
+    return result, [Skip(region, "it stays the same within a run: computed once") for region in sorted(regions)]
 
 
 @dataclass(frozen=True)
@@ -208,7 +255,7 @@ def _build_half(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, o
         annotate(half, targets, table)
         annotate_output(half, half_outputs)
         names = read_inputs(half, half_inputs).names
-        traced, run = _trace(half, half_inputs, names, options, current)
+        traced, run = _trace(half, half_inputs, names, prepared.varying, options, current)
         call = dataclasses.replace(call, pairs=pairs)
         built.append(_Half(traced, run, call, latents, full_outputs, tuple(targets), tuple(skips)))
 
@@ -246,9 +293,10 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     method = make_method(options.cache)
     named = read_inputs(gm, inputs)
     siblings = None
+    _check_declared(named, options, whole=place is None)
     if place is None:
         table = find_regions(gm)
-        if not table.regions:
+        if not table.regions and method.cuts:
             raise NoMatchError(
                 "the traced graph contains no module call that can be cached", where="torch.compile",
                 hint="compile the transformer itself (an nn.Module), not a function of tensors",
@@ -257,6 +305,12 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
         _require_timestep(timestep is not None, [named.names[i] for i in named.own], method, options)
         selection = method.select(table.regions)
     else:
+        if not method.cuts:
+            raise PartialGraphError(
+                "what stays the same within a run can be told in the graph of a whole model only, and this graph is a "
+                f"part of one ({place.why})", where=type(place.call.module).__name__,
+                hint="compile the whole model with fullgraph=True",
+            )  # fmt: skip
         if method.guidance is not None:
             raise PartialGraphError(
                 f"{type(options.cache).__name__} estimates the unconditional branch from the model's output, and this "
@@ -279,6 +333,16 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
     layout = InputLayout(named.identity, latents, timestep, static)
     return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout, siblings)
+
+
+def _check_declared(named: GraphInputs, options: CompileOptions, *, whole: bool) -> None:
+    """Inputs declared by the user are inputs of the model."""
+    names = [named.names[i] for i in named.own]
+    unknown = [given for given in options.invariant_inputs
+               if not any(name == given or name.startswith(f"{given}.") for name in names)]  # fmt: skip
+    if unknown and whole:
+        raise OptionError(f"the model has no tensor input {unknown[0]!r}", where='options["invariant_inputs"]',
+                          hint=f"inputs: {listing(names)}")  # fmt: skip
 
 
 def _placeholder_names(aten: fx.GraphModule, names: Sequence[str]) -> dict[str, str]:

@@ -113,6 +113,18 @@ class TaylorSeerCacheConfig(CacheConfig):
             )  # fmt: skip
 
 
+@_method("invariant")
+class InvariantConfig(CacheConfig):
+    """Nothing is forecast: what stays the same within a run is computed once, and results are exact.
+
+    Text projections, keys and values of cross-attentions, rotary tables, text refiners. Every other method does this
+    too, unless ``options["invariants"]`` is False; this one does nothing else.
+    """
+
+    def _check(self) -> None:
+        pass
+
+
 _SPATIAL = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers", "visual_transformer_blocks")
 _CROSS = ("blocks", "transformer_blocks", "layers")
 ATTENTION_KINDS = ("spatial", "temporal", "cross")

@@ -22,12 +22,13 @@ from .graph.specialize import Variant
 class LoweredVariant:
     """A variant that can run: takes its inputs as one list, the model's own first, then ``inputs`` in order.
 
-    ``scalars``, ``slots`` and ``outputs`` are the inputs in three parts: predicates and weights, the cuts' slots, the
-    slots of the model's output.
+    ``invariants``, ``scalars``, ``slots`` and ``outputs`` are the inputs in four parts: what is kept for a run,
+    predicates and weights, the cuts' slots, the slots of the model's output.
     """
 
     name: str
     run: Callable[[list[Any]], Any]
+    invariants: tuple[Role, ...]
     scalars: tuple[Role, ...]
     slots: tuple[Role, ...]
     outputs: tuple[Role, ...]
@@ -36,10 +37,10 @@ class LoweredVariant:
 
     @property
     def inputs(self) -> tuple[Role, ...]:
-        return (*self.scalars, *self.slots, *self.outputs)
+        return (*self.invariants, *self.scalars, *self.slots, *self.outputs)
 
 
-_PARTS = (("predicate", "weights"), ("history", "next"), ("output",))
+_PARTS = (("invariant",), ("predicate", "weights"), ("history", "next"), ("output",))
 
 
 def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: SavedContext) -> LoweredVariant:
@@ -53,9 +54,9 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
         inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
         with _no_advice_on_complex_numbers(variant.gm):
             run = context.compile(variant.gm, inputs)
-    scalars, slots, outputs = (tuple(r for r in variant.inputs if r.kind in kinds) for kinds in _PARTS)
-    lowered = LoweredVariant(variant.name, run, scalars, slots, outputs, time.perf_counter() - start, nodes)
-    assert lowered.inputs == variant.inputs, "slots come after predicates and weights"
+    parts = [tuple(role for role in variant.inputs if role.kind in kinds) for kinds in _PARTS]
+    lowered = LoweredVariant(variant.name, run, *parts, time.perf_counter() - start, nodes)  # pyright: ignore
+    assert lowered.inputs == variant.inputs, "what is added stands in this order"
     return lowered
 
 

@@ -27,6 +27,10 @@ class CompileOptions:
         timestep_scale: Factor from the input's unit to the unit of the config's ranges (1000 for FLUX-like models,
             whose input runs from 1 to 0).
         num_inference_steps: Calls per run. When given, runs are told apart by counting alone.
+        invariants: Compute once per run what depends only on parameters and on inputs that stay the same in it. Checked
+            at every call by the tensors' identity: an input that changed is seen, and results are exact.
+        invariant_inputs: Names of inputs whose values stay the same within a run although each call brings another
+            tensor, or tensors made under ``torch.inference_mode``, which cannot be checked.
         inductor: Everything else, as Inductor config patches.
     """
 
@@ -35,6 +39,8 @@ class CompileOptions:
     timestep_input: str | None = None
     timestep_scale: float = 1.0
     num_inference_steps: int | None = None
+    invariants: bool = True
+    invariant_inputs: tuple[str, ...] = ()
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -68,6 +74,8 @@ def parse_options(
             )  # fmt: skip
     if ours.get("cache") is not None:
         ours["cache"] = parse_cache(ours["cache"])
+    if isinstance(ours.get("invariant_inputs"), list):
+        ours["invariant_inputs"] = tuple(ours["invariant_inputs"])
     parsed = CompileOptions(**ours, inductor=patches)
     _check_options(parsed)
     return parsed
@@ -91,6 +99,13 @@ def _check_options(options: CompileOptions) -> None:
     name = options.timestep_input
     if name is not None and not isinstance(name, str):
         raise fail("timestep_input", f"expected the name of a model input, got {name!r}")
+    if not isinstance(options.invariants, bool):
+        raise fail("invariants", f"expected a bool, got {options.invariants!r}")
+    names = options.invariant_inputs
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise fail("invariant_inputs", f"expected a list of names of model inputs, got {names!r}")
+    if not options.invariants and (names or (options.cache is not None and options.cache.method == "invariant")):
+        raise fail("invariants", "False, and yet there are things to keep: invariant_inputs, or the method 'invariant'")
     scale = options.timestep_scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise fail("timestep_scale", f"expected a positive number, got {scale!r}")

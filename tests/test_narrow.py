@@ -180,6 +180,8 @@ def test_of_the_modulation_a_predicted_attention_needs_the_gate():
     cache = {"method": "taylorseer", "max_order": 1, "cache_identifiers": ["attn"], "taylor_factors_dtype": None}
     explanation = cachepass.explain(model, torch.ones(3, 2, 4), torch.ones(3), cache=cache,
                                     options={"num_inference_steps": 9})  # fmt: skip
-    added = [line for line in explanation.diff("predict").splitlines() if "= aten.addmm" in line and line.startswith("+")]
+    added = [
+        line for line in explanation.diff("predict").splitlines() if "= aten.addmm" in line and line.startswith("+")
+    ]
     assert added == ["+cached_addmm: f32[3, 4] = aten.addmm.default(cached_slice_1, mul, cached_permute)"]
     assert "12" not in "".join(line for line in explanation.diff("compute").splitlines() if line.startswith("+"))

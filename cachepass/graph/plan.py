@@ -79,8 +79,8 @@ def _bytes(shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> int:
 
 
 @dataclass(frozen=True)
-class OutputSlot:
-    """What is kept of the model's output under one name: shape and dtype as of a :class:`Cut`'s slot."""
+class NamedSlot:
+    """What is kept of one value, for guidance or for a whole run: shape and dtype as of a :class:`Cut`'s slot."""
 
     name: str
     shape: tuple[int | torch.SymInt, ...]
@@ -106,7 +106,7 @@ class OutputPlan:
 
     guidance: Guidance
     latents: Latents
-    slots: tuple[OutputSlot, ...]
+    slots: tuple[NamedSlot, ...]
     halved: bool
 
     @property
@@ -290,7 +290,7 @@ def _plan_output(gm: fx.GraphModule, guidance: Guidance, latents: Latents, halve
     dtypes = {True: wide_dtype(sample.dtype), False: sample.dtype}
     routes = (guidance.both, guidance.half) if halved else (guidance.cond, guidance.uncond)
     written = {name for route in routes for name in route.writes}
-    slots = [OutputSlot(name, shape, tuple(strides), dtypes[wide], sample.device)
+    slots = [NamedSlot(name, shape, tuple(strides), dtypes[wide], sample.device)
              for name, wide in guidance.slots.items() if name in written]  # fmt: skip
     return OutputPlan(guidance, latents, tuple(slots), halved)
 

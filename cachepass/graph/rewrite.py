@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,13 @@ from .. import _torch
 from ..frequency import OUTPUT_WEIGHTS, wide_dtype
 from ..methods import WHOLE, Route
 from .emit import Emitter, alias_root, aten, operands_of
-from .plan import CachePlan, Cut, OutputPlan, OutputSlot, cut_nodes, is_impure, output_nodes
+from .plan import CachePlan, Cut, NamedSlot, OutputPlan, cut_nodes, is_impure, output_nodes
 
 
 @dataclass(frozen=True)
 class Role:
-    """What the host gives to a placeholder: ``kind`` is predicate, weights, history (with its age), next or output
-    (with the name of what is kept of the model's output)."""
+    """What the host gives to a placeholder: ``kind`` is predicate, weights, history (with its age), next, output (with
+    the name of what is kept of the model's output) or invariant (with the name of a value that is kept for a run)."""
 
     kind: str
     group: str
@@ -52,10 +52,12 @@ class Canonical:
     roles: dict[str, Role]
 
 
-def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE) -> Canonical:
+def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
+            invariants: Mapping[str, Role] | None = None) -> Canonical:  # fmt: skip
     """Build the canonical form of a route; ``gm`` is left as it is.
 
     Where the route allows no prediction, regions stay as they are; where it keeps nothing, no slot is written.
+    ``invariants``: placeholders that ``gm`` has behind the model's own already.
     """
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
@@ -86,7 +88,7 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE) -> Canoni
     if route.keeps:
         _write_slots(graph, writes, plan, added, emit)
     graph.eliminate_dead_code(is_impure_node=is_impure)
-    roles = drop_unread(graph, added.roles)
+    roles = drop_unread(graph, {**(invariants or {}), **added.roles})
     graph.lint()
     result.recompile()
     return Canonical(result, roles)
@@ -185,7 +187,7 @@ class _Added:
         return node
 
 
-def empty_slot(slot: Cut | OutputSlot) -> torch.Tensor:
+def empty_slot(slot: Cut | NamedSlot) -> torch.Tensor:
     return torch.empty_strided(slot.shape, slot.stride, dtype=slot.slot_dtype, device=slot.device)
 
 
@@ -203,8 +205,8 @@ def role_names(roles: dict[str, Role], plan: CachePlan) -> dict[str, str]:
     for name, role in roles.items():
         if role.kind in ("predicate", "weights"):
             names[name] = f"{'predict' if role.kind == 'predicate' else 'weights'}[{role.group}]"
-        elif role.kind == "output":
-            names[name] = f"output[{role.slot}]"
+        elif role.kind in ("output", "invariant"):
+            names[name] = f"{role.kind}[{role.slot}]"
         else:
             age = "[next]" if role.kind == "next" else f"[{role.age}]"
             names[name] = f"history[{plan.cuts[role.cut].name}]{age}"

@@ -103,11 +103,18 @@ class Explanation:
         if plan.output is not None:
             rows += [("(output)", slot.name, plan.output.guidance.group, "guidance", _shape(slot.shape), "1",
                       human_bytes(slot.slot_bytes)) for slot in plan.output.slots]  # fmt: skip
-        text = table(("region", "out", "group", "forecast", "value", "slots", "bytes"), rows, title="cuts")
-        text += "\n" + table(("phase", "operations"), [(p, self.nodes(p)) for p in self.phases], title="phases")
+        text = ""
+        if rows:
+            text = table(("region", "out", "group", "forecast", "value", "slots", "bytes"), rows, title="cuts") + "\n"
+        text += table(("phase", "operations"), [(p, self.nodes(p)) for p in self.phases], title="phases")
         if self.skips:
             text += "\n" + table(("region", "reason"), [(s.region, s.reason) for s in self.skips], title="not cut")
         text += f"\ncache per context: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B)\n"
+        hoisted = self._program.full.hoisted
+        if hoisted is not None:
+            text += (f"kept for a run: {len(hoisted.slots)} value{'s' * (len(hoisted.slots) > 1)}, "
+                     f"{human_bytes(hoisted.slot_bytes)} ({hoisted.slot_bytes} B); {hoisted.operations} operations run "
+                     "once in it\n")  # fmt: skip
         for note in (*self.notes, *([f"never predicts: {self.never}"] if self.never else [])):
             text += f"note: {note}\n"
         return text

@@ -29,6 +29,8 @@ class Summary:
         contexts: Contexts that hold a state.
         graphs: Graphs that the model was captured in.
         modules: Paths of the modules that are cut.
+        once: Paths of those that would be cut, and are computed once per run: their inputs stay the same in it.
+        invariant_bytes: Bytes of all that is kept for a run, over all contexts.
     """
 
     method: str
@@ -42,6 +44,8 @@ class Summary:
     contexts: tuple[str, ...]
     graphs: int
     modules: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
+    invariant_bytes: int = 0
 
     def __str__(self) -> str:
         groups = list(dict.fromkeys([*self.computed, *self.predicted]))
@@ -51,6 +55,7 @@ class Summary:
             f"{self.method}: {self.steps} steps in {self.runs} runs, contexts: {', '.join(self.contexts) or 'none'}\n"
             + table(("group", "computed", "predicted", "share predicted"), rows)
             + f"cache: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B), variants: {compiled}\n"
+            + (f"kept for a run: {human_bytes(self.invariant_bytes)}\n" if self.invariant_bytes else "")
         )
 
 
@@ -98,6 +103,8 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
         contexts=tuple(dict.fromkeys(run.context for run in runs)),
         graphs=len(dict.fromkeys([*dispatchers, *(d for d in list(LIVE) if d.part and d.part.model in models)])),
         modules=tuple(dict.fromkeys(path for d, instance in found for path in d.modules(instance))),
+        once=tuple(dict.fromkeys(path for d in dispatchers if d.program is not None for path in d.program.once)),
+        invariant_bytes=sum(state.cache_bytes for run in runs for state in run.invariants.values()),
     )
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..config import CacheConfig, FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from ..config import (
+    CacheConfig,
+    FasterCacheConfig,
+    InvariantConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from .base import PLAIN, PLAIN_HALF, WHOLE, GroupHistory, Guidance, Method, Region, Route, Selection, Skip, Step, Target
 from .fastercache import FasterCache
+from .invariant import Invariant
 from .pab import PyramidAttentionBroadcast
 from .taylorseer import TaylorSeer
 
 _IMPLEMENTATIONS: dict[type[CacheConfig], Callable[[Any], Method]] = {
     TaylorSeerCacheConfig: TaylorSeer,
     FasterCacheConfig: FasterCache,
+    InvariantConfig: Invariant,
     PyramidAttentionBroadcastConfig: PyramidAttentionBroadcast,
 }
 

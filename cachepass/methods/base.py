@@ -160,6 +160,9 @@ class Method(ABC):
     #: The schedule reads the timestep.
     needs_timestep: bool = False
 
+    #: It forecasts regions; if not, it only keeps what stays the same within a run.
+    cuts: bool = True
+
     #: Its weights are functions of the model's modules.
     needs_model: bool = False
 

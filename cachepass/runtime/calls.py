@@ -30,6 +30,7 @@ from ..options import CompileOptions
 from .clock import Clock
 from .context import guidance_partner
 from .hooks import watch_calls
+from .invariants import InvariantState
 from .state import OutputState, RunState
 
 _KEPT_KINDS = 4  # of inputs, per context, whose slots stay allocated: a server of many resolutions must not fill up
@@ -97,6 +98,7 @@ class Run:
         self.stamp = 0
         self.states: dict[Hashable, RunState] = {}
         self.outputs: dict[Hashable, OutputState] = {}
+        self.invariants: dict[Hashable, InvariantState] = {}
         self._lock = threading.Lock()
 
     @contextlib.contextmanager

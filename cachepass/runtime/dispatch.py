@@ -27,6 +27,7 @@ from ..options import CompileOptions
 from .calls import Call, Model, Run, model_of, step_call
 from .context import current_context, guidance_partner
 from .instance import HalfRun, InputLayout, Instance, Part
+from .invariants import InvariantState
 from .program import CurrentCall, Program, StepCall
 from .state import OutputState, RunState, SymbolBinder, resolve_size
 
@@ -96,12 +97,13 @@ class Dispatcher:
             run.note(self.idle_groups, ())
             assert self.compiled is not None
             return self.compiled(*inputs)
-        run.cached = True
+        run.cached = bool(self.program.plan.schedules)
         state = self._state(instance, run, call, inputs)
         outputs = self._output(run), None if partner is None else self._output(partner)
         step = Step(run.clock.index, run.timestep, self._module(instance) if self.method.needs_model else None)
         route = self._route(run, partner, outputs, step)
         decided = self._decide(instance, state, route, outputs, step)
+        decided.invariants, decided.epoch = self._invariants(run, route), run.epoch
         self.current.call = decided
         try:
             result = self._run(decided, inputs)
@@ -307,6 +309,16 @@ class Dispatcher:
         if state is None:
             state = run.states.setdefault(key, RunState(self.program.plan, resolve))
         state.follow(run.epoch, run.clock.index)
+        return state
+
+    def _invariants(self, run: Run, route: Route) -> InvariantState | None:
+        assert self.program is not None
+        traced = self.program.traced(route)
+        if traced.hoisted is None:
+            return None
+        state = run.invariants.get(traced.hoisted)
+        if state is None:
+            state = run.invariants.setdefault(traced.hoisted, InvariantState(traced.hoisted, traced.declared))
         return state
 
     def _output(self, run: Run) -> OutputState | None:

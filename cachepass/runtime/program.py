@@ -6,8 +6,10 @@ groups are predicted, with which weights, on which state.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +18,19 @@ import torch
 from torch import fx
 
 from .. import _torch
+from ..errors import CachepassWarning
+from ..graph.hoist import Hoisted
 from ..graph.plan import CachePlan, Phase
 from ..graph.rewrite import Canonical, rewrite, role_names, weights_dtype
 from ..graph.show import readable
 from ..graph.specialize import Variant, all_phases, specialize
 from ..lower import LoweredVariant, lower
 from ..methods import WHOLE, Route
-from .state import OutputState, RunState
+from .invariants import InvariantState
+from .state import OutputState, RunState, SymbolBinder, resolve_size
 
 logger = logging.getLogger(__name__)
+_RESTLESS = 3  # computed anew so often in a row, within a run: worth a warning
 _TRUE_FALSE = (torch.tensor(False), torch.tensor(True))
 
 
@@ -34,7 +40,8 @@ class StepCall:
 
     ``computed`` are the groups whose outputs are kept. ``output`` is what is kept for guidance, ``partner`` that of the
     other call of a two-call guidance step; both are None where there is none. ``difference``: whether this call writes
-    the difference of the two branches (True) or uses it (False); None: neither.
+    the difference of the two branches (True) or uses it (False); None: neither. ``invariants`` is what is kept for the
+    run ``epoch``.
     """
 
     program: Program
@@ -45,6 +52,8 @@ class StepCall:
     output: OutputState | None = None
     partner: OutputState | None = None
     difference: bool | None = None
+    invariants: InvariantState | None = None
+    epoch: int = 0
 
     def output_slot(self, name: str) -> torch.Tensor:
         """A slot for what is kept of the model's output: the partner's, if it wrote one of this name."""
@@ -53,14 +62,21 @@ class StepCall:
         return holder.slot(name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Traced:
-    """An ATen graph with markers, AOTAutograd's example inputs, the context to compile it in, and input names."""
+    """An ATen graph with markers, AOTAutograd's example inputs, the context to compile it in, and input names.
+
+    ``varying`` are the inputs (by index) that change from step to step, ``declared`` those that the user said do not;
+    of the others it is checked. ``hoisted`` is what was taken out of the graph, to be computed once per run.
+    """
 
     gm: fx.GraphModule
     inputs: tuple[Any, ...]
     context: _torch.SavedContext
     names: dict[str, str]
+    varying: frozenset[int] = frozenset()
+    declared: frozenset[int] = frozenset()
+    hoisted: Hoisted | None = None
 
 
 class Program:
@@ -77,7 +93,14 @@ class Program:
         if plan.output is not None:
             group = plan.output.guidance.group
             self._weights_at[group] = weights_dtype(plan, group), plan.output.slots[0].device
+        self._once: dict[Traced, tuple[LoweredVariant, SymbolBinder]] = {}
         self._lock = threading.RLock()
+
+    @property
+    def once(self) -> list[str]:
+        """Paths of the modules that would be cut, and are computed once per run."""
+        regions = () if self.full.hoisted is None else self.full.hoisted.regions
+        return [region.split("@")[0] for region in regions]
 
     def run(self, inputs: list[Any], call: StepCall) -> Any:
         """Run the variant of the call's phase on the model's inputs (flat, as AOTAutograd gives them)."""
@@ -87,6 +110,8 @@ class Program:
             call.state.begin(call.computed, phase.predicted)
         if call.output is not None and call.difference:
             call.output.begin()
+        if variant.invariants:
+            self._add_invariants(inputs, variant, call)
         for role in variant.scalars:
             if role.kind == "predicate":
                 inputs.append(_TRUE_FALSE[role.group in phase.predicted])
@@ -99,6 +124,43 @@ class Program:
             inputs.append(call.output_slot(role.slot))
         return variant.run(inputs)
 
+    def _add_invariants(self, inputs: list[Any], variant: LoweredVariant, call: StepCall) -> None:
+        """What is kept for the run, computed first if it does not hold for these inputs."""
+        route = call.phase.route
+        traced = self.traced(route)
+        assert traced.hoisted is not None
+        state = call.invariants or InvariantState(traced.hoisted, traced.declared)
+        if traced not in self._once:
+            self._once[traced] = self._compile_once(route)
+        once, binder = self._once[traced]
+        bound = binder.bind(inputs)
+        resolve = functools.partial(resolve_size, bound=bound)
+        state.refresh(inputs, call.epoch, tuple(bound.values()), resolve, once.run)
+        if state.changes == _RESTLESS and state.changed is not None:
+            self._warn_restless(traced, state.changed)
+        inputs.extend([state.slots[role.slot] for role in variant.invariants])
+
+    def _compile_once(self, route: Route) -> tuple[LoweredVariant, SymbolBinder]:
+        """The program that computes what is kept for a run, and what its slots' sizes are bound from."""
+        traced = self.traced(route)
+        assert traced.hoisted is not None
+        hoisted = traced.hoisted
+        variant = Variant("half/once" if route.half else "once", hoisted.once, tuple(hoisted.roles.values()))
+        lowered = self._lower(variant, traced)
+        sizes = [size for slot in hoisted.slots for size in (*slot.shape, *slot.stride)]
+        values = [node.meta.get("val") for node in traced.gm.graph.find_nodes(op="placeholder")]
+        return lowered, SymbolBinder.of(values[: len(traced.inputs)], sizes)
+
+    def _warn_restless(self, traced: Traced, index: int) -> None:
+        placeholder = traced.gm.graph.find_nodes(op="placeholder")[index]
+        name = traced.names.get(placeholder.name, placeholder.name)
+        warnings.warn(
+            f"the input {name} is another tensor at every step, so what depends on it alone is computed every time: "
+            "give the same tensor object in all steps of a run, or (if its values stay the same) name it in "
+            'options["invariant_inputs"], or switch this off with options["invariants"] = False',
+            CachepassWarning, stacklevel=2,
+        )  # fmt: skip
+
     def compile(self, phase: Phase) -> LoweredVariant:
         """The lowered variant of a phase, compiled once. The cond lowering has one for all phases of a route."""
         key = phase.route, phase.predicted
@@ -108,12 +170,16 @@ class Program:
             variant = self.variant(phase)
             lowered = self.variants.get(variant.name)
             if lowered is None:
-                traced, names = self._traced(phase.route), self.names(phase.route)
-                _torch.dump_graph(f"variant_{variant.name}", lambda: readable(variant.gm.graph, names))
-                lowered = lower(variant, traced.inputs, self.lowering, traced.context)
-                logger.info("variant %s: %d nodes, %.2f s", lowered.name, lowered.nodes, lowered.compile_seconds)
-                self.variants[variant.name] = lowered
+                lowered = self._lower(variant, self.traced(phase.route))
             self._by_phase[key] = lowered
+            return lowered
+
+    def _lower(self, variant: Variant, traced: Traced) -> LoweredVariant:
+        with self._lock:
+            _torch.dump_graph(f"variant_{variant.name}", lambda: readable(variant.gm.graph, traced.names))
+            lowered = lower(variant, traced.inputs, self.lowering, traced.context)
+            logger.info("variant %s: %d nodes, %.2f s", lowered.name, lowered.nodes, lowered.compile_seconds)
+            self.variants[variant.name] = lowered
             return lowered
 
     def variant(self, phase: Phase) -> Variant:
@@ -131,14 +197,17 @@ class Program:
         """The canonical form of a route."""
         with self._lock:
             if route not in self._canonical:
-                self._canonical[route] = rewrite(self._traced(route).gm, self.plan, route)
+                traced = self.traced(route)
+                invariants = None if traced.hoisted is None else traced.hoisted.roles
+                self._canonical[route] = rewrite(traced.gm, self.plan, route, invariants)
             return self._canonical[route]
 
     def names(self, route: Route = WHOLE) -> dict[str, str]:
         """What the inputs of a route's graphs are called in prints."""
-        return {**self._traced(route).names, **role_names(self.canonical(route).roles, self.plan)}
+        return {**self.traced(route).names, **role_names(self.canonical(route).roles, self.plan)}
 
-    def _traced(self, route: Route) -> Traced:
+    def traced(self, route: Route) -> Traced:
+        """The graph that a route runs on."""
         if not route.half:
             return self.full
         assert self.half is not None, "a half-batch route needs the half-batch graph"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
-from ..graph.plan import CachePlan, Cut, OutputPlan, OutputSlot
+from ..graph.plan import CachePlan, Cut, NamedSlot, OutputPlan
 from ..graph.rewrite import Role
 from ..methods import GroupHistory
 
@@ -85,7 +85,7 @@ class RunState:
         ring = self.rings.get(role.cut)
         if ring is None:
             cut = self.plan.cuts[role.cut]
-            ring = self.rings[role.cut] = [_slot(cut, self.resolve) for _ in range(self.plan.slots(cut))]
+            ring = self.rings[role.cut] = [allocate(cut, self.resolve) for _ in range(self.plan.slots(cut))]
         return ring[(self.groups[role.group].head + (role.age if role.kind == "history" else -1)) % len(ring)]
 
     def _ring(self, group: str) -> int:
@@ -153,7 +153,7 @@ class OutputState:
     def slot(self, name: str) -> torch.Tensor:
         if name not in self.slots:
             slot = next(slot for slot in self.plan.slots if slot.name == name)
-            self.slots[name] = _slot(slot, int)  # pyright: ignore[reportArgumentType]
+            self.slots[name] = allocate(slot, int)  # pyright: ignore[reportArgumentType]
         return self.slots[name]
 
     def begin(self) -> None:
@@ -168,7 +168,7 @@ class OutputState:
             self.group.weights = weights
 
 
-def _slot(slot: Cut | OutputSlot, resolve: Callable[[object], int]) -> torch.Tensor:
+def allocate(slot: Cut | NamedSlot, resolve: Callable[[object], int]) -> torch.Tensor:
     shape, stride = [resolve(s) for s in slot.shape], [resolve(s) for s in slot.stride]
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty_strided(shape, stride, dtype=slot.slot_dtype, device=slot.device).zero_()
