@@ -52,8 +52,10 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
     else:
         placeholders = variant.gm.graph.find_nodes(op="placeholder")
         inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
+        # Slots stay where they are: a CUDA graph reads and writes them in place, and may write to nothing else.
+        static = [i for i, role in enumerate(variant.inputs, len(own_inputs)) if role.kind not in _PARTS[1]]
         with _no_advice_on_complex_numbers(variant.gm):
-            run = context.compile(variant.gm, inputs)
+            run = context.compile(variant.gm, inputs, static, cudagraphs=variant.repeated)
     parts = [tuple(role for role in variant.inputs if role.kind in kinds) for kinds in _PARTS]
     lowered = LoweredVariant(variant.name, run, *parts, time.perf_counter() - start, nodes)  # pyright: ignore
     assert lowered.inputs == variant.inputs, "what is added stands in this order"

@@ -93,6 +93,9 @@ def _check_options(options: CompileOptions) -> None:
 
     if options.lowering not in LOWERINGS:
         raise fail("lowering", f"there is no lowering {options.lowering!r}", closest(str(options.lowering), LOWERINGS))
+    if options.lowering == "cond" and options.inductor.get("triton.cudagraphs"):
+        raise fail("lowering", "'cond' chooses branches on the host in the middle of a program, which a CUDA graph "
+                   "cannot", 'use "specialize", whose programs are straight lines')  # fmt: skip
     steps = options.num_inference_steps
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise fail("num_inference_steps", f"expected an int >= 1 or None, got {steps!r}")

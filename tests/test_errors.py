@@ -159,7 +159,9 @@ def test_context_names():
 
 def test_without_a_cache_it_is_plain_inductor_and_says_so():
     model = torch.compile(transformer(), backend="cached_inductor")
-    with pytest.warns(cachepass.CachepassWarning, match="nothing is cached.*Methods: fastercache, invariant, pab, taylorseer"):
+    with pytest.warns(
+        cachepass.CachepassWarning, match="nothing is cached.*Methods: fastercache, invariant, pab, taylorseer"
+    ):
         result = model(*calls(1)[0])
     torch.testing.assert_close(result, transformer()(*calls(1)[0]))
 

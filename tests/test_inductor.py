@@ -243,3 +243,64 @@ def test_cuda_waits_for_nothing_but_the_timestep(cache, regional, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
     assert len(reads) == 9
     assert (reads.count(None) == 9) == (cache is TAYLOR)
+
+
+def test_slots_are_static_inputs_and_weights_are_not(monkeypatch):
+    """CUDA graphs read and write slots in place; weights are copied in."""
+    from cachepass._torch import inductor
+
+    programs = {}
+    compile_inner = inductor.compile_fx_inner
+
+    def recorded(gm, inputs, **kwargs):
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        programs[len(programs)] = {placeholders[i].name for i in kwargs["static_input_idxs"]}, {
+            node.name for node in placeholders}  # fmt: skip
+        return compile_inner(gm, inputs, **kwargs)
+
+    monkeypatch.setattr(inductor, "compile_fx_inner", recorded)
+    model = compiled(transformer(), TAYLOR)
+    for call in calls(5):
+        model(*call)
+    compute, predict = programs.values()
+    assert {name for name in compute[1] - compute[0] if name.endswith("_next")} == set()
+    assert [name for name in predict[1] - predict[0] if "_h" in name] == []
+    assert any(name.endswith("_next") for name in compute[0]) and any("_h0" in name for name in predict[0])
+    assert "weights_taylorseer" in predict[1] - predict[0]
+
+
+def test_conditionals_and_cuda_graphs_exclude_each_other():
+    model = compiled(transformer(), TAYLOR, lowering="cond", mode="reduce-overhead")
+    with pytest.raises(cachepass.OptionError, match="which a CUDA graph cannot"):
+        model(*calls(1)[0])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cache", [TAYLOR, PAB, {"method": "invariant"}], ids=["taylorseer", "pab", "invariant"])
+def test_cuda_graphs_record_nothing_after_the_first_runs(cache, monkeypatch):
+    from torch._dynamo.utils import counters
+    from torch._inductor.cudagraph_trees import CUDAGraphNode
+
+    recorded, record = [], CUDAGraphNode._record
+    monkeypatch.setattr(CUDAGraphNode, "_record", lambda *args: recorded.append(1) or record(*args))
+    counters.clear()
+    device = torch.device("cuda")
+    model = transformer(cross=True).to(device)
+    context = torch.randn(2, 5, 8, device=device)
+    steps = [(x.to(device), t.to(device), context) for x, t in calls(9)]
+    options = {"num_inference_steps": 9}
+    reference = torch.compile(
+        model, backend="cached_inductor", options={"cache": cache, "lowering": "eager", **options}
+    )
+    expected = [reference(*step) for step in steps]
+    torch._dynamo.reset()
+    fast = compiled(model, cache, mode="reduce-overhead", **options)
+    for run in range(6):
+        before = len(recorded)
+        for step, value in zip(steps, expected, strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert relative_error(fast(*step), value) < 1e-5
+        assert run < 4 or len(recorded) == before, "every position of the rings has its recording"
+    assert recorded
+    assert counters["inductor"]["cudagraph_skips"] == 0

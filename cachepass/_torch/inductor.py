@@ -70,10 +70,20 @@ class SavedContext:
             stack.enter_context(V.set_fake_mode(self.fake_mode))
             yield
 
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        """``compile_fx_inner`` over a variant; the result takes its inputs as one list (boxed)."""
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int] = (), *,
+                cudagraphs: bool = True) -> Callable[[list[Any]], Any]:  # fmt: skip
+        """``compile_fx_inner`` over a variant; the result takes its inputs as one list (boxed).
+
+        ``static`` are indices of inputs whose memory stays where it is. ``cudagraphs=False``: none for this program,
+        also where the options ask for them.
+        """
+        kwargs = dict(self.inner_kwargs)
+        kwargs["static_input_idxs"] = (*kwargs.get("static_input_idxs", ()), *static)
+        asked = kwargs.get("cudagraphs")
+        if asked is not None:  # a box, which Inductor clears where a graph cannot have them: each program has its own
+            kwargs["cudagraphs"] = type(asked)(bool(asked) and cudagraphs)
         with self.entered(), torch.no_grad():
-            return compile_fx_inner(gm, inputs, **self.inner_kwargs)  # pyright: ignore[reportReturnType]
+            return compile_fx_inner(gm, inputs, **kwargs)  # pyright: ignore[reportReturnType]
 
 
 def save_context(inputs: Sequence[Any], patches: dict[str, Any], inner_kwargs: dict[str, Any]) -> SavedContext:

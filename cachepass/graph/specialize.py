@@ -26,12 +26,13 @@ from .rewrite import Canonical, Role, drop_unread
 class Variant:
     """The program of one phase (or, for the cond lowering, of all of them).
 
-    ``inputs`` are the roles of the placeholders behind the model's own, in order.
+    ``inputs`` are the roles of the placeholders behind the model's own, in order. ``repeated``: it runs in many steps.
     """
 
     name: str
     gm: fx.GraphModule
     inputs: tuple[Role, ...]
+    repeated: bool = True
 
 
 def specialize(canonical: Canonical, plan: CachePlan, phase: Phase) -> Variant:

@@ -145,7 +145,9 @@ class Program:
         traced = self.traced(route)
         assert traced.hoisted is not None
         hoisted = traced.hoisted
-        variant = Variant("half/once" if route.half else "once", hoisted.once, tuple(hoisted.roles.values()))
+        variant = Variant(
+            "half/once" if route.half else "once", hoisted.once, tuple(hoisted.roles.values()), repeated=False
+        )
         lowered = self._lower(variant, traced)
         sizes = [size for slot in hoisted.slots for size in (*slot.shape, *slot.stride)]
         values = [node.meta.get("val") for node in traced.gm.graph.find_nodes(op="placeholder")]
