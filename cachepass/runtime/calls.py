@@ -101,15 +101,21 @@ class Run:
         self.invariants: dict[Hashable, InvariantState] = {}
         self._lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def exclusively(self) -> Iterator[None]:
+    def acquire(self) -> None:
         """One call at a time; a second one in another thread raises instead of mixing two histories."""
         if not self._lock.acquire(blocking=False):
             raise self.in_use()
+
+    def release(self) -> None:
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def exclusively(self) -> Iterator[None]:
+        self.acquire()
         try:
             yield
         finally:
-            self._lock.release()
+            self.release()
 
     def in_use(self) -> ConcurrencyError:
         return ConcurrencyError(

@@ -8,7 +8,6 @@ the calls of modules that it runs in or, where a function was captured, from the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import warnings
@@ -67,19 +66,27 @@ class Dispatcher:
         if call is None:
             self._warn_outside()
             return self._plain(inputs)
-        context, succeeded = current_context(), False
-        run = instance.model.run(context, call.kind)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(run.exclusively())
-            partner = self._partner(instance.model, context, call.kind)
-            if partner is not None:
-                stack.enter_context(partner.exclusively())
-            try:
-                result = self._step(instance, run, call, partner, inputs)
-                succeeded = True
-            finally:
-                if self.part is None:
-                    instance.model.finish(call, succeeded=succeeded)
+        context, model = current_context(), instance.model
+        run = model.run(context, call.kind)
+        run.acquire()
+        try:
+            partner = self._partner(model, context, call.kind)
+            if partner is None:
+                return self._whole_step(instance, run, call, None, inputs)
+            with partner.exclusively():
+                return self._whole_step(instance, run, call, partner, inputs)
+        finally:
+            run.release()
+
+    def _whole_step(self, instance: Instance, run: Run, call: Call, partner: Run | None, inputs: Sequence[Any]) -> Any:
+        """A step, and where the graph is the whole model the end of its call."""
+        succeeded = False
+        try:
+            result = self._step(instance, run, call, partner, inputs)
+            succeeded = True
+        finally:
+            if self.part is None:
+                instance.model.finish(call, succeeded=succeeded)
         return result
 
     def _call(self, model: Model, inputs: Sequence[Any]) -> Call | None:
