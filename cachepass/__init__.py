@@ -23,6 +23,7 @@ from .inspect.explain import Explanation, explain
 from .inspect.summary import Summary, reset, summary
 from .options import CompileOptions
 from .runtime.context import cache_context
+from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -50,4 +51,5 @@ __all__ = [
     "explain",
     "reset",
     "summary",
+    "warmup",
 ]

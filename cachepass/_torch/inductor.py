@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.cond import cond_op
 from torch._inductor import config as inductor_config
 from torch._inductor import inductor_prims, list_mode_options
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
@@ -84,6 +86,27 @@ class SavedContext:
             kwargs["cudagraphs"] = type(asked)(bool(asked) and cudagraphs)
         with self.entered(), torch.no_grad():
             return compile_fx_inner(gm, inputs, **kwargs)  # pyright: ignore[reportReturnType]
+
+
+@contextlib.contextmanager
+def kernels_side_by_side() -> Iterator[None]:
+    """Programs compiled in this block by this thread are returned while Inductor's workers still compile their kernels;
+    when it ends, all are there. None of them may run in it."""
+    wait, owner, waiting = AsyncCompile.wait, threading.get_ident(), []
+
+    def later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        if threading.get_ident() == owner:
+            waiting.append((self, scope))
+        else:
+            wait(self, scope)
+
+    AsyncCompile.wait = later
+    try:
+        yield
+    finally:
+        AsyncCompile.wait = wait
+        for compiler, scope in waiting:
+            wait(compiler, scope)
 
 
 def save_context(inputs: Sequence[Any], patches: dict[str, Any], inner_kwargs: dict[str, Any]) -> SavedContext:

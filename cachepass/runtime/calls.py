@@ -28,7 +28,7 @@ from ..graph.inputs import find_latents, find_timestep_input, kind_of, named_inp
 from ..methods import Method, Region
 from ..options import CompileOptions
 from .clock import Clock
-from .context import guidance_partner
+from .context import WARMUP, guidance_partner
 from .hooks import watch_calls
 from .invariants import InvariantState
 from .state import OutputState, RunState
@@ -207,6 +207,8 @@ class Model:
         call.finished = True
         runs, call.runs = call.runs, []  # no cycle is left: slots are freed with their model, not by a collector
         for run in runs if succeeded else ():
+            if run.context.startswith(WARMUP):
+                continue
             self._count(run)
             run.clock.commit(run.timestep)
             if run.clock.index == self.options.num_inference_steps:
@@ -226,6 +228,12 @@ class Model:
         for run in self.runs.values():
             if run.call is not None and not run.call.hooked:
                 self.finish(run.call, succeeded=True)
+
+    def forget_warmup(self) -> None:
+        """Drop the runs of warm-up calls, with all that they keep."""
+        self.settle()
+        for key in [key for key in self.runs if key[0].startswith(WARMUP)]:
+            del self.runs[key]
 
     def reset(self) -> None:
         """End the current run in every context."""

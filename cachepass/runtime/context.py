@@ -7,6 +7,7 @@ import contextvars
 from collections.abc import Iterator
 
 DEFAULT = "default"
+WARMUP = "cachepass.warmup"  # how the names of warm-up contexts begin: their runs are neither counted nor kept
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("cachepass_context", default=DEFAULT)
 
 

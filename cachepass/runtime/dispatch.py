@@ -28,6 +28,7 @@ from .context import current_context, guidance_partner
 from .instance import HalfRun, InputLayout, Instance, Part
 from .invariants import InvariantState
 from .program import CurrentCall, Program, StepCall
+from .reach import WARMING
 from .state import OutputState, RunState, SymbolBinder, resolve_size
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
@@ -67,6 +68,9 @@ class Dispatcher:
             self._warn_outside()
             return self._plain(inputs)
         context, model = current_context(), instance.model
+        warming = WARMING.get()
+        if warming is not None and self.program is not None:
+            warming.compile(self.program, self.method, self.options)
         run = model.run(context, call.kind)
         run.acquire()
         try:

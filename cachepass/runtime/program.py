@@ -130,8 +130,7 @@ class Program:
         traced = self.traced(route)
         assert traced.hoisted is not None
         state = call.invariants or InvariantState(traced.hoisted, traced.declared)
-        if traced not in self._once:
-            self._once[traced] = self._compile_once(route)
+        self.compile_once(route)
         once, binder = self._once[traced]
         bound = binder.bind(inputs)
         resolve = functools.partial(resolve_size, bound=bound)
@@ -140,18 +139,18 @@ class Program:
             self._warn_restless(traced, state.changed)
         inputs.extend([state.slots[role.slot] for role in variant.invariants])
 
-    def _compile_once(self, route: Route) -> tuple[LoweredVariant, SymbolBinder]:
-        """The program that computes what is kept for a run, and what its slots' sizes are bound from."""
+    def compile_once(self, route: Route) -> None:
+        """Compile the program that computes what is kept for a run, if a route has one."""
         traced = self.traced(route)
-        assert traced.hoisted is not None
         hoisted = traced.hoisted
-        variant = Variant(
-            "half/once" if route.half else "once", hoisted.once, tuple(hoisted.roles.values()), repeated=False
-        )
-        lowered = self._lower(variant, traced)
-        sizes = [size for slot in hoisted.slots for size in (*slot.shape, *slot.stride)]
-        values = [node.meta.get("val") for node in traced.gm.graph.find_nodes(op="placeholder")]
-        return lowered, SymbolBinder.of(values[: len(traced.inputs)], sizes)
+        with self._lock:
+            if hoisted is None or traced in self._once:
+                return
+            name = "half/once" if route.half else "once"
+            lowered = self._lower(Variant(name, hoisted.once, tuple(hoisted.roles.values()), repeated=False), traced)
+            sizes = [size for slot in hoisted.slots for size in (*slot.shape, *slot.stride)]
+            values = [node.meta.get("val") for node in traced.gm.graph.find_nodes(op="placeholder")]
+            self._once[traced] = lowered, SymbolBinder.of(values[: len(traced.inputs)], sizes)
 
     def _warn_restless(self, traced: Traced, index: int) -> None:
         placeholder = traced.gm.graph.find_nodes(op="placeholder")[index]
