@@ -1,8 +1,11 @@
-"""Models of benchmark size: the shapes of FLUX, CogVideoX and DiT, random weights, one latent each."""
+"""Models of benchmark size: the shapes of five diffusers transformers, random weights, one latent each.
+
+``flux-dev`` and ``wan-1.3b`` have the sizes of the published models and want a GPU; the others run on two CPU cores.
+"""
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +22,7 @@ class Shape:
         inputs: Keyword arguments of a step but the timestep.
         unit: The timestep is given to the model as ``t / unit`` for t in 0..1000.
         attention: Regex of its attention modules, for TaylorSeer.
+        blocks: Regex of all of its blocks but the first, which cache-dit always computes.
         about: Width, blocks and tokens, for the table.
     """
 
@@ -26,25 +30,34 @@ class Shape:
     inputs: Callable[[], dict[str, Any]]
     unit: float
     attention: str
+    blocks: str
     about: str
 
 
-def _flux() -> torch.nn.Module:
-    from diffusers import FluxTransformer2DModel
+def _flux(**sizes: Any) -> Callable[[], torch.nn.Module]:
+    def make() -> torch.nn.Module:
+        from diffusers import FluxTransformer2DModel
 
-    return FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=3, num_single_layers=6, attention_head_dim=64, num_attention_heads=8,
-        joint_attention_dim=256, pooled_projection_dim=64, axes_dims_rope=(16, 24, 24),
-    )  # fmt: skip
+        small = {"num_layers": 3, "num_single_layers": 6, "attention_head_dim": 64, "num_attention_heads": 8,
+                 "joint_attention_dim": 256, "pooled_projection_dim": 64, "axes_dims_rope": (16, 24, 24)}  # fmt: skip
+        return FluxTransformer2DModel(patch_size=1, in_channels=64, **(small | sizes))
+
+    return make
 
 
-def _flux_inputs() -> dict[str, Any]:
-    image = torch.zeros(448, 3)
-    image[:, 1], image[:, 2] = torch.arange(448) // 28, torch.arange(448) % 28
-    return {
-        "hidden_states": torch.randn(1, 448, 64), "encoder_hidden_states": torch.randn(1, 64, 256),
-        "pooled_projections": torch.randn(1, 64), "img_ids": image, "txt_ids": torch.zeros(64, 3),
-    }  # fmt: skip
+def _flux_inputs(rows: int, columns: int, text: int, width: int, pooled: int, *,
+                 guidance: bool = False) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    def make() -> dict[str, Any]:
+        tokens = rows * columns
+        image = torch.zeros(tokens, 3)
+        image[:, 1], image[:, 2] = torch.arange(tokens) // columns, torch.arange(tokens) % columns
+        inputs = {
+            "hidden_states": torch.randn(1, tokens, 64), "encoder_hidden_states": torch.randn(1, text, width),
+            "pooled_projections": torch.randn(1, pooled), "img_ids": image, "txt_ids": torch.zeros(text, 3),
+        }  # fmt: skip
+        return inputs | ({"guidance": torch.full((1,), 3.5)} if guidance else {})
+
+    return make
 
 
 def _cogvideox() -> torch.nn.Module:
@@ -74,18 +87,68 @@ def _dit_inputs() -> dict[str, Any]:
     return {"hidden_states": torch.randn(1, 4, 46, 46), "class_labels": torch.tensor([3])}
 
 
+def _pixart() -> torch.nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        num_attention_heads=8, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=9,
+        cross_attention_dim=512, sample_size=44, patch_size=2, caption_channels=256, use_additional_conditions=False,
+    )  # fmt: skip
+
+
+def _pixart_inputs() -> dict[str, Any]:
+    return {"hidden_states": torch.randn(1, 4, 44, 44), "encoder_hidden_states": torch.randn(1, 120, 256),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}  # fmt: skip
+
+
+def _wan(**sizes: Any) -> Callable[[], torch.nn.Module]:
+    def make() -> torch.nn.Module:
+        from diffusers import WanTransformer3DModel
+
+        small = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "num_layers": 8,
+                 "text_dim": 256}  # fmt: skip
+        return WanTransformer3DModel(patch_size=(1, 2, 2), in_channels=16, out_channels=16, freq_dim=256,
+                                     **(small | sizes))  # fmt: skip
+
+    return make
+
+
+def _wan_inputs(frames: int, rows: int, columns: int, text: int, width: int) -> Callable[[], dict[str, Any]]:
+    return lambda: {"hidden_states": torch.randn(1, 16, frames, rows, columns),
+                    "encoder_hidden_states": torch.randn(1, text, width)}  # fmt: skip
+
+
+_FLUX_ATTENTION, _FLUX_BLOCKS = r".*transformer_blocks\.\d+\.attn", r"[^.]*transformer_blocks\.[1-9]\d*"
+_BLOCK_ATTENTION, _BLOCKS = r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.[1-9]\d*"
+_WAN = r"blocks\.\d+\.attn[12]", r"blocks\.[1-9]\d*"
+
 SHAPES = {
-    "flux": Shape(_flux, _flux_inputs, 1000.0, r".*transformer_blocks\.\d+\.attn", "512 wide, 3+6 blocks, 512 tokens"),
-    "cogvideox": Shape(_cogvideox, _cogvideox_inputs, 1.0, r"transformer_blocks\.\d+\.attn1",
-                       "512 wide, 9 blocks, 514 tokens"),
-    "dit": Shape(_dit, _dit_inputs, 1.0, r"transformer_blocks\.\d+\.attn1", "512 wide, 9 blocks, 529 tokens"),
+    "flux": Shape(_flux(), _flux_inputs(16, 28, 64, 256, 64), 1000.0, _FLUX_ATTENTION, _FLUX_BLOCKS,
+                  "512 wide, 3+6 blocks, 512 tokens"),
+    "cogvideox": Shape(_cogvideox, _cogvideox_inputs, 1.0, _BLOCK_ATTENTION, _BLOCKS, "512 wide, 9 blocks, 514 tokens"),
+    "dit": Shape(_dit, _dit_inputs, 1.0, _BLOCK_ATTENTION, _BLOCKS, "512 wide, 9 blocks, 529 tokens"),
+    "pixart": Shape(_pixart, _pixart_inputs, 1.0, r"transformer_blocks\.\d+\.attn[12]", _BLOCKS,
+                    "512 wide, 9 blocks, 484 tokens, 120 of text"),
+    "wan": Shape(_wan(), _wan_inputs(2, 30, 32, 512, 256), 1.0, *_WAN, "512 wide, 8 blocks, 480 tokens, 512 of text"),
+    "flux-dev": Shape(
+        _flux(num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
+              joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56)),
+        _flux_inputs(64, 64, 512, 4096, 768, guidance=True), 1000.0, _FLUX_ATTENTION, _FLUX_BLOCKS,
+        "3072 wide, 19+38 blocks, 4608 tokens, 12 B parameters",
+    ),
+    "wan-1.3b": Shape(
+        _wan(num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096),
+        _wan_inputs(21, 60, 104, 512, 4096), 1.0, *_WAN, "1536 wide, 30 blocks, 32760 tokens, 512 of text",
+    ),
 }  # fmt: skip
+SMALL = ("flux", "cogvideox", "dit", "pixart", "wan")
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """The model, always with the same weights; no gate is zero."""
     torch.manual_seed(0)
-    model = SHAPES[name].build().eval().requires_grad_(False)
+    with torch.device(device):
+        model = SHAPES[name].build().eval().requires_grad_(False)
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
@@ -96,44 +159,34 @@ def timestep_of(step: int, steps: int) -> float:
     return 950.0 - 900.0 * step / steps
 
 
-def step_inputs(name: str, step: int, steps: int, device: str, dtype: torch.dtype, *,
-                guided: bool = False) -> dict[str, Any]:  # fmt: skip
-    """The keyword arguments of a step: a latent that drifts, and a timestep that falls from 950.
-
-    ``guided``: a batch of [unconditional, conditional], which differ in everything but latent and timestep.
-    """
-    shape = SHAPES[name]
+@functools.cache
+def _base_inputs(name: str, device: str, dtype: torch.dtype, guided: bool) -> dict[str, Any]:
     torch.manual_seed(1)
-    inputs = {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in shape.inputs().items()}
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: cast(v) for k, v in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        return torch.cat([torch.zeros_like(value), value]) if guided else value
+
+    inputs = cast(SHAPES[name].inputs())
     if guided:
-        inputs = {k: torch.cat([torch.zeros_like(v), v]) for k, v in inputs.items() if k != "hidden_states"} | {
-            "hidden_states": inputs["hidden_states"].repeat(2, *[1] * (inputs["hidden_states"].ndim - 1))
-        }
-    inputs["hidden_states"] = inputs["hidden_states"] * (1 - 0.4 * step / steps)
-    timestep = [timestep_of(step, steps) / shape.unit] * (2 if guided else 1)
-    inputs["timestep"] = torch.tensor(timestep, device=device, dtype=torch.float32)
+        latent = inputs["hidden_states"].chunk(2)[1]
+        inputs["hidden_states"] = torch.cat([latent, latent])
     return inputs
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of a guided step: in full, of its conditional half, and of that half's attentions."""
+def step_inputs(name: str, step: int, steps: int, device: str, dtype: torch.dtype, *,
+                guided: bool = False) -> dict[str, Any]:  # fmt: skip
+    """The keyword arguments of a step: a latent that drifts, a timestep that falls from 950, and, as pipelines do it,
+    the same tensors for all else in every step.
 
-    full: int
-    half: int
-    attention: int
-
-
-def count_flops(name: str) -> Flops:
-    """Counted on the eager model (matrix products and attention kernels)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, counts = build(name, "cpu", torch.float32), []
-    attention = 0
-    for guided in (True, False):
-        with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
-            model(**step_inputs(name, 0, 1, "cpu", torch.float32, guided=guided))
-        counts.append(counter.get_total_flops())
-        per_module = {path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
-        attention = sum(n for path, n in per_module.items() if re.fullmatch(SHAPES[name].attention, path))
-    return Flops(counts[0], counts[1], attention)
+    ``guided``: a batch of [unconditional, conditional], which differ in everything but latent and timestep.
+    """
+    inputs = dict(_base_inputs(name, device, dtype, guided))
+    inputs["hidden_states"] = inputs["hidden_states"] * (1 - 0.4 * step / steps)
+    timestep = [timestep_of(step, steps) / SHAPES[name].unit] * (2 if guided else 1)
+    inputs["timestep"] = torch.tensor(timestep, device=device, dtype=torch.float32)
+    return inputs

@@ -18,9 +18,9 @@ def warmup(model: Callable[..., Any], *args: Any, timesteps: Sequence[float] | N
     """Compile every phase that a run can reach, with the inputs of one step: ``model(*args, **kwargs)``.
 
     Without it each phase is compiled in the first step that needs it. Here the kernels of one are compiled by
-    Inductor's workers while the next is lowered, and no later step waits for a compiler. The model is called once, in a cache
-    context of its own that is gone afterwards: clocks, histories and counts stay as they are. A model that is called
-    twice per step for guidance is warmed up in both of its contexts.
+    Inductor's workers while the next is lowered, and no later step waits for a compiler. The model is called once, in
+    a cache context of its own that is gone afterwards: clocks, histories and counts stay as they are. A model that is
+    called twice per step for guidance is warmed up in both of its contexts.
 
     Args:
         model: Compiled with ``backend="cached_inductor"``.

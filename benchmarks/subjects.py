@@ -1,0 +1,265 @@
+"""The subjects of the benchmarks: cachepass, and what a user would pick instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bounds import Cost, cost_of
+from shapes import SHAPES, build, step_inputs, timestep_of
+
+import cachepass
+from cachepass.inspect.summary import programs_of
+
+STEPS = 28
+TAYLOR: dict[str, Any] = {"cache_interval": 4, "disable_cache_before_step": 2, "max_order": 1}
+PAB: dict[str, Any] = {"spatial_attention_block_skip_range": 3}
+ALWAYS = (-1, 1001)
+FASTER: dict[str, Any] = {
+    "unconditional_batch_skip_range": 5, "unconditional_batch_timestep_skip_range": ALWAYS,
+    "spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 681),
+}  # fmt: skip
+FORMATS = {"cogvideox": "BFCHW", "dit": "BCHW"}  # shapes that carry a guidance batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all subjects of one table run: a model's shape, a method's settings, a device and a dtype."""
+
+    shape: str
+    method: str
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def guided(self) -> bool:
+        return self.method == "fastercache"
+
+    def build(self) -> torch.nn.Module:
+        return build(self.shape, self.device, self.dtype)
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        return step_inputs(self.shape, step, STEPS, self.device, self.dtype, guided=self.guided)
+
+    def phase(self, step: int) -> str:
+        """``"compute"``, ``"predict"`` or, for guidance, ``"skip"``."""
+        return _PHASES[self.method](step)
+
+
+@dataclass
+class Subject:
+    """One way to run a model. ``phased``: the case's phases are those of its steps.
+
+    ``warmup`` compiles every program of a run; None: a run does. ``costs`` is what its programs do, by phase.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    reset: Callable[[], None] = lambda: None
+    phased: bool = True
+    cache_bytes: Callable[[], int | None] = lambda: None
+    warmup: Callable[[], object] | None = None
+    costs: Callable[[], dict[str, Cost]] = dict
+
+
+def _taylor_phase(step: int) -> str:
+    before, interval = TAYLOR["disable_cache_before_step"], TAYLOR["cache_interval"]
+    return "compute" if step < before or (step - before - 1) % interval == 0 else "predict"
+
+
+def _pab_phase(step: int) -> str:
+    skip = step > 0 and 100 < timestep_of(step, STEPS) < 800 and step % PAB["spatial_attention_block_skip_range"] != 0
+    return "predict" if skip else "compute"
+
+
+def _faster_phase(step: int) -> str:
+    """``"compute"``: the whole batch; ``"skip"``: its conditional half; ``"predict"``: attentions forecast too."""
+    if step % FASTER["unconditional_batch_skip_range"] == 0:
+        return "compute"
+    predicted = step % FASTER["spatial_attention_block_skip_range"] != 0 and timestep_of(step, STEPS) < 681
+    return "predict" if predicted else "skip"
+
+
+_PHASES: dict[str, Callable[[int], str]] = {
+    "taylorseer": _taylor_phase, "pab": _pab_phase, "taylorseer-blocks": _taylor_phase, "fastercache": _faster_phase,
+    "invariant": lambda _: "compute",
+}  # fmt: skip
+# What a phase of ours is called in the tables.
+_NAMES = {"compute": "compute", "predict": "predict", "both": "compute", "half": "skip", "half/predict": "predict"}
+
+
+def plain(case: Case) -> Subject:
+    """torch.compile with Inductor, no cache."""
+    return Subject("plain Inductor", torch.compile(case.build(), fullgraph=True), phased=False)
+
+
+def plain_regional(case: Case) -> Subject:
+    """Inductor block by block, no cache."""
+    model = case.build()
+    model.compile_repeated_blocks(fullgraph=True)  # pyright: ignore[reportCallIssue]
+    return Subject("plain Inductor, compile_repeated_blocks", model, phased=False)
+
+
+def ours_regional(case: Case) -> Subject:
+    """cachepass block by block: each class of block is compiled once."""
+    model, options = case.build(), {"cache": _cache(case), "num_inference_steps": STEPS}
+    model.compile_repeated_blocks(  # pyright: ignore[reportCallIssue]
+        backend="cached_inductor", fullgraph=True, options=options | {"timestep_scale": SHAPES[case.shape].unit}
+    )
+
+    def warmup() -> object:
+        return cachepass.warmup(model, **case.inputs(0), progress=False)
+
+    return Subject("cachepass, compile_repeated_blocks", model, lambda: cachepass.reset(model), True,
+                   lambda: cachepass.summary(model).cache_bytes, warmup)  # fmt: skip
+
+
+def ours(lowering: str) -> Callable[[Case], Subject]:
+    """cachepass with the case's method."""
+
+    def make(case: Case) -> Subject:
+        shape, cache = SHAPES[case.shape], _cache(case)
+        options = {"cache": cache, "lowering": lowering, "timestep_scale": shape.unit, "num_inference_steps": STEPS}
+        compiled = torch.compile(case.build(), backend="cached_inductor", fullgraph=True, options=options)
+
+        def cache_bytes() -> int:
+            summary = cachepass.summary(compiled)
+            assert summary.cache_bytes == summary.planned_bytes, "the plan says every byte"
+            return summary.cache_bytes
+
+        def warmup() -> object:
+            timesteps = [float(case.inputs(step)["timestep"].flatten()[0]) for step in range(STEPS)]
+            return cachepass.warmup(compiled, **case.inputs(0), timesteps=timesteps, progress=False)
+
+        return Subject(f"cachepass ({lowering})", compiled, lambda: cachepass.reset(compiled), True, cache_bytes,
+                       warmup, lambda: dict(_costs(compiled)))  # fmt: skip
+
+    return make
+
+
+def _costs(compiled: torch.nn.Module) -> Iterator[tuple[str, Cost]]:
+    dispatcher, _ = next(programs_of(compiled))
+    program = dispatcher.program
+    assert program is not None
+    for phase in program.plan.phases:
+        variant = program.specialized(phase)
+        if variant.name in _NAMES:
+            yield _NAMES[variant.name], cost_of(variant.gm)
+
+
+def _cache(case: Case) -> dict[str, Any]:
+    shape = SHAPES[case.shape]
+    if case.method in ("taylorseer", "taylorseer-blocks"):
+        identifier = shape.attention if case.method == "taylorseer" else shape.blocks
+        return {"method": "taylorseer", **TAYLOR, "cache_identifiers": [identifier], "taylor_factors_dtype": case.dtype}
+    if case.method == "pab":
+        return {"method": "pab", **PAB}
+    if case.method == "fastercache":
+        return {"method": "fastercache", **FASTER, "tensor_format": FORMATS[case.shape]}
+    return {"method": case.method}
+
+
+def hooks(how: str) -> Callable[[Case], Subject]:
+    """Diffusers' own hooks: ``"eager"``, under ``"torch.compile"`` (which breaks the graph at each of them), or with
+    ``"compile_repeated_blocks"``."""
+
+    def make(case: Case) -> Subject:
+        import diffusers
+        from diffusers.hooks import (
+            HookRegistry,
+            apply_faster_cache,
+            apply_pyramid_attention_broadcast,
+            apply_taylorseer_cache,
+        )
+        from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+        model, now, shape = case.build(), [0.0], SHAPES[case.shape]
+        clock: Any = lambda: now[0]  # noqa: E731
+        if case.method == "fastercache":
+            apply_faster_cache(model, diffusers.FasterCacheConfig(
+                **FASTER, tensor_format=FORMATS[case.shape], current_timestep_callback=clock))  # fmt: skip
+        elif case.method == "pab":
+            config = diffusers.PyramidAttentionBroadcastConfig(**PAB, current_timestep_callback=clock)
+            apply_pyramid_attention_broadcast(model, config)
+        else:
+            identifier = shape.attention if case.method == "taylorseer" else shape.blocks
+            apply_taylorseer_cache(model, diffusers.TaylorSeerCacheConfig(
+                **TAYLOR, cache_identifiers=[identifier], taylor_factors_dtype=case.dtype))  # fmt: skip
+        function: Any = model
+        if how == "torch.compile":
+            function = torch.compile(model)
+        elif how == "compile_repeated_blocks":
+            model.compile_repeated_blocks()  # pyright: ignore[reportCallIssue]
+
+        def call(**inputs: Any) -> Any:
+            now[0] = timestep_of_inputs(inputs) * shape.unit
+            _set_cache_context(model, CacheContext("benchmark"))
+            return function(**inputs)
+
+        def reset() -> None:
+            HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks(recurse=True)
+
+        return Subject(f"diffusers hooks, {how}", call, reset, True, lambda: _tensors_of_hooks(model))
+
+    return make
+
+
+def timestep_of_inputs(inputs: dict[str, Any]) -> float:
+    return float(inputs["timestep"].flatten()[0])
+
+
+def _tensors_of_hooks(model: torch.nn.Module) -> int:
+    """Bytes of the memory that the hooks keep alive (a view keeps all of its tensor's)."""
+    storages: dict[int, int] = {}
+    for module in model.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            manager = getattr(hook, "state_manager", None)
+            states = [hook.state] if manager is None else list(manager._state_cache.values())
+            for state in states:
+                names = ("cache", "taylor_factors", "low_frequency_delta", "high_frequency_delta")
+                for tensor in _tensors([getattr(state, name, None) for name in names]):
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
+
+
+def cache_dit(case: Case) -> Subject | None:
+    """cache-dit with the same computed steps and its Taylor calibrator; None where it is not installed.
+
+    It forecasts whole block ranges and always computes the first block, and which of its steps are which is not visible
+    from outside.
+    """
+    try:
+        import cache_dit as package  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    model = case.build()
+    mask = [1 if case.phase(step) == "compute" else 0 for step in range(STEPS)]
+    config = package.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, num_inference_steps=STEPS,
+                                   steps_computation_mask=mask, steps_computation_policy="static")  # fmt: skip
+    calibrator = package.TaylorSeerCalibratorConfig(taylorseer_order=TAYLOR["max_order"])
+    package.enable_cache(model, cache_config=config, calibrator_config=calibrator)
+    model.compile_repeated_blocks()  # pyright: ignore[reportCallIssue]
+    # It begins a new run by itself after num_inference_steps calls.
+    return Subject("cache-dit, compile_repeated_blocks", model, phased=False)
+
+
+_HOOKS = [hooks("torch.compile"), hooks("compile_repeated_blocks")]
+SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
+    "taylorseer": [plain, ours("specialize"), ours("cond"), *_HOOKS],
+    "pab": [plain, ours("specialize"), ours("cond"), *_HOOKS],
+    "taylorseer-blocks": [plain, ours("specialize"), *_HOOKS, cache_dit],
+    "fastercache": [plain, ours("specialize"), *_HOOKS],
+    "invariant": [plain, ours("specialize")],
+    "compile time": [plain, plain_regional, ours("specialize"), ours("cond"), ours_regional, *_HOOKS],
+}  # fmt: skip
+METHODS = list(SUBJECTS)[:-1]

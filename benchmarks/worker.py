@@ -1,0 +1,159 @@
+"""Measuring subjects, each in processes of its own, one of them working at a time.
+
+Dynamo keeps state per code object, so subjects would disturb each other in one process; and where a process's memory
+happens to lie moves its speed by several per cent, so each subject gets several, one after the other. The first starts
+from empty compile caches, the next ones find what it left.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from bounds import measure_peaks, synchronize
+from rich.progress import Progress
+from subjects import STEPS, SUBJECTS, Case, Subject
+
+from cachepass.testing import count_compiles
+
+
+@dataclass
+class Measured:
+    """What was measured of a subject, in seconds; ``steps`` by phase, ``bounds`` what they could not be below."""
+
+    name: str
+    compile: list[float] = field(default_factory=list)  # in the first process, then in those with a warm cache
+    counts: tuple[int, int, int] = (0, 0, 0)  # graphs, graph breaks, recompiles
+    steps: dict[str, list[float]] = field(default_factory=dict)
+    runs: list[float] = field(default_factory=list)
+    bounds: dict[str, float] = field(default_factory=dict)
+    cache_bytes: int | None = None
+    peak_bytes: int | None = None
+    output: torch.Tensor | None = None  # of the last step but one
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes a subject, known by its place in the table of subjects: closures cannot go to another process."""
+
+    subjects: str
+    index: int
+
+    def __call__(self, case: Case) -> Subject | None:
+        return SUBJECTS[self.subjects][self.index](case)
+
+
+def run_once(case: Case, subject: Subject) -> tuple[list[tuple[str, float]], torch.Tensor]:
+    """One run: the phase and the seconds of each step, and the output of the last but one, which is predicted."""
+    subject.reset()
+    steps, kept = [], None
+    for step in range(STEPS):
+        inputs = case.inputs(step)
+        synchronize(case.device)
+        start = time.perf_counter()
+        result = subject.call(**inputs)
+        synchronize(case.device)
+        kept = result if step == STEPS - 2 else kept
+        steps.append((case.phase(step) if subject.phased else "compute", time.perf_counter() - start))
+    sample: Any = kept[0] if isinstance(kept, tuple) else getattr(kept, "sample", kept)
+    return steps, sample.float().cpu()
+
+
+def worker(pipe: Connection, make: _Maker, case: Case, folder: str) -> None:
+    """Answers "first" with the seconds and counts of all compilations, "run" with a run, "last" with the rest."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    # At the default limit of 8 Dynamo gives hooks up; this is in their favour.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    with torch.no_grad():
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=case.device))  # what a process pays once
+        subject = make(case)
+        pipe.send(None if subject is None else subject.name)
+        while subject is not None and (command := pipe.recv()) is not None:
+            if command == "first":
+                with count_compiles() as counts:
+                    start = time.perf_counter()
+                    if subject.warmup is not None:
+                        subject.warmup()
+                    warm = time.perf_counter() - start
+                    run = sum(seconds for _, seconds in run_once(case, subject)[0])
+                pipe.send((warm + run, (counts.graphs, counts.graph_breaks, counts.recompiles)))
+            elif command == "run":
+                pipe.send(run_once(case, subject))
+            else:
+                pipe.send(_last(case, subject))
+
+
+def _last(case: Case, subject: Subject) -> tuple[dict[str, float], int | None, int | None]:
+    costs, peak = subject.costs(), None
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_once(case, subject)
+        peak = torch.cuda.max_memory_allocated() - before
+    peaks = measure_peaks(case.device, case.dtype) if costs else None
+    bounds = {} if peaks is None else {phase: cost.seconds(peaks) for phase, cost in costs.items()}
+    return bounds, subject.cache_bytes(), peak
+
+
+def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Progress) -> list[Measured]:
+    """Every one of ``SUBJECTS[subjects]`` in ``processes`` processes of ``rounds`` runs each, in turn."""
+    makers = [_Maker(subjects, index) for index in range(len(SUBJECTS[subjects]))]
+    task = progress.add_task(f"{case.shape}, {subjects}", total=processes * (len(makers) + rounds))
+    measured: dict[int, Measured] = {}
+    with ExitStack() as stack:
+        folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="cachepass-benchmark-")) for _ in makers]
+        for _ in range(processes):
+            _measure_processes(case, makers, rounds, folders, measured, lambda: progress.advance(task))
+    return list(measured.values())
+
+
+def _measure_processes(case: Case, makers: list[_Maker], rounds: int, folders: list[str],
+                       measured: dict[int, Measured], advance: Callable[[], None]) -> None:  # fmt: skip
+    """One process for each subject; then rounds in which each runs once."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[int, Connection] = {}
+    started = []
+    for index, make in enumerate(makers):
+        pipe, other = context.Pipe()
+        started.append(context.Process(target=worker, args=(other, make, case, folders[index])))
+        started[-1].start()
+        name = pipe.recv()
+        if name is not None:
+            subject = measured.setdefault(index, Measured(name))
+            first, counts = _ask(pipe, "first")
+            steps, _ = _ask(pipe, "run")
+            subject.compile.append(first - sum(seconds for _, seconds in steps))
+            subject.counts = subject.counts if len(subject.compile) > 1 else counts
+            pipes[index] = pipe
+        advance()
+    for _ in range(rounds):
+        for index, pipe in pipes.items():
+            steps, measured[index].output = _ask(pipe, "run")
+            measured[index].runs.append(sum(seconds for _, seconds in steps))
+            for phase, seconds in steps:
+                measured[index].steps.setdefault(phase, []).append(seconds)
+        advance()
+    for index, pipe in pipes.items():
+        subject = measured[index]
+        subject.bounds, subject.cache_bytes, subject.peak_bytes = _ask(pipe, "last")
+        pipe.send(None)
+    for process in started:
+        process.join()
+
+
+def _ask(pipe: Connection, command: str) -> Any:
+    pipe.send(command)
+    return pipe.recv()
