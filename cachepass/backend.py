@@ -173,7 +173,7 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
     full, planned = traced[0], traced[-1]
     if half is not None:
         check_halves(full.gm.graph, planned.gm.graph)
-    plan = make_plan(planned.gm, targets, spare=options.lowering == "cond", skips=skips, notes=notes,
+    plan = make_plan(planned.gm, targets, returns=options.lowering == "cond", skips=skips, notes=notes,
                      guidance=guidance, latents=latents, halved=half is not None)  # fmt: skip
     for cut in plan.cuts:
         logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")

@@ -23,7 +23,8 @@ class LoweredVariant:
     """A variant that can run: takes its inputs as one list, the model's own first, then ``inputs`` in order.
 
     ``invariants``, ``scalars``, ``slots`` and ``outputs`` are the inputs in four parts: what is kept for a run,
-    predicates and weights, the cuts' slots, the slots of the model's output.
+    predicates and weights, the cuts' slots, the slots of the model's output. ``kept``: what the last of its results
+    are kept as; the others are the model's.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LoweredVariant:
     scalars: tuple[Role, ...]
     slots: tuple[Role, ...]
     outputs: tuple[Role, ...]
+    kept: tuple[Role, ...]
     compile_seconds: float
     nodes: int
 
@@ -57,7 +59,7 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
         with _no_advice_on_complex_numbers(variant.gm):
             run = context.compile(variant.gm, inputs, static, cudagraphs=variant.repeated)
     parts = [tuple(role for role in variant.inputs if role.kind in kinds) for kinds in _PARTS]
-    lowered = LoweredVariant(variant.name, run, *parts, time.perf_counter() - start, nodes)  # pyright: ignore
+    lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes)  # pyright: ignore
     assert lowered.inputs == variant.inputs, "what is added stands in this order"
     return lowered
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from small_models import calls, transformer
+from small_models import Attention, calls, transformer
 from zoo import (
     build,
     first_tensor,
@@ -304,3 +304,57 @@ def test_cuda_graphs_record_nothing_after_the_first_runs(cache, monkeypatch):
         assert run < 4 or len(recorded) == before, "every position of the rings has its recording"
     assert recorded
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+class Ends(torch.nn.Module):
+    """What it returns is what its attention returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = Attention()
+
+    def forward(self, x, timestep):
+        return self.attn(x * timestep[:, None, None] / 1000)
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+def test_what_the_caller_does_to_the_output_is_not_kept(lowering):
+    torch.manual_seed(0)
+    cache = {**TAYLOR, "cache_identifiers": ["attn"]}
+    results = []
+    for spoil in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = compiled(Ends().eval().requires_grad_(False), cache, lowering=lowering)
+        for call in calls(7):
+            output = model(*call)
+            results.append(output.clone())
+            if spoil:
+                output.fill_(torch.nan)
+    torch.testing.assert_close(results[:7], results[7:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cache", [TAYLOR, PAB], ids=["taylorseer", "pab"])
+def test_conditionals_keep_no_more_than_straight_lines(cache):
+    """What a program returns takes the place of the oldest output: there is no spare slot and no copy into one."""
+    sizes = []
+    for lowering in ("specialize", "cond"):
+        torch._dynamo.reset()
+        model = compiled(transformer(), cache, lowering=lowering)
+        for call in calls(7):
+            model(*call)
+        summary = cachepass.summary(model)
+        assert summary.cache_bytes == summary.planned_bytes
+        sizes.append(summary.cache_bytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_conditionals_under_inference_mode_and_then_outside():
+    model = compiled(transformer(), TAYLOR, lowering="cond", num_inference_steps=7)
+    with torch.inference_mode():
+        for call in calls(7):
+            model(*call)
+    torch._dynamo.reset()
+    fresh = compiled(transformer(), TAYLOR, lowering="cond", num_inference_steps=7)
+    for call in calls(7):
+        torch.testing.assert_close(model(*call), fresh(*call))

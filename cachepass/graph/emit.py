@@ -61,6 +61,14 @@ class Emitter:
             node.meta["cachepass_unalias"] = True
         return result
 
+    def held(self, value: fx.Node, strides: Sequence[int | torch.SymInt]) -> fx.Node:
+        """``value``, compiled so that it has these dense strides (no copy where Inductor would choose them anyway)."""
+        node = self.graph.call_function(_torch.FORCE_STRIDES, (value, tuple(strides)))
+        with self.fake_mode:
+            like = value.meta["val"]
+            node.meta["val"] = torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
+        return node
+
     def clone(self, value: fx.Node) -> fx.Node:
         """A copy made only because a branch may not return an alias; dropped when the branch is inlined."""
         node = self(aten.clone.default, value)

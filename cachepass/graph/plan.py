@@ -164,7 +164,7 @@ class CachePlan:
         cuts: All cuts in graph order.
         groups: Groups with at least one live cut.
         phases: Every combination of predicted groups, the all-computed one first.
-        spare: One more slot per ring, so that a step never writes what it may read (the cond lowering needs it).
+        returns: Programs with conditionals return what is to be kept, and write no slot (the cond lowering).
         skips: Regions that are not cut, with the reason.
         notes: Remarks of the method.
         output: What is done with the model's output, if anything.
@@ -173,7 +173,7 @@ class CachePlan:
     cuts: tuple[Cut, ...]
     groups: tuple[str, ...]
     phases: tuple[Phase, ...]
-    spare: bool
+    returns: bool
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
     output: OutputPlan | None = None
@@ -184,7 +184,7 @@ class CachePlan:
 
     def slots(self, cut: Cut) -> int:
         """Slots of a cut's ring."""
-        return cut.history + (1 if self.spare and cut.history else 0)
+        return cut.history
 
     @property
     def cache_bytes(self) -> int:
@@ -199,7 +199,7 @@ class CachePlan:
 
     def layout(self, resolve: Callable[[object], int], prefix: str = "") -> Layout:
         """What the plan keeps, once the symbolic sizes have values, below the module of the path ``prefix``."""
-        return Layout((self.spare, *(
+        return Layout((self.returns, *(
             (c.region.removeprefix(prefix), c.output, c.group, c.forecast, tuple(map(resolve, c.shape)),
              tuple(map(resolve, c.stride)), c.slot_dtype, c.device, c.live)
             for c in self.cuts
@@ -247,7 +247,7 @@ def phase_name(phase: Phase, groups: Sequence[str]) -> str:
     return "/".join(names) or "compute"
 
 
-def make_plan(gm: fx.GraphModule, targets: Sequence[Target], *, spare: bool = False, skips: Iterable[Skip] = (),
+def make_plan(gm: fx.GraphModule, targets: Sequence[Target], *, returns: bool = False, skips: Iterable[Skip] = (),
               notes: Iterable[str] = (), guidance: Guidance | None = None, latents: Latents | None = None,
               halved: bool = False) -> CachePlan:  # fmt: skip
     """Plan the cuts whose markers stand in ``gm``; with ``halved`` that is the graph of the conditional half."""
@@ -268,7 +268,7 @@ def make_plan(gm: fx.GraphModule, targets: Sequence[Target], *, spare: bool = Fa
         output = _plan_output(gm, guidance, latents or guidance.latents, halved)
     routes = (WHOLE,) if output is None else output.routes
     phases = tuple(Phase(p, route) for route in routes for p in (_subsets(groups) if route.predicts else [()]))
-    return CachePlan(tuple(cuts), groups, phases, spare, tuple(skips), tuple(notes), output)
+    return CachePlan(tuple(cuts), groups, phases, returns, tuple(skips), tuple(notes), output)
 
 
 def _row(rows: list[str], target: Target) -> int:

@@ -21,6 +21,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,7 +36,9 @@ from .plan import CachePlan, Cut, NamedSlot, OutputPlan, cut_nodes, is_impure, o
 @dataclass(frozen=True)
 class Role:
     """What the host gives to a placeholder: ``kind`` is predicate, weights, history (with its age), next, output (with
-    the name of what is kept of the model's output) or invariant (with the name of a value that is kept for a run)."""
+    the name of what is kept of the model's output) or invariant (with the name of a value that is kept for a run).
+    A value that a program returns to be kept has the role of the slot that it takes the place of; ``slot="shared"``:
+    its memory is something else's too."""
 
     kind: str
     group: str
@@ -46,10 +49,14 @@ class Role:
 
 @dataclass(frozen=True)
 class Canonical:
-    """The canonical program of a route: the graph and the role of each added placeholder (by name, in order)."""
+    """The canonical program of a route: the graph and the role of each added placeholder (by name, in order).
+
+    ``kept``: what its last outputs are kept as, behind the model's own; it writes no slot of a cut then.
+    """
 
     gm: fx.GraphModule
     roles: dict[str, Role]
+    kept: tuple[Role, ...] = ()
 
 
 def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
@@ -85,13 +92,16 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
         _transform_output(graph, ends, plan.output, route, added, emit)
     for marker in ends:
         _drop_marker(marker, emit)
-    if route.keeps:
+    kept: tuple[Role, ...] = ()
+    if plan.returns and route.predicts:
+        kept = _return_kept(graph, writes, plan, emit)
+    elif route.keeps:
         _write_slots(graph, writes, plan, added, emit)
     graph.eliminate_dead_code(is_impure_node=is_impure)
     roles = drop_unread(graph, {**(invariants or {}), **added.roles})
     graph.lint()
     result.recompile()
-    return Canonical(result, roles)
+    return Canonical(result, roles, kept)
 
 
 def drop_unread(graph: fx.Graph, roles: dict[str, Role]) -> dict[str, Role]:
@@ -162,19 +172,21 @@ class _Added:
                 value = torch.empty(len(OUTPUT_WEIGHTS), dtype=weights_dtype(plan, group), device=slot.device)
                 self.weights[group] = self._add(f"weights_{group}", value, "weights", group)
             for cut in plan.live_cuts:
-                self._add_ring(cut, plan)
+                self._add_ring(cut, returns=plan.returns and route.predicts)
             for slot in () if plan.output is None else plan.output.slots:
                 group = plan.output.guidance.group  # pyright: ignore[reportOptionalMemberAccess]
                 self.output[slot.name] = self._add(f"output_{slot.name}", empty_slot(slot), "output", group,
                                                    slot=slot.name)  # fmt: skip
 
-    def _add_ring(self, cut: Cut, plan: CachePlan) -> None:
+    def _add_ring(self, cut: Cut, *, returns: bool) -> None:
         stem = identifier(f"{cut.region}_{cut.output}")
         self.history[cut.index] = [
             self._add(f"{stem}_h{age}", empty_slot(cut), "history", cut.group, cut.index, age)
             for age in range(cut.history)
         ]
-        if cut.history and cut.forecast.recursive and not plan.spare:
+        if returns:
+            return
+        if cut.history and cut.forecast.recursive:
             # A predicted step reads the slot that it writes: as one placeholder, so that the compiler knows it.
             self.next[cut.index] = self.history[cut.index][-1]
         elif cut.history:
@@ -328,6 +340,28 @@ def _write_slots(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], plan: C
         for cut, value in writes:
             kept = _conditional_half(cut, value, plan.output, emit) if plan.output is not None else value
             emit(aten.copy_.default, added.next[cut.index], emit.to(kept, cut.slot_dtype))
+
+
+def _return_kept(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], plan: CachePlan,
+                 emit: Emitter) -> tuple[Role, ...]:  # fmt: skip
+    """Return the values to be kept, with the strides of their slots. What is not in memory of its own has a role that
+    says so: it must be copied."""
+    end = graph.output_node()
+    outputs: list[Any] = list(end.args[0])  # pyright: ignore[reportArgumentType]
+    taken = {alias_root(value) for value in outputs if isinstance(value, fx.Node)}
+    roles = []
+    with graph.inserting_before(end):
+        for cut, value in writes:
+            kept = _conditional_half(cut, value, plan.output, emit) if plan.output is not None else value
+            kept = emit.to(kept, cut.slot_dtype)
+            root = alias_root(kept)
+            # A clone in the graph is no help: Inductor removes it, as one that changes no value.
+            shared = root in taken or root.op == "placeholder" or root.meta["val"].shape != kept.meta["val"].shape
+            taken.add(root)
+            outputs.append(emit.held(kept, cut.stride))
+            roles.append(Role("next", cut.group, cut.index, slot="shared" if shared else ""))
+    end.args = (tuple(outputs),)
+    return tuple(roles)
 
 
 def _conditional_half(cut: Cut, value: fx.Node, output: OutputPlan, emit: Emitter) -> fx.Node:

@@ -26,13 +26,15 @@ from .rewrite import Canonical, Role, drop_unread
 class Variant:
     """The program of one phase (or, for the cond lowering, of all of them).
 
-    ``inputs`` are the roles of the placeholders behind the model's own, in order. ``repeated``: it runs in many steps.
+    ``inputs`` are the roles of the placeholders behind the model's own, in order; ``kept`` is what its outputs behind
+    the model's own are kept as. ``repeated``: it runs in many steps.
     """
 
     name: str
     gm: fx.GraphModule
     inputs: tuple[Role, ...]
     repeated: bool = True
+    kept: tuple[Role, ...] = ()
 
 
 def specialize(canonical: Canonical, plan: CachePlan, phase: Phase) -> Variant:
@@ -84,7 +86,8 @@ def all_phases(canonical: Canonical, name: str) -> Variant:
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
     graph.lint()
-    return Variant(name, fx.GraphModule(canonical.gm, graph), tuple(canonical.roles.values()))
+    roles = tuple(canonical.roles.values())
+    return Variant(name, fx.GraphModule(canonical.gm, graph), roles, kept=canonical.kept)
 
 
 def _hold_strides(operand: fx.Node, emit: Emitter) -> fx.Node:
@@ -93,9 +96,7 @@ def _hold_strides(operand: fx.Node, emit: Emitter) -> fx.Node:
         dense = torch.empty_like(value).stride()
     if value.stride() != dense:
         operand = emit(aten.clone.default, operand)
-    held = emit.graph.call_function(_torch.FORCE_STRIDES, (operand, dense))
-    held.meta["val"] = operand.meta["val"]
-    return held
+    return emit.held(operand, dense)
 
 
 def _inline(source: fx.GraphModule, cond: fx.Node, graph: fx.Graph, env: dict[fx.Node, object],

@@ -107,7 +107,7 @@ class Program:
         phase = call.phase
         variant = self._by_phase.get((phase.route, phase.predicted)) or self.compile(phase)
         if call.state is not None:
-            call.state.begin(call.computed, phase.predicted)
+            call.state.begin(call.computed, phase.predicted, writes=not variant.kept)
         if call.output is not None and call.difference:
             call.output.begin()
         if variant.invariants:
@@ -122,7 +122,13 @@ class Program:
             inputs.extend(call.state.slot_list(variant.slots))
         for role in variant.outputs:
             inputs.append(call.output_slot(role.slot))
-        return variant.run(inputs)
+        results = variant.run(inputs)
+        if not variant.kept:
+            return results
+        assert call.state is not None
+        own = len(results) - len(variant.kept)
+        call.state.receive(variant.kept, results[own:])
+        return results[:own]
 
     def _add_invariants(self, inputs: list[Any], variant: LoweredVariant, call: StepCall) -> None:
         """What is kept for the run, computed first if it does not hold for these inputs."""

@@ -1,7 +1,7 @@
 """State: the slots of one graph in one run, and which of them hold what.
 
-A ring per cut; a step writes only the ring's next slot, and the ring turns after the step succeeded. Until then the
-newest outputs are those of the last good step.
+A ring per cut; a step writes only the ring's next slot (or returns a new tensor in its place), and the ring turns after
+the step succeeded. Until then the newest outputs are those of the last good step.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class RunState:
         self.rings: dict[int, list[torch.Tensor]] = {}
         self.epoch = 0
         self._slot_lists: dict[tuple[object, ...], tuple[Sequence[Role], list[torch.Tensor]]] = {}
+        self._received: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self._stale = False
 
     def follow(self, epoch: int, index: int) -> None:
@@ -58,7 +59,8 @@ class RunState:
             state = self.groups[self.plan.cuts[index].group]
             slots += [ring[(state.head + age) % len(ring)] for age in range(len(state.steps), len(ring))]
         if slots:
-            torch._foreach_zero_(slots)
+            with torch.inference_mode():  # what a program returned under it may be written to nowhere else
+                torch._foreach_zero_(slots)
         self._stale = False
 
     @property
@@ -90,7 +92,7 @@ class RunState:
 
     def _ring(self, group: str) -> int:
         """Slots of a group's rings."""
-        return max(self.plan.history(group) + self.plan.spare, 1)
+        return max(self.plan.history(group), 1)
 
     # ---- history ----------------------------------------------------------------------------------------------------
 
@@ -101,16 +103,23 @@ class RunState:
             state.weights = ()
         self._stale = True
 
-    def begin(self, computed: Sequence[str], predicted: Sequence[str]) -> None:
-        """A step is about to write the next slot of what it keeps: without a spare one, the oldest output is gone."""
+    def begin(self, computed: Sequence[str], predicted: Sequence[str], *, writes: bool = True) -> None:
+        """A step is about to run. If it ``writes`` slots, the oldest output of what it keeps is gone from now on."""
         if self._stale:
             self._clear_slots()
         self._stale = True  # until the step is committed
+        self._received.clear()
         written = [*computed, *[group for group in predicted if self.plan.recursive(group)]]
-        for group in written if not self.plan.spare else ():
+        for group in written if writes else ():
             history = self.plan.history(group)
             if history:
                 del self.groups[group].steps[history - 1 :]
+
+    def receive(self, roles: Sequence[Role], values: Sequence[torch.Tensor]) -> None:
+        """What the program of the step returned: kept in place of the oldest outputs, once the step is committed."""
+        for role, value in zip(roles, values, strict=True):
+            own = value.clone() if role.slot == "shared" else value
+            self._received.setdefault(role.group, []).append((role.cut, own))
 
     def commit(self, index: int, computed: Sequence[str], predicted: Mapping[str, tuple[float, ...]]) -> None:
         """The graph ran in step ``index``: turn the rings of what was kept. ``predicted``: groups and their weights."""
@@ -122,12 +131,16 @@ class RunState:
             self.groups[group].weights = weights
             if self.plan.recursive(group):
                 self._keep(group, index)
+        self._received.clear()
 
     def _keep(self, group: str, index: int) -> None:
         state = self.groups[group]
         state.steps.insert(0, index)
         del state.steps[max(self.plan.history(group), 1) :]
         state.head = (state.head - 1) % self._ring(group)
+        for cut, value in self._received.pop(group, ()):
+            self.rings[cut][state.head] = value
+            self._slot_lists.clear()
 
 
 class OutputState:
