@@ -109,9 +109,9 @@ def main(shapes: tuple[str, ...], methods: tuple[str, ...], rounds: int, process
                 subjects = measure(case, method, rounds, processes, progress)
                 title = f"{method} on {shape} ({SHAPES[shape].about})"
                 results[title] = [row(case, subject, subjects) for subject in subjects]
-    path = write(results, device, str(kind), out, rounds=rounds, processes=processes, steps=STEPS)
+                path = write(results, device, str(kind), out, rounds=rounds, processes=processes, steps=STEPS)
+                progress.console.print(f"wrote {path}")
     print(markdown(results, STEP_COLUMNS))
-    print(f"wrote {path}")
 
 
 def write(results: dict[str, Any], device: str, dtype: str, out: Path | None, **about: Any) -> Path:

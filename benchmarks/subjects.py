@@ -256,7 +256,8 @@ def cache_dit(case: Case) -> Subject | None:
 _HOOKS = [hooks("torch.compile"), hooks("compile_repeated_blocks")]
 SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "taylorseer": [plain, ours("specialize"), ours("cond"), *_HOOKS],
-    "pab": [plain, ours("specialize"), ours("cond"), *_HOOKS],
+    # With compile_repeated_blocks PAB's hooks recompile at every count of their iterations, up to Dynamo's limit.
+    "pab": [plain, ours("specialize"), ours("cond"), hooks("torch.compile")],
     "taylorseer-blocks": [plain, ours("specialize"), *_HOOKS, cache_dit],
     "fastercache": [plain, ours("specialize"), *_HOOKS],
     "invariant": [plain, ours("specialize")],

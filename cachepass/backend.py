@@ -28,34 +28,24 @@ from torch import fx
 
 from . import _torch
 from .config import method_names
-from .errors import (
-    BatchError,
-    CachepassError,
-    CachepassWarning,
-    NoMatchError,
-    OptionError,
-    PartialGraphError,
-    TimestepError,
-    TrainingError,
-    listing,
-)
+from .errors import BatchError, CachepassError, CachepassWarning
 from .frequency import Latents
-from .graph.annotate import annotate, annotate_output, outermost
+from .graph.annotate import annotate, annotate_output
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
 from .graph.hoist import hoist, invariant_regions
-from .graph.inputs import Arguments, GraphInputs, find_latents, find_timestep, find_timestep_input, kind_of, read_inputs
+from .graph.inputs import read_inputs
 from .graph.numbers import keep_numbers
 from .graph.outputs import paired_outputs, sample_output
 from .graph.plan import make_plan
-from .graph.regions import RegionTable, find_regions
-from .methods import Method, Skip, Target, make_method
+from .graph.regions import find_regions
+from .methods import Skip, Target
 from .options import CompileOptions, parse_options
+from .prepare import Prepared, prepare
 from .runtime.context import current_context, guidance_partner
 from .runtime.dispatch import Dispatcher
-from .runtime.instance import HalfRun, InputLayout
-from .runtime.place import Place, locate
+from .runtime.instance import HalfRun
+from .runtime.place import locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
-from .runtime.siblings import Siblings
 from .runtime.state import SymbolBinder
 
 logger = logging.getLogger(__name__)
@@ -87,25 +77,6 @@ def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mappi
         return compile_cached(gm, inputs, parsed)
     except CachepassError as error:
         _torch.raise_unwrapped(error)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is to be cut in a Dynamo graph, and what was learned on the way."""
-
-    method: Method
-    table: RegionTable
-    targets: tuple[Target, ...]
-    skips: tuple[Skip, ...]
-    notes: tuple[str, ...]
-    names: tuple[str, ...]
-    layout: InputLayout
-    siblings: Siblings | None = None
-
-    @property
-    def varying(self) -> set[str]:
-        """Names of the inputs that change from step to step."""
-        return {self.names[i] for i in (*self.layout.latents, self.layout.timestep) if i is not None}
 
 
 def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Dispatcher:
@@ -283,68 +254,6 @@ def _uncached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions
     return _torch.plain_inductor(gm, inputs, options.inductor)
 
 
-def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
-            place: Place | None = None) -> Prepared:  # fmt: skip
-    """Choose what is cut. All that can be wrong with the user's settings for this model is found here; where the graph
-    is only a part of it (it has a ``place``), what matches nothing may match in another."""
-    assert options.cache is not None
-    keep_numbers(gm)
-    _refuse_training(gm, inputs)
-    method = make_method(options.cache)
-    named = read_inputs(gm, inputs)
-    siblings = None
-    _check_declared(named, options, whole=place is None)
-    if place is None:
-        table = find_regions(gm)
-        if not table.regions and method.cuts:
-            raise NoMatchError(
-                "the traced graph contains no module call that can be cached", where="torch.compile",
-                hint="compile the transformer itself (an nn.Module), not a function of tensors",
-            )  # fmt: skip
-        timestep = _find_timestep(named, inputs, options)
-        _require_timestep(timestep is not None, [named.names[i] for i in named.own], method, options)
-        selection = method.select(table.regions)
-    else:
-        if not method.cuts:
-            raise PartialGraphError(
-                "what stays the same within a run can be told in the graph of a whole model only, and this graph is a "
-                f"part of one ({place.why})", where=type(place.call.module).__name__,
-                hint="compile the whole model with fullgraph=True",
-            )  # fmt: skip
-        if method.guidance is not None:
-            raise PartialGraphError(
-                f"{type(options.cache).__name__} estimates the unconditional branch from the model's output, and this "
-                f"graph is only a part of the model ({place.why})", where=type(place.call.module).__name__,
-                hint="compile the whole model with fullgraph=True, or give is_guidance_distilled=True to forecast "
-                     "attentions alone",
-            )  # fmt: skip
-        paths = place.paths()
-        table = find_regions(gm, paths, place.root, rest=place.rest)
-        timestep = None
-        _require_timestep(place.timestep is not None, place.inputs, method, options)
-        siblings = Siblings(method, tuple(table.regions), place.prefix, place.siblings, tuple(paths.values()))
-        selection = siblings.selection()
-    targets, nested = outermost(selection.targets, table)
-    for note in selection.notes:
-        logger.info(note)
-    skips = (*table.skips, *selection.skips, *nested)
-    found = find_latents([named.names[i] for i in named.own], [inputs[i] for i in named.own])
-    latents = tuple(i for i in (named.own[k] for k in found) if isinstance(inputs[i], torch.Tensor))
-    static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
-    layout = InputLayout(named.identity, latents, timestep, static)
-    return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout, siblings)
-
-
-def _check_declared(named: GraphInputs, options: CompileOptions, *, whole: bool) -> None:
-    """Inputs declared by the user are inputs of the model."""
-    names = [named.names[i] for i in named.own]
-    unknown = [given for given in options.invariant_inputs
-               if not any(name == given or name.startswith(f"{given}.") for name in names)]  # fmt: skip
-    if unknown and whole:
-        raise OptionError(f"the model has no tensor input {unknown[0]!r}", where='options["invariant_inputs"]',
-                          hint=f"inputs: {listing(names)}")  # fmt: skip
-
-
 def _placeholder_names(aten: fx.GraphModule, names: Sequence[str]) -> dict[str, str]:
     """Readable names for the model's own placeholders in the ATen graph."""
     readable = {}
@@ -353,47 +262,3 @@ def _placeholder_names(aten: fx.GraphModule, names: Sequence[str]) -> dict[str, 
         index = position if index is None else index
         readable[node.name] = names[index] if index < len(names) else node.name
     return readable
-
-
-def _find_timestep(named: GraphInputs, inputs: Sequence[Any], options: CompileOptions) -> int | None:
-    """Index of the timestep among the graph's inputs. A Python number is made one of them first."""
-    numeric = {i: named.names[i] for i in named.own if isinstance(inputs[i], (torch.Tensor, torch.SymInt))}
-    frame = _torch.current_frame()
-    if frame is not None:
-        arguments = dict(Arguments.of(frame).all)
-        name = find_timestep_input(arguments, options.timestep_input)
-        number = None if name is None else arguments[name]
-        if isinstance(number, (int, float)) and not any(name == known for known in numeric.values()):
-            assert name is not None
-            _torch.restart_dynamic(name, number)
-    return find_timestep(numeric, options.timestep_input)
-
-
-def _require_timestep(found: bool, names: Sequence[str], method: Method, options: CompileOptions) -> None:
-    has_callback = getattr(options.cache, "current_timestep_callback", None) is not None
-    if found or has_callback:
-        return
-    if method.needs_timestep:
-        raise TimestepError(
-            "the schedule needs the timestep, and no input of the model is called timestep, timesteps, t or sigma",
-            where=type(options.cache).__name__,
-            hint='give options["timestep_input"] = one of its inputs, or current_timestep_callback. '
-            f"inputs: {listing(names)}",
-        )
-    if options.num_inference_steps is None:
-        warnings.warn(
-            "no timestep input found, so the end of a run cannot be seen: call cachepass.reset(model) between "
-            'runs, or give options["num_inference_steps"] or options["timestep_input"]',
-            CachepassWarning, stacklevel=4,
-        )  # fmt: skip
-
-
-def _refuse_training(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    for root in _torch.root_modules()[:1]:
-        if root.training:
-            raise TrainingError("the model is in training mode", where=type(root).__name__,
-                                hint="caching is for inference: call model.eval() first")  # fmt: skip
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-        raise TrainingError("gradients are required", where=type(gm).__name__,
-                            hint="caching is for inference: call the model under torch.no_grad() or "
-                                 "torch.inference_mode()")  # fmt: skip

@@ -17,6 +17,7 @@ from zoo import relative_error
 
 import cachepass
 from cachepass import TaylorSeerCacheConfig, cache_context
+from cachepass.graph import plan
 from cachepass.runtime.clock import Clock
 from cachepass.testing import count_compiles
 
@@ -378,3 +379,22 @@ def test_summary_counts(cache, steps, expected):
     assert summary.runs == 1
     assert set(summary.variants) == {"compute", "predict"}
     assert next(iter(expected)) in str(summary)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_dead_slots_change_memory_and_not_a_bit_of_the_outputs(order, monkeypatch):
+    """A chain of blocks keeps the last one's history; kept for all of them, every output is the same."""
+    cache = {"method": "taylorseer", "max_order": order, "cache_interval": 3, "disable_cache_before_step": 2,
+             "taylor_factors_dtype": None, "cache_identifiers": [r"blocks\.\d+"]}  # fmt: skip
+    results, sizes = [], []
+    for dead in (False, True):
+        if dead:
+            monkeypatch.setattr(plan, "_live_markers", lambda _graph, group_of, _groups: set(group_of))
+        torch._dynamo.reset()
+        model = torch.compile(transformer(depth=24), backend="cached_inductor", fullgraph=True,
+                              options={"cache": cache, "lowering": "eager", "num_inference_steps": 9})  # fmt: skip
+        results.append([model(*call) for call in calls(9)])
+        sizes.append(cachepass.summary(model).cache_bytes)
+    assert sizes[1] == 24 * sizes[0]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

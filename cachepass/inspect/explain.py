@@ -11,13 +11,14 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..backend import Prepared, build, prepare
+from ..backend import build
 from ..config import parse_cache
 from ..errors import CachepassError
 from ..graph.plan import CachePlan, Phase, phase_name
 from ..graph.show import diff, readable
 from ..methods import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
 from ..options import CompileOptions
+from ..prepare import Prepared, prepare
 from ..runtime.program import CurrentCall, Program
 from .tables import human_bytes, table
 
