@@ -17,7 +17,7 @@ from unittest import mock
 import click
 import torch
 from report import Column, markdown, mebibytes
-from subjects import _tensors_of_hooks
+from subjects import bytes_of_hooks
 
 import cachepass
 from cachepass.graph import plan
@@ -80,7 +80,7 @@ def theirs(depth: int, cache: dict[str, Any]) -> int:
         diffusers.hooks.apply_taylorseer_cache(model, diffusers.TaylorSeerCacheConfig(**fields))
     _set_cache_context(model, CacheContext("benchmark"))
     run(model)
-    return _tensors_of_hooks(model)
+    return bytes_of_hooks(model)
 
 
 @contextlib.contextmanager

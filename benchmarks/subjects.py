@@ -201,7 +201,7 @@ def hooks(how: str) -> Callable[[Case], Subject]:
         def reset() -> None:
             HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks(recurse=True)
 
-        return Subject(f"diffusers hooks, {how}", call, reset, True, lambda: _tensors_of_hooks(model))
+        return Subject(f"diffusers hooks, {how}", call, reset, True, lambda: bytes_of_hooks(model))
 
     return make
 
@@ -210,7 +210,7 @@ def timestep_of_inputs(inputs: dict[str, Any]) -> float:
     return float(inputs["timestep"].flatten()[0])
 
 
-def _tensors_of_hooks(model: torch.nn.Module) -> int:
+def bytes_of_hooks(model: torch.nn.Module) -> int:
     """Bytes of the memory that the hooks keep alive (a view keeps all of its tensor's)."""
     storages: dict[int, int] = {}
     for module in model.modules():

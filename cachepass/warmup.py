@@ -20,7 +20,8 @@ def warmup(model: Callable[..., Any], *args: Any, timesteps: Sequence[float] | N
     Without it each phase is compiled in the first step that needs it. Here the kernels of one are compiled by
     Inductor's workers while the next is lowered, and no later step waits for a compiler. The model is called once, in
     a cache context of its own that is gone afterwards: clocks, histories and counts stay as they are. A model that is
-    called twice per step for guidance is warmed up in both of its contexts.
+    called twice per step for guidance is warmed up in both of its contexts. Inputs must be as later calls bring them,
+    strides included: ``t.expand(1)`` and ``torch.tensor([t])`` are two captures to Dynamo.
 
     Args:
         model: Compiled with ``backend="cached_inductor"``.

@@ -53,7 +53,7 @@ class Summary:
         compiled = ", ".join(f"{name} ({seconds:.1f} s)" for name, seconds in self.variants.items()) or "none"
         return (
             f"{self.method}: {self.steps} steps in {self.runs} runs, contexts: {', '.join(self.contexts) or 'none'}\n"
-            + table(("group", "computed", "predicted", "share predicted"), rows)
+            + (table(("group", "computed", "predicted", "share predicted"), rows) if rows else "")
             + f"cache: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B), variants: {compiled}\n"
             + (f"kept for a run: {human_bytes(self.invariant_bytes)}\n" if self.invariant_bytes else "")
         )
