@@ -146,7 +146,7 @@ def test_runs_equal_what_is_predicted_by_hand(attention, identifier):
         "cache": {**TAYLOR, "max_order": 0, "cache_identifiers": [identifier]}, "lowering": "eager"})  # fmt: skip
     named = ("stack.0", "stack.1") if identifier == "block" else tuple(
         f"stack.{i}.{name}" for i in range(2) for name in ("mix", "cross"))  # fmt: skip
-    kept, computing = {}, True
+    kept, computing, text = {}, True, context()
 
     def reuse(name, forward):
         def replaced(*args):
@@ -160,11 +160,11 @@ def test_runs_equal_what_is_predicted_by_hand(attention, identifier):
         module = model.get_submodule(name)
         module.forward = reuse(name, module.forward)
     with count_compiles() as counts:
-        results = [cached(x, t, context()) for x, t in calls(9)]
+        results = [cached(x, t, text) for x, t in calls(9)]
     assert (counts.graphs, counts.graph_breaks, counts.recompiles) == (1, 0, 0)
     for step, (x, t) in enumerate(calls(9)):
         computing = step < 2 or step % 3 == 0
-        assert relative_error(results[step], model(x, t, context())) < 1e-5, step
+        assert relative_error(results[step], model(x, t, text)) < 1e-5, step
 
 
 def test_a_softmax_that_attends_to_nothing_is_no_attention():

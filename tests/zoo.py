@@ -110,15 +110,17 @@ def trajectory(name: str, steps: int, dtype: torch.dtype = torch.float32, *,
         noise = torch.randn(value.shape, generator=generator)
         return value * (1 - 0.03 * step) + 0.05 * noise
 
+    fixed = {key: cast(value) for key, value in base.items()}  # the same tensors in all steps, as pipelines give them
     for step in range(steps):
         timestep = 950.0 - 880.0 * step / steps
-        call = dict(base)
-        call[latents] = move(base[latents], step)
+        call = dict(fixed)
+        call[latents] = cast(move(base[latents], step))
         if clock is not None:
             scaled = timestep / unit if base[clock].is_floating_point() else int(timestep)
             call[clock] = torch.full_like(base[clock], scaled)
             timestep = float(call[clock].flatten()[0]) * unit
-        yield timestep, {k: cast(v) for k, v in call.items()}
+            call[clock] = cast(call[clock])
+        yield timestep, call
 
 
 def timestep_scale(name: str) -> float:
