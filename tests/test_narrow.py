@@ -13,6 +13,7 @@ from cachepass.graph.narrow import narrow
 
 aten = torch.ops.aten
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+torch.manual_seed(0)
 LINEAR = nn.Linear(4, 12).requires_grad_(False)
 TABLE = torch.randn(1, 6, 2, generator=torch.Generator().manual_seed(1))
 
@@ -124,7 +125,7 @@ def test_only_the_columns_that_are_read_are_computed(function, columns):
     assert len(narrow(gm.graph, gap_bytes=0)) == 1
     gm.recompile()
     assert _columns(gm) == columns
-    torch.testing.assert_close(gm(*INPUTS), expected)
+    torch.testing.assert_close(gm(*INPUTS), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("function", [all_is_read, read_whole_elsewhere, inner_columns_of_groups, other_rows, stepped,
@@ -142,7 +143,7 @@ def test_a_small_gap_between_two_runs_stays_in_the_layer():
     narrow(gm.graph)
     gm.recompile()
     assert _columns(gm) == [8]
-    torch.testing.assert_close(gm(*INPUTS), expected)
+    torch.testing.assert_close(gm(*INPUTS), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_are_viewed_not_copied():
