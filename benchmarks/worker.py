@@ -2,7 +2,9 @@
 
 Dynamo keeps state per code object, so subjects would disturb each other in one process; and where a process's memory
 happens to lie moves its speed by several per cent, so each subject gets several, one after the other. The first starts
-from empty compile caches, the next ones find what it left.
+from empty compile caches, the next ones find what it left. On CPU, glibc is told to keep what was freed: else, as the
+heap happens to lie, a step gives tens of megabytes back to the kernel and faults them in again in the next (seen: 4913
+page faults and 8 ms of a 101 ms step).
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from bounds import measure_peaks, synchronize
+from bounds import Cost, measure_peaks, synchronize
 from rich.progress import Progress
 from subjects import STEPS, SUBJECTS, Case, Subject
 
 from cachepass.testing import count_compiles
+
+KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Measured:
     counts: tuple[int, int, int] = (0, 0, 0)  # graphs, graph breaks, recompiles
     steps: dict[str, list[float]] = field(default_factory=dict)
     runs: list[float] = field(default_factory=list)
+    costs: dict[str, Cost] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
     cache_bytes: int | None = None
     peak_bytes: int | None = None
@@ -96,16 +101,14 @@ def worker(pipe: Connection, make: _Maker, case: Case, folder: str) -> None:
                 pipe.send(_last(case, subject))
 
 
-def _last(case: Case, subject: Subject) -> tuple[dict[str, float], int | None, int | None]:
+def _last(case: Case, subject: Subject) -> tuple[dict[str, Cost], int | None, int | None]:
     costs, peak = subject.costs(), None
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run_once(case, subject)
         peak = torch.cuda.max_memory_allocated() - before
-    peaks = measure_peaks(case.device, case.dtype) if costs else None
-    bounds = {} if peaks is None else {phase: cost.seconds(peaks) for phase, cost in costs.items()}
-    return bounds, subject.cache_bytes(), peak
+    return costs, subject.cache_bytes(), peak
 
 
 def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Progress) -> list[Measured]:
@@ -113,10 +116,14 @@ def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Pr
     makers = [_Maker(subjects, index) for index in range(len(SUBJECTS[subjects]))]
     task = progress.add_task(f"{case.shape}, {subjects}", total=processes * (len(makers) + rounds))
     measured: dict[int, Measured] = {}
+    peaks = measure_peaks(case.device, case.dtype)
+    os.environ.update(KEEP_FREED)
     with ExitStack() as stack:
         folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="cachepass-benchmark-")) for _ in makers]
         for _ in range(processes):
             _measure_processes(case, makers, rounds, folders, measured, lambda: progress.advance(task))
+    for subject in measured.values():
+        subject.bounds = {phase: cost.seconds(peaks) for phase, cost in subject.costs.items()}
     return list(measured.values())
 
 
@@ -148,7 +155,7 @@ def _measure_processes(case: Case, makers: list[_Maker], rounds: int, folders: l
         advance()
     for index, pipe in pipes.items():
         subject = measured[index]
-        subject.bounds, subject.cache_bytes, subject.peak_bytes = _ask(pipe, "last")
+        subject.costs, subject.cache_bytes, subject.peak_bytes = _ask(pipe, "last")
         pipe.send(None)
     for process in started:
         process.join()
