@@ -19,6 +19,7 @@ import torch
 from bounds import cost_of, measure_peaks, synchronize
 from report import Column, markdown, mebibytes
 from rich.progress import track
+from subjects import TAYLOR, taylor_phase
 
 import cachepass
 from cachepass.inspect.summary import programs_of
@@ -42,8 +43,8 @@ def measure(depth: int, side: int, steps: int, device: str, peaks: Any) -> dict[
     model = DiTTransformer2DModel(num_attention_heads=8, attention_head_dim=64, in_channels=4, num_layers=depth,
                                   sample_size=side, patch_size=2, num_embeds_ada_norm=1000)  # fmt: skip
     model = model.eval().requires_grad_(False).to(device)
-    cache = {"method": "taylorseer", "cache_interval": 4, "disable_cache_before_step": 2,
-             "cache_identifiers": [r"transformer_blocks\.\d+\.attn1"], "taylor_factors_dtype": None}  # fmt: skip
+    cache = {"method": "taylorseer", **TAYLOR, "cache_identifiers": [r"transformer_blocks\.\d+\.attn1"],
+             "taylor_factors_dtype": None}  # fmt: skip
     compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
                              options={"cache": cache, "num_inference_steps": steps})  # fmt: skip
     latent, label = torch.randn(1, 4, side, side, device=device), torch.tensor([3], device=device)
@@ -68,15 +69,14 @@ def measure(depth: int, side: int, steps: int, device: str, peaks: Any) -> dict[
             taken = time.perf_counter() - start
             total += taken
             if round_:
-                times["compute" if step < 2 or (step - 3) % 4 == 0 else "predict"].append(1000 * taken)
+                times[taylor_phase(step)].append(1000 * taken)
         runs += [1000 * total] if round_ else []
     medians = {phase: statistics.median(values) for phase, values in times.items()}
     program = next(programs_of(compiled))[0].program
     assert program is not None
     variants = {name: program.specialized(phase) for name, phase in zip(medians, program.plan.phases, strict=True)}
     bounds = {name: 1000 * cost_of(variant.gm).seconds(peaks) for name, variant in variants.items()}
-    computed = sum(step < 2 or (step - 3) % 4 == 0 for step in range(steps))
-    run, ideal = statistics.median(runs), computed * medians["compute"] + (steps - computed) * medians["predict"]
+    run, ideal = statistics.median(runs), sum(medians[taylor_phase(step)] for step in range(steps))
     operations = sum(node.op == "call_function" for node in variants["predict"].gm.graph.nodes)
     return {"depth": depth, "tokens": (side // 2) ** 2, "steps": steps, **medians,
             "compute_bound": medians["compute"] / bounds["compute"],

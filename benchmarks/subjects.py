@@ -64,7 +64,7 @@ class Subject:
     costs: Callable[[], dict[str, Cost]] = dict
 
 
-def _taylor_phase(step: int) -> str:
+def taylor_phase(step: int) -> str:
     before, interval = TAYLOR["disable_cache_before_step"], TAYLOR["cache_interval"]
     return "compute" if step < before or (step - before - 1) % interval == 0 else "predict"
 
@@ -83,7 +83,7 @@ def _faster_phase(step: int) -> str:
 
 
 _PHASES: dict[str, Callable[[int], str]] = {
-    "taylorseer": _taylor_phase, "pab": _pab_phase, "taylorseer-blocks": _taylor_phase, "fastercache": _faster_phase,
+    "taylorseer": taylor_phase, "pab": _pab_phase, "taylorseer-blocks": taylor_phase, "fastercache": _faster_phase,
     "invariant": lambda _: "compute",
 }  # fmt: skip
 # What a phase of ours is called in the tables.
@@ -104,9 +104,9 @@ def plain_regional(case: Case) -> Subject:
 
 def ours_regional(case: Case) -> Subject:
     """cachepass block by block: each class of block is compiled once."""
-    model, options = case.build(), {"cache": _cache(case), "num_inference_steps": STEPS}
+    model = case.build()
     model.compile_repeated_blocks(  # pyright: ignore[reportCallIssue]
-        backend="cached_inductor", fullgraph=True, options=options | {"timestep_scale": SHAPES[case.shape].unit}
+        backend="cached_inductor", fullgraph=True, options=_options(case)
     )
 
     def warmup() -> object:
@@ -120,8 +120,7 @@ def ours(lowering: str) -> Callable[[Case], Subject]:
     """cachepass with the case's method."""
 
     def make(case: Case) -> Subject:
-        shape, cache = SHAPES[case.shape], _cache(case)
-        options = {"cache": cache, "lowering": lowering, "timestep_scale": shape.unit, "num_inference_steps": STEPS}
+        options = _options(case) | {"lowering": lowering}
         compiled = torch.compile(case.build(), backend="cached_inductor", fullgraph=True, options=options)
 
         def cache_bytes() -> int:
@@ -130,7 +129,7 @@ def ours(lowering: str) -> Callable[[Case], Subject]:
             return summary.cache_bytes
 
         def warmup() -> object:
-            timesteps = [float(case.inputs(step)["timestep"].flatten()[0]) for step in range(STEPS)]
+            timesteps = [timestep_of_inputs(case.inputs(step)) for step in range(STEPS)]
             return cachepass.warmup(compiled, **case.inputs(0), timesteps=timesteps, progress=False)
 
         return Subject(f"cachepass ({lowering})", compiled, lambda: cachepass.reset(compiled), True, cache_bytes,
@@ -149,6 +148,10 @@ def _costs(compiled: torch.nn.Module) -> Iterator[tuple[str, Cost]]:
             yield _NAMES[variant.name], cost_of(variant.gm)
 
 
+def _options(case: Case) -> dict[str, Any]:
+    return {"cache": _cache(case), "timestep_scale": SHAPES[case.shape].unit, "num_inference_steps": STEPS}
+
+
 def _cache(case: Case) -> dict[str, Any]:
     shape = SHAPES[case.shape]
     if case.method in ("taylorseer", "taylorseer-blocks"):
@@ -162,7 +165,7 @@ def _cache(case: Case) -> dict[str, Any]:
 
 
 def hooks(how: str) -> Callable[[Case], Subject]:
-    """Diffusers' own hooks: ``"eager"``, under ``"torch.compile"`` (which breaks the graph at each of them), or with
+    """Diffusers' own hooks under ``"torch.compile"`` (which breaks the graph at each of them), or with
     ``"compile_repeated_blocks"``."""
 
     def make(case: Case) -> Subject:
@@ -187,10 +190,8 @@ def hooks(how: str) -> Callable[[Case], Subject]:
             identifier = shape.attention if case.method == "taylorseer" else shape.blocks
             apply_taylorseer_cache(model, diffusers.TaylorSeerCacheConfig(
                 **TAYLOR, cache_identifiers=[identifier], taylor_factors_dtype=case.dtype))  # fmt: skip
-        function: Any = model
-        if how == "torch.compile":
-            function = torch.compile(model)
-        elif how == "compile_repeated_blocks":
+        function: Any = torch.compile(model) if how == "torch.compile" else model
+        if how == "compile_repeated_blocks":
             model.compile_repeated_blocks()  # pyright: ignore[reportCallIssue]
 
         def call(**inputs: Any) -> Any:
@@ -263,4 +264,4 @@ SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "invariant": [plain, ours("specialize")],
     "compile time": [plain, plain_regional, ours("specialize"), ours("cond"), ours_regional, *_HOOKS],
 }  # fmt: skip
-METHODS = list(SUBJECTS)[:-1]
+METHODS = list(_PHASES)

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from bounds import Cost, measure_peaks, synchronize
+from bounds import Cost, Peaks, measure_peaks, synchronize
 from rich.progress import Progress
 from subjects import STEPS, SUBJECTS, Case, Subject
 
@@ -40,7 +40,6 @@ class Measured:
     counts: tuple[int, int, int] = (0, 0, 0)  # graphs, graph breaks, recompiles
     steps: dict[str, list[float]] = field(default_factory=dict)
     runs: list[float] = field(default_factory=list)
-    costs: dict[str, Cost] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
     cache_bytes: int | None = None
     peak_bytes: int | None = None
@@ -121,14 +120,13 @@ def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Pr
     with ExitStack() as stack:
         folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="cachepass-benchmark-")) for _ in makers]
         for _ in range(processes):
-            _measure_processes(case, makers, rounds, folders, measured, lambda: progress.advance(task))
-    for subject in measured.values():
-        subject.bounds = {phase: cost.seconds(peaks) for phase, cost in subject.costs.items()}
+            _measure_processes(case, makers, rounds, folders, measured, peaks, lambda: progress.advance(task))
     return list(measured.values())
 
 
 def _measure_processes(case: Case, makers: list[_Maker], rounds: int, folders: list[str],
-                       measured: dict[int, Measured], advance: Callable[[], None]) -> None:  # fmt: skip
+                       measured: dict[int, Measured], peaks: Peaks,
+                       advance: Callable[[], None]) -> None:  # fmt: skip
     """One process for each subject; then rounds in which each runs once."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[int, Connection] = {}
@@ -143,7 +141,8 @@ def _measure_processes(case: Case, makers: list[_Maker], rounds: int, folders: l
             first, counts = _ask(pipe, "first")
             steps, _ = _ask(pipe, "run")
             subject.compile.append(first - sum(seconds for _, seconds in steps))
-            subject.counts = subject.counts if len(subject.compile) > 1 else counts
+            if len(subject.compile) == 1:
+                subject.counts = counts
             pipes[index] = pipe
         advance()
     for _ in range(rounds):
@@ -155,7 +154,8 @@ def _measure_processes(case: Case, makers: list[_Maker], rounds: int, folders: l
         advance()
     for index, pipe in pipes.items():
         subject = measured[index]
-        subject.costs, subject.cache_bytes, subject.peak_bytes = _ask(pipe, "last")
+        costs, subject.cache_bytes, subject.peak_bytes = _ask(pipe, "last")
+        subject.bounds = {phase: cost.seconds(peaks) for phase, cost in costs.items()}
         pipe.send(None)
     for process in started:
         process.join()

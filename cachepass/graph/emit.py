@@ -16,7 +16,7 @@ from .plan import Cut
 
 aten = torch.ops.aten
 EMITTED = "cached_"  # how the names of emitted nodes begin
-_convert = torch.ops.prims.convert_element_type.default
+CONVERT = torch.ops.prims.convert_element_type.default
 
 
 class Emitter:
@@ -40,7 +40,7 @@ class Emitter:
         return node
 
     def to(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return value if value.meta["val"].dtype == dtype else self(_convert, value, dtype)
+        return value if value.meta["val"].dtype == dtype else self(CONVERT, value, dtype)
 
     def dense(self, value: fx.Node, marker: fx.Node) -> fx.Node:
         """``value`` with the strides that the marker gave to everything behind it (it densifies, as clone does)."""

@@ -26,8 +26,8 @@ from torch import fx
 from .. import _torch
 from .annotate import CUT, OUTPUT
 from .emit import Emitter, alias_root, aten
-from .plan import NamedSlot, is_impure
-from .rewrite import Role, empty_slot
+from .plan import NamedSlot, is_impure, reach_back
+from .rewrite import Role, drop_marker, empty_slot
 
 _HEAVY_NUMEL = 4096  # elements from which a reduction or a transcendental function outweighs reading a kept value
 _PRODUCTS = {
@@ -74,8 +74,9 @@ class Hoisted:
         return sum(slot.slot_bytes for slot in self.slots)
 
 
-def invariant_nodes(graph: fx.Graph, varying: Collection[int]) -> set[fx.Node]:
-    """All nodes that depend on nothing that varies; ``varying`` are indices of placeholders."""
+def invariant_nodes(graph: fx.Graph, varying: Collection[int], *, through_cuts: bool) -> set[fx.Node]:
+    """All nodes that depend on nothing that varies; ``varying`` are indices of placeholders. ``through_cuts``: what is
+    cut is as invariant as the value itself; if not, it counts as varying."""
     written = {node.args[0] for node in graph.nodes if node.op == "call_function" and is_impure(node)}
     changing = {node for i, node in enumerate(graph.find_nodes(op="placeholder")) if i in varying}
     found: set[fx.Node] = set()
@@ -85,7 +86,8 @@ def invariant_nodes(graph: fx.Graph, varying: Collection[int]) -> set[fx.Node]:
         elif node.op == "get_attr":
             same = isinstance(node.meta.get("val"), torch.Tensor)
         else:
-            same = _is_function(node) and all(source in found for source in node.all_input_nodes)
+            same = (through_cuts or node.target is not CUT) and _is_function(node)
+            same = same and all(source in found for source in node.all_input_nodes)
         if same:
             found.add(node)
     return found
@@ -119,7 +121,7 @@ def _leaves(value: Any) -> Iterable[Any]:
 
 def invariant_regions(graph: fx.Graph, varying: Collection[int]) -> set[str]:
     """Ids of the regions all of whose cuts stay the same: computed once, they need no forecast."""
-    same = invariant_nodes(graph, varying)
+    same = invariant_nodes(graph, varying, through_cuts=True)
     cuts: dict[str, bool] = {}
     for node in graph.find_nodes(op="call_function", target=CUT):
         region = str(node.args[1])
@@ -133,56 +135,30 @@ def hoist(gm: fx.GraphModule, varying: Collection[int], regions: Collection[str]
     others count as varying."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {})).meta = dict(gm.graph.output_node().meta)
+    emit = Emitter(graph, fake_mode)
     for marker in graph.find_nodes(op="call_function", target=CUT):
         if marker.args[1] in regions:
-            _drop(marker)
-    same = invariant_nodes(graph, varying)
-    same -= _behind_cuts(graph, same)
-    kept = _kept(graph, same)
+            drop_marker(marker, emit)
+    kept = _kept(graph, invariant_nodes(graph, varying, through_cuts=False))
     if not kept:
         return gm, None
     placeholders = graph.find_nodes(op="placeholder")
-    emit = Emitter(graph, fake_mode)
-    once = _once(gm, graph, kept, fake_mode)
-    slots, roles, first = [], {}, placeholders[-1].next
-    for node in kept:
-        value: torch.Tensor = node.meta["val"]
-        slot = NamedSlot(node.name, tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+    slots = {node: _slot_for(node) for node in kept}
+    once = _once(gm, graph, slots, fake_mode)
+    roles, first = {}, placeholders[-1].next
+    for node, slot in slots.items():
         with graph.inserting_before(first), emit.fake_mode:
             stand_in = emit.placeholder(f"once_{node.name}", empty_slot(slot))
         node.replace_all_uses_with(stand_in)
-        slots.append(slot)
-        roles[stand_in.name] = Role("invariant", "", slot=node.name)
+        roles[stand_in.name] = Role("invariant", "", slot=slot.name)
     before = len(graph.nodes)
     graph.eliminate_dead_code(is_impure_node=is_impure)
     graph.lint()
     own = {node.name: i for i, node in enumerate(placeholders)}
     reads = tuple(own[node.name] for node in once.graph.find_nodes(op="placeholder") if node.users and node.name in own)
     return fx.GraphModule(gm, graph), Hoisted(
-        once, tuple(slots), roles, reads, tuple(sorted(regions)), before - len(graph.nodes)
+        once, tuple(slots.values()), roles, reads, tuple(sorted(regions)), before - len(graph.nodes)
     )
-
-
-def _drop(marker: fx.Node) -> None:
-    """Put a marker's value in its place, dense as the marker makes it."""
-    value = marker.args[0]
-    assert isinstance(value, fx.Node)
-    if value.meta["val"].stride() != marker.meta["val"].stride():
-        with marker.graph.inserting_before(marker):
-            dense = marker.graph.call_function(aten.clone.default, (value,))
-        dense.meta["val"] = marker.meta["val"]
-        value = dense
-    marker.replace_all_uses_with(value)
-    marker.graph.erase_node(marker)
-
-
-def _behind_cuts(graph: fx.Graph, same: set[fx.Node]) -> set[fx.Node]:
-    """Nodes that depend on a cut that stays."""
-    behind: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node in same and (node.target is CUT or any(source in behind for source in node.all_input_nodes)):
-            behind.add(node)
-    return behind
 
 
 # ---- what is worth keeping ------------------------------------------------------------------------------------------
@@ -247,31 +223,25 @@ def _is_heavy(node: fx.Node) -> bool:
 # ---- the once-program -----------------------------------------------------------------------------------------------
 
 
-def _once(owner: fx.GraphModule, graph: fx.Graph, kept: list[fx.Node],
+def _slot_for(node: fx.Node) -> NamedSlot:
+    value: torch.Tensor = node.meta["val"]
+    return NamedSlot(node.name, tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+
+
+def _once(owner: fx.GraphModule, graph: fx.Graph, slots: dict[fx.Node, NamedSlot],
           fake_mode: AbstractContextManager[Any]) -> fx.GraphModule:  # fmt: skip
     """The kept values, each written to its slot."""
-    needed: set[fx.Node] = set()
-    stack = list(kept)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
+    needed = reach_back(slots, set())
     once = fx.Graph()
-    placeholders = graph.find_nodes(op="placeholder")
-    env = {node: once.node_copy(node) for node in placeholders}
+    env = {node: once.node_copy(node) for node in graph.find_nodes(op="placeholder")}
     emit = Emitter(once, fake_mode)
-    slots = []
-    for node in kept:
-        value: torch.Tensor = node.meta["val"]
-        with emit.fake_mode:
-            empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        slots.append(emit.placeholder(f"once_{node.name}", empty))
+    with emit.fake_mode:
+        targets = [emit.placeholder(f"once_{slot.name}", empty_slot(slot)) for slot in slots.values()]
     for node in graph.nodes:
         if node in needed and node not in env:
             env[node] = once.node_copy(node, env.__getitem__)
-    for node, slot in zip(kept, slots, strict=True):
-        emit(aten.copy_.default, slot, env[node])
+    for node, target in zip(slots, targets, strict=True):
+        emit(aten.copy_.default, target, env[node])
     once.output(())
     once.lint()
     return fx.GraphModule(owner, once)

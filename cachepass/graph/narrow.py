@@ -22,14 +22,13 @@ import torch
 from torch import fx
 
 from .. import _torch
-from .emit import Emitter, alias_root, aten
+from .emit import CONVERT, Emitter, alias_root, aten
 from .plan import is_impure
 
 # Two launches for two runs of columns must be worth their while: reading this much takes a GPU about as long as one.
 _GAP_BYTES = 1 << 20
 
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_CONVERT = torch.ops.prims.convert_element_type.default
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,10 @@ def _moved(user: fx.Node, place: _Place) -> _Place | None:
     if user.target is aten.squeeze.dim:
         at = args[1] % ndim
         return None if at == place.dim else _Place(user, place.dim - (at < place.dim), place.unit, path)
-    if user.target is _CONVERT or torch.Tag.pointwise in user.target.tags:
+    if user.target is CONVERT or torch.Tag.pointwise in user.target.tags:
         dim = place.dim + value.ndim - ndim
-        is_once = sum(arg is place.node for arg in user.args) == 1 and not user.kwargs.get("out")
+        named = any(isinstance(value, fx.Node) for value in user.kwargs.values())  # only positional operands are cut
+        is_once = sum(arg is place.node for arg in user.args) == 1 and not named
         return _Place(user, dim, place.unit, path) if is_once else None
     return None
 
@@ -264,8 +264,8 @@ def _sliced(value: Any, dim: int, part: tuple[int, int], emit: Emitter) -> fx.No
     if value.target is aten.permute.default:
         order: Any = value.args[1]
         return emit(aten.permute.default, _sliced(value.args[0], order[dim] % len(order), part, emit), order)
-    if value.target is _CONVERT:
-        return emit(_CONVERT, _sliced(value.args[0], dim, part, emit), value.args[1])
+    if value.target is CONVERT:
+        return emit(CONVERT, _sliced(value.args[0], dim, part, emit), value.args[1])
     return emit(aten.slice.Tensor, value, dim, *part)
 
 

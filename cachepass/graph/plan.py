@@ -64,7 +64,7 @@ class Cut:
 
     @property
     def history(self) -> int:
-        """Outputs kept."""
+        """Outputs kept: the slots of its ring."""
         return self.forecast.history if self.live else 0
 
     @property
@@ -182,10 +182,6 @@ class CachePlan:
     def live_cuts(self) -> tuple[Cut, ...]:
         return tuple(cut for cut in self.cuts if cut.live)
 
-    def slots(self, cut: Cut) -> int:
-        """Slots of a cut's ring."""
-        return cut.history
-
     @property
     def cache_bytes(self) -> int:
         """Bytes of all slots for one context of one model instance (for guidance by two calls: for the pair of their
@@ -195,7 +191,7 @@ class CachePlan:
     @property
     def cut_bytes(self) -> int:
         """Of these, the bytes of the cuts' slots."""
-        return sum(self.slots(cut) * cut.slot_bytes for cut in self.cuts)
+        return sum(cut.history * cut.slot_bytes for cut in self.cuts)
 
     def layout(self, resolve: Callable[[object], int], prefix: str = "") -> Layout:
         """What the plan keeps, once the symbolic sizes have values, below the module of the path ``prefix``."""
@@ -351,13 +347,13 @@ def _live_markers(graph: fx.Graph, group_of: dict[fx.Node, str], groups: Sequenc
         for phase in _subsets(groups):
             roots = [n for n in graph.nodes if n.op == "output" or is_impure(n)]
             roots += [n for n in live if group_of[n] not in phase]
-            reached = _reach_back(roots, {n for n, group in group_of.items() if group in phase})
+            reached = reach_back(roots, {n for n, group in group_of.items() if group in phase})
             live |= {n for n, group in group_of.items() if group in phase and n in reached}
         if len(live) == before:
             return live
 
 
-def _reach_back(roots: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
+def reach_back(roots: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
     """Every node that the roots depend on, not looking behind those in ``stop``."""
     reached: set[fx.Node] = set()
     stack = list(roots)

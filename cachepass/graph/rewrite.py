@@ -81,7 +81,7 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
         if cut.live and route.predicts:
             regions.setdefault(cut.region, []).append((marker, cut))
         else:
-            value = _drop_marker(marker, emit)
+            value = drop_marker(marker, emit)
             if route.keeps and cut.history:
                 writes.append((cut, value))
     barrier = {marker for group in regions.values() for marker, _ in group}
@@ -91,7 +91,7 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
         assert plan.output is not None
         _transform_output(graph, ends, plan.output, route, added, emit)
     for marker in ends:
-        _drop_marker(marker, emit)
+        drop_marker(marker, emit)
     kept: tuple[Role, ...] = ()
     if plan.returns and route.predicts:
         kept = _return_kept(graph, writes, plan, emit)
@@ -133,7 +133,7 @@ def _transform_output(graph: fx.Graph, ends: Sequence[fx.Node], plan: OutputPlan
     end.args = (fx.map_arg(end.args[0], lambda node: replaced.get(node, node)),)
 
 
-def _drop_marker(marker: fx.Node, emit: Emitter) -> fx.Node:
+def drop_marker(marker: fx.Node, emit: Emitter) -> fx.Node:
     """Put the value, with the marker's strides, in the marker's place."""
     value = marker.args[0]
     assert isinstance(value, fx.Node)

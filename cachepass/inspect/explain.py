@@ -97,8 +97,8 @@ class Explanation:
     def __str__(self) -> str:
         plan, forecasts = self.plan, {cut.name: cut for cut in self.plan.cuts}
         rows = [
-            (cut.region, cut.output, cut.group, cut.forecast, _shape(cut.shape), f"{plan.slots(cut)}",
-             human_bytes(plan.slots(cut) * cut.slot_bytes) if cut.live else "dead: no phase reads it")
+            (cut.region, cut.output, cut.group, cut.forecast, _shape(cut.shape), f"{cut.history}",
+             human_bytes(cut.history * cut.slot_bytes) if cut.live else "dead: no phase reads it")
             for cut in forecasts.values()
         ]  # fmt: skip
         if plan.output is not None:

@@ -103,7 +103,9 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
         contexts=tuple(dict.fromkeys(run.context for run in runs)),
         graphs=len(dict.fromkeys([*dispatchers, *(d for d in list(LIVE) if d.part and d.part.model in models)])),
         modules=tuple(dict.fromkeys(path for d, instance in found for path in d.modules(instance))),
-        once=tuple(dict.fromkeys(path for d in dispatchers if d.program is not None for path in d.program.once)),
+        once=tuple(
+            dict.fromkeys(path for d in dispatchers if d.program is not None for path in d.program.computed_once)
+        ),
         invariant_bytes=sum(state.cache_bytes for run in runs for state in run.invariants.values()),
     )
 

@@ -97,7 +97,7 @@ class Program:
         self._lock = threading.RLock()
 
     @property
-    def once(self) -> list[str]:
+    def computed_once(self) -> list[str]:
         """Paths of the modules that would be cut, and are computed once per run."""
         regions = () if self.full.hoisted is None else self.full.hoisted.regions
         return [region.split("@")[0] for region in regions]

@@ -67,7 +67,7 @@ class RunState:
     def planned_bytes(self) -> int:
         """Bytes of the slots that the plan has; they are made when a program first asks for them."""
         live = [(cut, math.prod(map(self.resolve, cut.shape))) for cut in self.plan.live_cuts]
-        return sum(self.plan.slots(cut) * numel * cut.slot_dtype.itemsize for cut, numel in live)
+        return sum(cut.history * numel * cut.slot_dtype.itemsize for cut, numel in live)
 
     @property
     def cache_bytes(self) -> int:
@@ -87,7 +87,7 @@ class RunState:
         ring = self.rings.get(role.cut)
         if ring is None:
             cut = self.plan.cuts[role.cut]
-            ring = self.rings[role.cut] = [allocate(cut, self.resolve) for _ in range(self.plan.slots(cut))]
+            ring = self.rings[role.cut] = [allocate(cut, self.resolve) for _ in range(cut.history)]
         return ring[(self.groups[role.group].head + (role.age if role.kind == "history" else -1)) % len(ring)]
 
     def _ring(self, group: str) -> int:
