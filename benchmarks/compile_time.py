@@ -14,10 +14,10 @@ from typing import Any
 
 import click
 import torch
-from report import Column, markdown
+from report import Column, markdown, write
 from rich.progress import Progress
 from shapes import SHAPES
-from steps import row, write
+from steps import row
 from subjects import METHODS, Case
 from worker import measure
 

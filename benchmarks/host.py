@@ -15,12 +15,12 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
+from report import Column, markdown, write
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -33,6 +33,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "taylorseer": TAYLOR | {"cache_identifiers": [r"blocks\.\d+\.attn"], "taylor_factors_dtype": None},
     "pab": {"method": "pab", "spatial_attention_timestep_skip_range": (0, 1000)},
 }
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("cuts", "cuts", str), ("method", "method", str), ("runs told by", "told", str), ("phase", "phase", str),
+    ("AOTAutograd us", "aot", lambda v: f"{v:.0f}"), ("cachepass us", "whole", lambda v: f"{v:.0f}"),
+    ("the cache's own us", "own", lambda v: f"{v:.0f}"),
+)  # fmt: skip
 
 
 class Attention(torch.nn.Module):
@@ -157,9 +164,10 @@ def inputs_of(step: int) -> tuple[torch.Tensor, ...]:
 @click.command()
 @click.option("--cuts", "sizes", multiple=True, type=int, default=(10, 50, 150), show_default=True)
 @click.option("--rounds", default=21, show_default=True)
-def main(sizes: tuple[int, ...], rounds: int) -> None:
-    """Measure and print a table, in microseconds per step."""
-    table = Table("cuts", "method", "phase", "AOTAutograd us", "cachepass us", "the cache's own us")
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="JSON file to write.")
+def main(sizes: tuple[int, ...], rounds: int, out: Path | None) -> None:
+    """Measure, print the markdown table; with --out, write the JSON."""
+    rows = []
     for cuts in sizes:
         for method in METHODS:
             for counted in (True, False):
@@ -167,10 +175,12 @@ def main(sizes: tuple[int, ...], rounds: int) -> None:
                 with torch.no_grad():
                     plain_us, own = measure(plain(cuts), cached(cuts, method, counted=counted), rounds)
                 told = "counting" if counted else "the timestep"
-                for phase, us in own.items():
-                    table.add_row(str(cuts), f"{method}, runs told by {told}", phase, f"{plain_us:.0f}", f"{us:.0f}",
-                                  f"{us - plain_us:.0f}")  # fmt: skip
-    Console(width=110).print(table)
+                rows += [{"cuts": cuts, "method": method, "told": told, "phase": phase, "aot": plain_us, "whole": us,
+                          "own": us - plain_us} for phase, us in own.items()]  # fmt: skip
+    results = {"host time per step": rows}
+    print(markdown(results, COLUMNS))
+    if out is not None:
+        write(results, "cpu", "torch.float32", out)
 
 
 def measure(base: Subject, subject: Subject, rounds: int) -> tuple[float, dict[str, float]]:

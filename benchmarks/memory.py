@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import click
 import torch
-from report import Column, markdown, mebibytes
+from report import Column, markdown, mebibytes, write
 from subjects import bytes_of_hooks
 
 import cachepass
@@ -92,8 +93,9 @@ def dead_slots_kept() -> Iterator[None]:
 
 @click.command()
 @click.option("--depth", default=24, show_default=True, help="Blocks.")
-def main(depth: int) -> None:
-    """Measure and print the markdown table."""
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="JSON file to write.")
+def main(depth: int, out: Path | None) -> None:
+    """Measure, print the markdown table; with --out, write the JSON."""
     rows = []
     with torch.no_grad():
         for name, cache in CASES.items():
@@ -104,7 +106,10 @@ def main(depth: int) -> None:
             equal = all(torch.equal(a, b) for a, b in zip(results, same, strict=True))
             rows.append({"method": name, "bytes": size, "diffusers": diffusers, "ratio": size / diffusers, "dead": dead,
                          "equal": equal})  # fmt: skip
-    print(markdown({f"cache memory, {depth} blocks": rows}, COLUMNS))
+    results = {f"cache memory, {depth} blocks": rows}
+    print(markdown(results, COLUMNS))
+    if out is not None:
+        write(results, "cpu", "torch.float32", out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
-"""Results as a markdown table."""
+"""Results as markdown tables and as JSON."""
 
 from __future__ import annotations
 
+import datetime
+import json
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def _digits(n: int) -> Callable[[Any], str]:
@@ -41,3 +49,15 @@ def markdown(results: dict[str, list[dict[str, Any]]], columns: tuple[Column, ..
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def write(results: dict[str, Any], device: str, dtype: str, out: Path | None, **about: Any) -> Path:
+    """The results as JSON, with what they were measured on."""
+    name = torch.cuda.get_device_name().lower().replace(" ", "-") if device == "cuda" else "cpu"
+    today = datetime.date.today().isoformat()
+    path = out or RESULTS / f"{name}-{today}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about |= {"date": today, "device": name, "dtype": dtype, "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "machine": platform.machine()}  # fmt: skip
+    path.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    return path

@@ -2,24 +2,28 @@
 
     python benchmarks/scaling.py
 
-Each line is one model in this process: median step times, the bound beside them, cold compile seconds of all phases,
-operations of the predicted program and cache bytes.
+Each line is one model in a process of its own: median step times, the bound beside them, cold compile seconds of all
+phases, operations of the predicted program and cache bytes.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from bounds import cost_of, measure_peaks, synchronize
-from report import Column, markdown, mebibytes
+from bounds import Peaks, cost_of, measure_peaks, synchronize
+from report import Column, markdown, mebibytes, write
 from rich.progress import track
 from subjects import TAYLOR, taylor_phase
+from worker import KEEP_FREED
 
 import cachepass
 from cachepass.inspect.summary import programs_of
@@ -35,10 +39,11 @@ COLUMNS: tuple[Column, ...] = (
 )  # fmt: skip
 
 
-def measure(depth: int, side: int, steps: int, device: str, peaks: Any) -> dict[str, Any]:
+@torch.no_grad()
+def measure(depth: int, side: int, steps: int, device: str, peaks: Peaks) -> dict[str, Any]:
     from diffusers import DiTTransformer2DModel
 
-    torch._dynamo.reset()
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))  # what a process pays once
     torch.manual_seed(0)
     model = DiTTransformer2DModel(num_attention_heads=8, attention_head_dim=64, in_channels=4, num_layers=depth,
                                   sample_size=side, patch_size=2, num_embeds_ada_norm=1000)  # fmt: skip
@@ -87,17 +92,21 @@ def measure(depth: int, side: int, steps: int, device: str, peaks: Any) -> dict[
 
 @click.command()
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-def main(device: str) -> None:
-    """Measure and print the markdown table."""
-    rows = []
-    with torch.no_grad():
-        peaks = measure_peaks(device, torch.float32)
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))  # what a process pays once
-        for depth, side, steps in track(CONFIGS, "measuring"):
-            with tempfile.TemporaryDirectory(prefix="cachepass-benchmark-") as folder:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-                rows.append(measure(depth, side, steps, device, peaks))
-    print(markdown({"TaylorSeer on the attentions of a DiT, 512 wide": rows}, COLUMNS))
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="JSON file to write.")
+def main(device: str, out: Path | None) -> None:
+    """Measure, print the markdown table; with --out, write the JSON."""
+    os.environ.update(KEEP_FREED)
+    spawn = multiprocessing.get_context("spawn")
+    rows, peaks = [], measure_peaks(device, torch.float32)
+    for config in track(CONFIGS, "measuring"):
+        with tempfile.TemporaryDirectory(prefix="cachepass-benchmark-") as folder:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+            with ProcessPoolExecutor(1, spawn) as process:
+                rows.append(process.submit(measure, *config, device, peaks).result())
+    results = {"TaylorSeer on the attentions of a DiT, 512 wide": rows}
+    print(markdown(results, COLUMNS))
+    if out is not None:
+        write(results, device, "torch.float32", out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Shape:
         attention: Regex of its attention modules, for TaylorSeer.
         blocks: Regex of all of its blocks but the first, which cache-dit always computes.
         about: Width, blocks and tokens, for the table.
+        large: So large that several do not fit into a device's memory together.
     """
 
     build: Callable[[], torch.nn.Module]
@@ -32,6 +33,7 @@ class Shape:
     attention: str
     blocks: str
     about: str
+    large: bool = False
 
 
 def _flux(**sizes: Any) -> Callable[[], torch.nn.Module]:
@@ -134,11 +136,11 @@ SHAPES = {
         _flux(num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
               joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56)),
         _flux_inputs(64, 64, 512, 4096, 768, guidance=True), 1000.0, _FLUX_ATTENTION, _FLUX_BLOCKS,
-        "3072 wide, 19+38 blocks, 4608 tokens, 12 B parameters",
+        "3072 wide, 19+38 blocks, 4608 tokens, 12 B parameters", large=True,
     ),
     "wan-1.3b": Shape(
         _wan(num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096),
-        _wan_inputs(21, 60, 104, 512, 4096), 1.0, *_WAN, "1536 wide, 30 blocks, 32760 tokens, 512 of text",
+        _wan_inputs(21, 60, 104, 512, 4096), 1.0, *_WAN, "1536 wide, 30 blocks, 32760 tokens, 512 of text", large=True,
     ),
 }  # fmt: skip
 SMALL = ("flux", "cogvideox", "dit", "pixart", "wan")
@@ -147,8 +149,13 @@ SMALL = ("flux", "cogvideox", "dit", "pixart", "wan")
 def build(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """The model, always with the same weights; no gate is zero."""
     torch.manual_seed(0)
-    with torch.device(device):
-        model = SHAPES[name].build().eval().requires_grad_(False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # in fp32 the largest would not fit
+    try:
+        with torch.device(device):
+            model = SHAPES[name].build().eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)

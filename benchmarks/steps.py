@@ -5,79 +5,75 @@
     python benchmarks/steps.py --shape flux-dev --shape wan-1.3b --method taylorseer      # on a GPU
 
 Every subject runs the same schedule of 28 steps on the same inputs. A round runs every subject once, in turn, so drift
-of the machine's speed hits all alike; medians over rounds and processes, ratios from the same call. "bound" is what a
-program's matrix products, attentions and bytes take at the rates that the machine reached in a large product and a
-large copy. Writes ``benchmarks/results/<device>-<date>.json`` and prints the markdown table of docs/performance.md.
+of the machine's speed hits all alike; ratios are taken within a round, and medians over the rounds of all processes.
+"bound" is what a program's matrix products, attentions and bytes take at the rates that the machine reached in a large
+product and a large copy. Writes ``benchmarks/results/<device>-<date>.json`` and prints the markdown table of
+docs/performance.md.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import platform
+import operator
 import statistics
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from report import STEP_COLUMNS, markdown
+from report import STEP_COLUMNS, markdown, write
 from rich.progress import Progress
 from shapes import SHAPES, SMALL
 from subjects import FORMATS, METHODS, STEPS, Case
 from worker import Measured, measure
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def row(case: Case, subject: Measured, subjects: list[Measured]) -> dict[str, Any]:
-    """One line of the table: medians in ms, and ratios."""
+    """One line of the table: medians in ms, and ratios: the medians of those of each round."""
     base = subjects[0]
-    peers = [s for s in subjects if s.name.startswith(("diffusers", "cache-dit"))]
-    hooked = next((s for s in peers if "torch.compile" in s.name), None)
-
-    def ms(s: Measured | None, phase: str) -> float | None:
-        return 1000 * statistics.median(s.steps[phase]) if s is not None and s.steps.get(phase) else None
-
-    phases = {phase: ms(subject, phase) for phase in ("compute", "skip", "predict")} if subject.steps else {}
+    hooks = [s for s in subjects if s.name.startswith("diffusers")]
+    hooked = next((s for s in hooks if "torch.compile" in s.name), None)
+    best = min(hooks, key=lambda s: statistics.median(s.run_times), default=None)
     is_ours = subject.name.startswith("cachepass")
-    run = 1000 * statistics.median(subject.runs)
-    ideal = None
-    if is_ours:
-        ideal = sum(phases[case.phase(step)] or 0.0 for step in range(STEPS))
-    same = [s for s in peers if s.name.startswith("diffusers")]
-    best = min((statistics.median(s.runs) for s in same), default=None)
-    result: dict[str, Any] = {"subject": subject.name, "run_ms": run, "cache_bytes": subject.cache_bytes}
-    if subject.name.startswith("cache-dit"):
-        phases = {}
-    result |= {f"{phase}_ms": value for phase, value in phases.items()}
-    result |= {
-        "compute_vs_plain": _ratio(phases.get("compute"), ms(base, "compute")),
-        "skip_vs_hooks": _ratio(phases.get("skip"), ms(hooked, "skip")),
-        "predict_vs_hooks": _ratio(phases.get("predict"), ms(hooked, "predict")),
-        "compute_vs_bound": _ratio(phases.get("compute"), _bound(subject, "compute")),
-        "skip_vs_bound": _ratio(phases.get("skip"), _bound(subject, "skip")),
-        "predict_vs_bound": _ratio(phases.get("predict"), _bound(subject, "predict")),
-        "run_vs_plain": _ratio(run, 1000 * statistics.median(base.runs)),
-        "run_vs_ideal": _ratio(run, ideal),
-        "run_vs_best_hooks": _ratio(run, None if best is None else 1000 * best) if is_ours else None,
+    # Which of cache-dit's steps are computed is not visible from outside.
+    phases = () if subject.name.startswith("cache-dit") else ("compute", "skip", "predict")
+    times = {phase: subject.phase_times(phase) for phase in phases}
+    result: dict[str, Any] = {
+        "subject": subject.name, "run_ms": _ms(subject.run_times), "cache_bytes": subject.cache_bytes,
+        "run_vs_plain": _ratio(subject.run_times, base.run_times),
+        "run_vs_ideal": _ratio(subject.run_times, _ideal(case, times)) if is_ours else None,
+        "run_vs_best_hooks": _ratio(subject.run_times, best.run_times) if is_ours and best else None,
+        "compute_vs_plain": _ratio(times.get("compute", []), base.phase_times("compute")),
         "difference": _difference(subject, hooked or base),
-        "cold_compile_s": subject.compile[0],
-        "cold_vs_plain": _ratio(subject.compile[0], base.compile[0]),
-        "warm_compile_s": statistics.median(subject.compile[1:]) if subject.compile[1:] else None,
+        "cold_compile_s": subject.compile[0], "cold_vs_plain": subject.compile[0] / base.compile[0],
         "graphs": subject.counts[0], "graph_breaks": subject.counts[1], "recompiles": subject.counts[2],
         "peak_bytes": subject.peak_bytes,
     }  # fmt: skip
-    result["warm_vs_cold"] = _ratio(result["warm_compile_s"], subject.compile[0])
+    for phase, seconds in times.items():
+        result[f"{phase}_ms"] = _ms(seconds)
+        if phase in subject.bounds:
+            result[f"{phase}_vs_bound"] = _ratio(seconds, len(seconds) * [subject.bounds[phase]])
+        if hooked is not None and phase != "compute":
+            result[f"{phase}_vs_hooks"] = _ratio(seconds, hooked.phase_times(phase))
+    if subject.compile[1:]:
+        result["warm_compile_s"] = statistics.median(subject.compile[1:])
+        result["warm_vs_cold"] = result["warm_compile_s"] / subject.compile[0]
     return result
 
 
-def _ratio(value: float | None, to: float | None) -> float | None:
-    return None if value is None or not to else value / to
+def _ms(seconds: list[float]) -> float | None:
+    return 1000 * statistics.median(seconds) if seconds else None
 
 
-def _bound(subject: Measured, phase: str) -> float | None:
-    return None if phase not in subject.bounds else 1000 * subject.bounds[phase]
+def _ratio(values: list[float], to: list[float]) -> float | None:
+    """Median of the ratios of each round."""
+    return statistics.median(map(operator.truediv, values, to)) if values and to else None
+
+
+def _ideal(case: Case, times: dict[str, list[float]]) -> list[float]:
+    """Of each round: what its run takes if every step takes its phase's median."""
+    occurring = {phase: seconds for phase, seconds in times.items() if seconds}
+    rounds = [dict(zip(occurring, medians, strict=True)) for medians in zip(*occurring.values(), strict=True)]
+    return [sum(medians[case.phase(step)] for step in range(STEPS)) for medians in rounds]
 
 
 def _difference(subject: Measured, reference: Measured) -> float | None:
@@ -90,7 +86,7 @@ def _difference(subject: Measured, reference: Measured) -> float | None:
 @click.command()
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), help="Default: all small ones.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="Default: all.")
-@click.option("--rounds", default=3, show_default=True, help="Runs in each process.")
+@click.option("--rounds", default=4, show_default=True, help="Runs in each process.")
 @click.option("--processes", default=2, show_default=True, help="Processes of each subject, one after the other.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--dtype", default=None, type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on CUDA.")
@@ -112,18 +108,6 @@ def main(shapes: tuple[str, ...], methods: tuple[str, ...], rounds: int, process
                 path = write(results, device, str(kind), out, rounds=rounds, processes=processes, steps=STEPS)
                 progress.console.print(f"wrote {path}")
     print(markdown(results, STEP_COLUMNS))
-
-
-def write(results: dict[str, Any], device: str, dtype: str, out: Path | None, **about: Any) -> Path:
-    """The results as JSON, with what they were measured on."""
-    name = torch.cuda.get_device_name().lower().replace(" ", "-") if device == "cuda" else "cpu"
-    today = datetime.date.today().isoformat()
-    path = out or RESULTS / f"{name}-{today}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about |= {"date": today, "device": name, "dtype": dtype, "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "machine": platform.machine()}  # fmt: skip
-    path.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
-    return path
 
 
 if __name__ == "__main__":

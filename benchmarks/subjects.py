@@ -254,14 +254,26 @@ def cache_dit(case: Case) -> Subject | None:
     return Subject("cache-dit, compile_repeated_blocks", model, phased=False)
 
 
-_HOOKS = [hooks("torch.compile"), hooks("compile_repeated_blocks")]
+def by_blocks(make: Callable[[Case], Subject | None]) -> Callable[[Case], Subject | None]:
+    """None for models whose class does not say which blocks to compile (``compile_repeated_blocks`` refuses them)."""
+
+    def make_if_named(case: Case) -> Subject | None:
+        with torch.device("meta"):
+            model: Any = SHAPES[case.shape].build()
+        return make(case) if model._repeated_blocks else None
+
+    return make_if_named
+
+
+_HOOKS = [hooks("torch.compile"), by_blocks(hooks("compile_repeated_blocks"))]
 SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "taylorseer": [plain, ours("specialize"), ours("cond"), *_HOOKS],
     # With compile_repeated_blocks PAB's hooks recompile at every count of their iterations, up to Dynamo's limit.
     "pab": [plain, ours("specialize"), ours("cond"), hooks("torch.compile")],
-    "taylorseer-blocks": [plain, ours("specialize"), *_HOOKS, cache_dit],
+    "taylorseer-blocks": [plain, ours("specialize"), *_HOOKS, by_blocks(cache_dit)],
     "fastercache": [plain, ours("specialize"), *_HOOKS],
     "invariant": [plain, ours("specialize")],
-    "compile time": [plain, plain_regional, ours("specialize"), ours("cond"), ours_regional, *_HOOKS],
+    "compile time": [plain, by_blocks(plain_regional), ours("specialize"), ours("cond"), by_blocks(ours_regional),
+                     *_HOOKS],
 }  # fmt: skip
 METHODS = list(_PHASES)

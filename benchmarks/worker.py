@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from bounds import Cost, Peaks, measure_peaks, synchronize
 from rich.progress import Progress
+from shapes import SHAPES
 from subjects import STEPS, SUBJECTS, Case, Subject
 
 from cachepass.testing import count_compiles
@@ -33,17 +34,25 @@ KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": 
 
 @dataclass
 class Measured:
-    """What was measured of a subject, in seconds; ``steps`` by phase, ``bounds`` what they could not be below."""
+    """What was measured of a subject, in seconds; ``bounds``: what the steps could not be below, by phase."""
 
     name: str
     compile: list[float] = field(default_factory=list)  # in the first process, then in those with a warm cache
     counts: tuple[int, int, int] = (0, 0, 0)  # graphs, graph breaks, recompiles
-    steps: dict[str, list[float]] = field(default_factory=dict)
-    runs: list[float] = field(default_factory=list)
+    runs: list[list[tuple[str, float]]] = field(default_factory=list)  # phase and time of every step
     bounds: dict[str, float] = field(default_factory=dict)
     cache_bytes: int | None = None
     peak_bytes: int | None = None
     output: torch.Tensor | None = None  # of the last step but one
+
+    def phase_times(self, phase: str) -> list[float]:
+        """Median time of the phase's steps in each run; empty for a phase that did not occur."""
+        times = [[seconds for name, seconds in run if name == phase] for run in self.runs]
+        return [statistics.median(run) for run in times if run]
+
+    @property
+    def run_times(self) -> list[float]:
+        return [sum(seconds for _, seconds in run) for run in self.runs]
 
 
 @dataclass(frozen=True)
@@ -111,47 +120,47 @@ def _last(case: Case, subject: Subject) -> tuple[dict[str, Cost], int | None, in
 
 
 def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Progress) -> list[Measured]:
-    """Every one of ``SUBJECTS[subjects]`` in ``processes`` processes of ``rounds`` runs each, in turn."""
+    """Every one of ``SUBJECTS[subjects]`` in ``processes`` processes of ``rounds`` runs each: run by run in turn, or
+    process by process where the models are too large to be in memory together."""
     makers = [_Maker(subjects, index) for index in range(len(SUBJECTS[subjects]))]
-    task = progress.add_task(f"{case.shape}, {subjects}", total=processes * (len(makers) + rounds))
+    task = progress.add_task(f"{case.shape}, {subjects}", total=processes * len(makers))
     measured: dict[int, Measured] = {}
     peaks = measure_peaks(case.device, case.dtype)
     os.environ.update(KEEP_FREED)
+    turns = [[maker] for maker in makers] if SHAPES[case.shape].large else [makers]
     with ExitStack() as stack:
         folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="cachepass-benchmark-")) for _ in makers]
         for _ in range(processes):
-            _measure_processes(case, makers, rounds, folders, measured, peaks, lambda: progress.advance(task))
+            for together in turns:
+                _measure_together(case, together, rounds, folders, measured, peaks)
+                progress.advance(task, len(together))
     return list(measured.values())
 
 
-def _measure_processes(case: Case, makers: list[_Maker], rounds: int, folders: list[str],
-                       measured: dict[int, Measured], peaks: Peaks,
-                       advance: Callable[[], None]) -> None:  # fmt: skip
+def _measure_together(case: Case, makers: list[_Maker], rounds: int, folders: list[str],
+                      measured: dict[int, Measured], peaks: Peaks) -> None:  # fmt: skip
     """One process for each subject; then rounds in which each runs once."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[int, Connection] = {}
     started = []
-    for index, make in enumerate(makers):
+    for make in makers:
         pipe, other = context.Pipe()
-        started.append(context.Process(target=worker, args=(other, make, case, folders[index])))
+        started.append(context.Process(target=worker, args=(other, make, case, folders[make.index])))
         started[-1].start()
+        other.close()  # so that one that fails is an end of file here, not silence
         name = pipe.recv()
         if name is not None:
-            subject = measured.setdefault(index, Measured(name))
+            subject = measured.setdefault(make.index, Measured(name))
             first, counts = _ask(pipe, "first")
             steps, _ = _ask(pipe, "run")
             subject.compile.append(first - sum(seconds for _, seconds in steps))
             if len(subject.compile) == 1:
                 subject.counts = counts
-            pipes[index] = pipe
-        advance()
+            pipes[make.index] = pipe
     for _ in range(rounds):
         for index, pipe in pipes.items():
             steps, measured[index].output = _ask(pipe, "run")
-            measured[index].runs.append(sum(seconds for _, seconds in steps))
-            for phase, seconds in steps:
-                measured[index].steps.setdefault(phase, []).append(seconds)
-        advance()
+            measured[index].runs.append(steps)
     for index, pipe in pipes.items():
         subject = measured[index]
         costs, subject.cache_bytes, subject.peak_bytes = _ask(pipe, "last")
