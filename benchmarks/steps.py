@@ -4,8 +4,9 @@
     python benchmarks/steps.py --shape flux --method taylorseer --rounds 5
     python benchmarks/steps.py --shape flux-dev --shape wan-1.3b --method taylorseer      # on a GPU
 
-Every subject runs the same schedule of 28 steps on the same inputs. A round runs every subject once, in turn, so drift
-of the machine's speed hits all alike; ratios are taken within a round, and medians over the rounds of all processes.
+Every subject runs the same schedule of 28 steps on the same inputs. In a round all subjects make a run, taking turns
+step by step, so drift of the machine's speed hits all alike; ratios are taken within a round, and medians over the
+rounds of all processes.
 "bound" is what a program's matrix products, attentions and bytes take at the rates that the machine reached in a large
 product and a large copy. Writes ``benchmarks/results/<device>-<date>.json`` and prints the markdown table of
 docs/performance.md.

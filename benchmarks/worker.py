@@ -66,24 +66,39 @@ class _Maker:
         return SUBJECTS[self.subjects][self.index](case)
 
 
-def run_once(case: Case, subject: Subject) -> tuple[list[tuple[str, float]], torch.Tensor]:
-    """One run: the phase and the seconds of each step, and the output of the last but one, which is predicted."""
-    subject.reset()
-    steps, kept = [], None
-    for step in range(STEPS):
-        inputs = case.inputs(step)
-        synchronize(case.device)
+class Running:
+    """A subject that makes one step of a run after the other."""
+
+    def __init__(self, case: Case, subject: Subject) -> None:
+        self.case, self.subject = case, subject
+        self._kept: Any = None
+
+    def step(self, step: int) -> tuple[str, float]:
+        """The phase and the seconds of a step; the first one begins a run."""
+        if step == 0:
+            self.subject.reset()
+        inputs = self.case.inputs(step)
+        synchronize(self.case.device)
         start = time.perf_counter()
-        result = subject.call(**inputs)
-        synchronize(case.device)
-        kept = result if step == STEPS - 2 else kept
-        steps.append((case.phase(step) if subject.phased else "compute", time.perf_counter() - start))
-    sample: Any = kept[0] if isinstance(kept, tuple) else getattr(kept, "sample", kept)
-    return steps, sample.float().cpu()
+        result = self.subject.call(**inputs)
+        synchronize(self.case.device)
+        seconds = time.perf_counter() - start
+        self._kept = result if step == STEPS - 2 else self._kept
+        return self.case.phase(step) if self.subject.phased else "compute", seconds
+
+    def run(self) -> float:
+        """The seconds of a whole run."""
+        return sum(self.step(step)[1] for step in range(STEPS))
+
+    def output(self) -> torch.Tensor:
+        """Of the last run's last step but one, which is predicted."""
+        kept = self._kept
+        sample: Any = kept[0] if isinstance(kept, tuple) else getattr(kept, "sample", kept)
+        return sample.float().cpu()
 
 
 def worker(pipe: Connection, make: _Maker, case: Case, folder: str) -> None:
-    """Answers "first" with the seconds and counts of all compilations, "run" with a run, "last" with the rest."""
+    """Answers "first" with the seconds and counts of all compilations, a number with that step, "last" with more."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     # At the default limit of 8 Dynamo gives hooks up; this is in their favour.
@@ -94,34 +109,36 @@ def worker(pipe: Connection, make: _Maker, case: Case, folder: str) -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=case.device))  # what a process pays once
         subject = make(case)
         pipe.send(None if subject is None else subject.name)
-        while subject is not None and (command := pipe.recv()) is not None:
+        if subject is None:
+            return
+        running = Running(case, subject)
+        while (command := pipe.recv()) is not None:
             if command == "first":
                 with count_compiles() as counts:
                     start = time.perf_counter()
                     if subject.warmup is not None:
                         subject.warmup()
-                    warm = time.perf_counter() - start
-                    run = sum(seconds for _, seconds in run_once(case, subject)[0])
-                pipe.send((warm + run, (counts.graphs, counts.graph_breaks, counts.recompiles)))
-            elif command == "run":
-                pipe.send(run_once(case, subject))
+                    first = time.perf_counter() - start + running.run()
+                pipe.send((first - running.run(), (counts.graphs, counts.graph_breaks, counts.recompiles)))
+            elif command == "last":
+                pipe.send(_last(running))
             else:
-                pipe.send(_last(case, subject))
+                pipe.send(running.step(command))
 
 
-def _last(case: Case, subject: Subject) -> tuple[dict[str, Cost], int | None, int | None]:
-    costs, peak = subject.costs(), None
-    if case.device == "cuda":
+def _last(running: Running) -> tuple[dict[str, Cost], int | None, int | None, torch.Tensor]:
+    costs, peak, output = running.subject.costs(), None, running.output()
+    if running.case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run_once(case, subject)
+        running.run()
         peak = torch.cuda.max_memory_allocated() - before
-    return costs, subject.cache_bytes(), peak
+    return costs, running.subject.cache_bytes(), peak, output
 
 
 def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Progress) -> list[Measured]:
-    """Every one of ``SUBJECTS[subjects]`` in ``processes`` processes of ``rounds`` runs each: run by run in turn, or
-    process by process where the models are too large to be in memory together."""
+    """Every one of ``SUBJECTS[subjects]`` in ``processes`` processes of ``rounds`` runs each: step by step in turn,
+    or process by process where the models are too large to be in memory together."""
     makers = [_Maker(subjects, index) for index in range(len(SUBJECTS[subjects]))]
     task = progress.add_task(f"{case.shape}, {subjects}", total=processes * len(makers))
     measured: dict[int, Measured] = {}
@@ -139,7 +156,7 @@ def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Pr
 
 def _measure_together(case: Case, makers: list[_Maker], rounds: int, folders: list[str],
                       measured: dict[int, Measured], peaks: Peaks) -> None:  # fmt: skip
-    """One process for each subject; then rounds in which each runs once."""
+    """One process for each subject; then rounds in which all make a run together, each step in turn."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[int, Connection] = {}
     started = []
@@ -151,25 +168,26 @@ def _measure_together(case: Case, makers: list[_Maker], rounds: int, folders: li
         name = pipe.recv()
         if name is not None:
             subject = measured.setdefault(make.index, Measured(name))
-            first, counts = _ask(pipe, "first")
-            steps, _ = _ask(pipe, "run")
-            subject.compile.append(first - sum(seconds for _, seconds in steps))
+            seconds, counts = _ask(pipe, "first")
+            subject.compile.append(seconds)
             if len(subject.compile) == 1:
                 subject.counts = counts
             pipes[make.index] = pipe
     for _ in range(rounds):
-        for index, pipe in pipes.items():
-            steps, measured[index].output = _ask(pipe, "run")
-            measured[index].runs.append(steps)
+        for subject in (measured[index] for index in pipes):
+            subject.runs.append([])
+        for step in range(STEPS):
+            for index, pipe in pipes.items():
+                measured[index].runs[-1].append(_ask(pipe, step))
     for index, pipe in pipes.items():
         subject = measured[index]
-        costs, subject.cache_bytes, subject.peak_bytes = _ask(pipe, "last")
+        costs, subject.cache_bytes, subject.peak_bytes, subject.output = _ask(pipe, "last")
         subject.bounds = {phase: cost.seconds(peaks) for phase, cost in costs.items()}
         pipe.send(None)
     for process in started:
         process.join()
 
 
-def _ask(pipe: Connection, command: str) -> Any:
+def _ask(pipe: Connection, command: str | int) -> Any:
     pipe.send(command)
     return pipe.recv()
