@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 import torch
-from report import Column, markdown, write
+from report import Column, publish
 from rich.progress import Progress
 from shapes import SHAPES
 from steps import row
@@ -45,9 +45,7 @@ def main(shape: str, methods: tuple[str, ...], device: str, out: Path | None) ->
             case = Case(shape, method, device, dtype)
             subjects = measure(case, "compile time", 1, 2, progress)
             results[f"compiling {method} on {shape}"] = [row(case, subject, subjects) for subject in subjects]
-    print(markdown(results, COLUMNS))
-    if out is not None:
-        write(results, device, str(dtype), out)
+    publish(results, COLUMNS, device, str(dtype), out)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from typing import Any
 
 import click
 import torch
-from report import Column, markdown, write
+from report import Column, publish
+from subjects import TAYLOR
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -28,13 +29,11 @@ from cachepass.inspect.summary import programs_of
 from cachepass.runtime.dispatch import Dispatcher
 
 STEPS = 12
-TAYLOR: dict[str, Any] = {"method": "taylorseer", "cache_interval": 4, "disable_cache_before_step": 2, "max_order": 1}
 METHODS: dict[str, dict[str, Any]] = {
-    "taylorseer": TAYLOR | {"cache_identifiers": [r"blocks\.\d+\.attn"], "taylor_factors_dtype": None},
+    "taylorseer": {"method": "taylorseer", **TAYLOR, "cache_identifiers": [r"blocks\.\d+\.attn"],
+                   "taylor_factors_dtype": None},
     "pab": {"method": "pab", "spatial_attention_timestep_skip_range": (0, 1000)},
-}
-
-
+}  # fmt: skip
 COLUMNS: tuple[Column, ...] = (
     ("cuts", "cuts", str), ("method", "method", str), ("runs told by", "told", str), ("phase", "phase", str),
     ("AOTAutograd us", "aot", lambda v: f"{v:.0f}"), ("cachepass us", "whole", lambda v: f"{v:.0f}"),
@@ -178,9 +177,7 @@ def main(sizes: tuple[int, ...], rounds: int, out: Path | None) -> None:
                 rows += [{"cuts": cuts, "method": method, "told": told, "phase": phase, "aot": plain_us, "whole": us,
                           "own": us - plain_us} for phase, us in own.items()]  # fmt: skip
     results = {"host time per step": rows}
-    print(markdown(results, COLUMNS))
-    if out is not None:
-        write(results, "cpu", "torch.float32", out)
+    publish(results, COLUMNS, "cpu", "torch.float32", out)
 
 
 def measure(base: Subject, subject: Subject, rounds: int) -> tuple[float, dict[str, float]]:

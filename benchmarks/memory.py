@@ -17,7 +17,7 @@ from unittest import mock
 
 import click
 import torch
-from report import Column, markdown, mebibytes, write
+from report import Column, mebibytes, publish
 from subjects import bytes_of_hooks
 
 import cachepass
@@ -107,9 +107,7 @@ def main(depth: int, out: Path | None) -> None:
             rows.append({"method": name, "bytes": size, "diffusers": diffusers, "ratio": size / diffusers, "dead": dead,
                          "equal": equal})  # fmt: skip
     results = {f"cache memory, {depth} blocks": rows}
-    print(markdown(results, COLUMNS))
-    if out is not None:
-        write(results, "cpu", "torch.float32", out)
+    publish(results, COLUMNS, "cpu", "torch.float32", out)
 
 
 if __name__ == "__main__":

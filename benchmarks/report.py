@@ -51,6 +51,14 @@ def markdown(results: dict[str, list[dict[str, Any]]], columns: tuple[Column, ..
     return "\n".join(lines)
 
 
+def publish(results: dict[str, list[dict[str, Any]]], columns: tuple[Column, ...], device: str, dtype: str,
+            out: Path | None) -> None:  # fmt: skip
+    """Print the tables; with ``out``, write the JSON."""
+    print(markdown(results, columns))
+    if out is not None:
+        write(results, device, dtype, out)
+
+
 def write(results: dict[str, Any], device: str, dtype: str, out: Path | None, **about: Any) -> Path:
     """The results as JSON, with what they were measured on."""
     name = torch.cuda.get_device_name().lower().replace(" ", "-") if device == "cuda" else "cpu"

@@ -20,10 +20,10 @@ from typing import Any
 import click
 import torch
 from bounds import Peaks, cost_of, measure_peaks, synchronize
-from report import Column, markdown, mebibytes, write
+from report import Column, mebibytes, publish
 from rich.progress import track
 from subjects import TAYLOR, taylor_phase
-from worker import KEEP_FREED
+from worker import KEEP_FREED, pay_once
 
 import cachepass
 from cachepass.inspect.summary import programs_of
@@ -43,7 +43,7 @@ COLUMNS: tuple[Column, ...] = (
 def measure(depth: int, side: int, steps: int, device: str, peaks: Peaks) -> dict[str, Any]:
     from diffusers import DiTTransformer2DModel
 
-    torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))  # what a process pays once
+    pay_once(device)
     torch.manual_seed(0)
     model = DiTTransformer2DModel(num_attention_heads=8, attention_head_dim=64, in_channels=4, num_layers=depth,
                                   sample_size=side, patch_size=2, num_embeds_ada_norm=1000)  # fmt: skip
@@ -104,9 +104,7 @@ def main(device: str, out: Path | None) -> None:
             with ProcessPoolExecutor(1, spawn) as process:
                 rows.append(process.submit(measure, *config, device, peaks).result())
     results = {"TaylorSeer on the attentions of a DiT, 512 wide": rows}
-    print(markdown(results, COLUMNS))
-    if out is not None:
-        write(results, device, "torch.float32", out)
+    publish(results, COLUMNS, device, "torch.float32", out)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,11 @@ class Running:
         return sample.float().cpu()
 
 
+def pay_once(device: str) -> None:
+    """Compile something: what a process pays with its first kernel is no model's."""
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))
+
+
 def worker(pipe: Connection, make: _Maker, case: Case, folder: str) -> None:
     """Answers "first" with the seconds and counts of all compilations, a number with that step, "last" with more."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -106,7 +111,7 @@ def worker(pipe: Connection, make: _Maker, case: Case, folder: str) -> None:
     torch._dynamo.config.accumulated_recompile_limit = 1024
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     with torch.no_grad():
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=case.device))  # what a process pays once
+        pay_once(case.device)
         subject = make(case)
         pipe.send(None if subject is None else subject.name)
         if subject is None:

@@ -39,7 +39,7 @@ from .graph.outputs import paired_outputs, sample_output
 from .graph.plan import make_plan
 from .graph.regions import find_regions
 from .methods import Skip, Target
-from .options import CompileOptions, parse_options
+from .options import CompileOptions, is_declared, parse_options
 from .prepare import Prepared, prepare
 from .runtime.context import current_context, guidance_partner
 from .runtime.dispatch import Dispatcher
@@ -181,7 +181,7 @@ class _Input(enum.Enum):
 
     @staticmethod
     def of(value: Any, name: str, varying: set[str], options: CompileOptions) -> _Input:
-        if any(name == given or name.startswith(f"{given}.") for given in options.invariant_inputs):
+        if any(is_declared(name, given) for given in options.invariant_inputs):
             return _Input.DECLARED
         traceless = isinstance(value, torch.Tensor) and value.is_inference()
         return _Input.VARYING if name in varying or traceless else _Input.CHECKED

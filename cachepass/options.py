@@ -44,6 +44,11 @@ class CompileOptions:
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
+def is_declared(name: str, given: str) -> bool:
+    """Whether an input is the one, or inside of the one, that the user calls ``given``."""
+    return name == given or name.startswith(f"{given}.")
+
+
 def parse_options(
     options: Mapping[str, Any] | None,
     mode: str | None,

@@ -31,7 +31,7 @@ from .graph.inputs import Arguments, GraphInputs, find_latents, find_timestep, f
 from .graph.numbers import keep_numbers
 from .graph.regions import RegionTable, find_regions
 from .methods import Method, Skip, Target, make_method
-from .options import CompileOptions
+from .options import CompileOptions, is_declared
 from .runtime.instance import InputLayout
 from .runtime.place import Place
 from .runtime.siblings import Siblings
@@ -114,7 +114,7 @@ def _check_declared(named: GraphInputs, options: CompileOptions, *, whole: bool)
     """Inputs declared by the user are inputs of the model."""
     names = [named.names[i] for i in named.own]
     unknown = [given for given in options.invariant_inputs
-               if not any(name == given or name.startswith(f"{given}.") for name in names)]  # fmt: skip
+               if not any(is_declared(name, given) for name in names)]  # fmt: skip
     if unknown and whole:
         raise OptionError(f"the model has no tensor input {unknown[0]!r}", where='options["invariant_inputs"]',
                           hint=f"inputs: {listing(names)}")  # fmt: skip
