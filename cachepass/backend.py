@@ -31,6 +31,7 @@ from .config import method_names
 from .errors import BatchError, CachepassError, CachepassWarning
 from .frequency import Latents
 from .graph.annotate import annotate, annotate_output
+from .graph.dump import dump
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
 from .graph.hoist import hoist, invariant_regions
 from .graph.inputs import read_inputs
@@ -131,8 +132,11 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
             outputs, latents, targets = half.outputs_of_full, half.latents, half.targets
             skips = (*skips, *half.skips)
             notes = (*notes, f"captured at half batch too; halved on steps that run it: {', '.join(half.call.names)}")
+    shown = dict(zip((node.name for node in gm.graph.find_nodes(op="placeholder")), prepared.names, strict=True))
+    dump("dynamo", gm.graph, shown)
     annotate(gm, list(targets), prepared.table)
     annotate_output(gm, outputs)
+    dump("annotated", gm.graph, shown)
     full, run = _trace(gm, inputs, prepared.names, prepared.varying, options, current)
     traced = [full] if half is None else [full, half.traced]
     if options.invariants and prepared.siblings is None:
@@ -164,7 +168,9 @@ def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], vary
         found = {kind: frozenset(i for i, index in enumerate(known) if index is not None and roles[index] is kind)
                  for kind in _Input}  # fmt: skip
         unknown = {i for i, index in enumerate(known) if index is None}
-        traced.append(Traced(aten, tuple(own_inputs), context, _placeholder_names(aten, names),
+        readable = _placeholder_names(aten, names)
+        dump("aten", aten.graph, readable)
+        traced.append(Traced(aten, tuple(own_inputs), context, readable,
                              varying=found[_Input.VARYING] | unknown, declared=found[_Input.DECLARED]))  # fmt: skip
         return step_runner(current)
 
@@ -193,6 +199,7 @@ def _hoist(traced: Sequence[Traced]) -> tuple[list[Traced], list[Skip]]:
     result = []
     for one in traced:
         gm, hoisted = hoist(one.gm, one.varying, regions, one.context.fake_mode)
+        dump("hoisted", gm.graph, one.names)
         result.append(dataclasses.replace(one, gm=gm, hoisted=hoisted))
     return result, [Skip(region, "it stays the same within a run: computed once") for region in sorted(regions)]
 

@@ -37,3 +37,89 @@ def test_demo_without_its_models_says_where_they_are(tmp_path):
 @pytest.mark.parametrize("arguments", [["--version"], ["demo", "--help"]])
 def test_help(arguments):
     assert CliRunner().invoke(main, arguments).exit_code == 0
+
+
+def test_doctor_finds_nothing_wrong_here():
+    result = CliRunner().invoke(main, ["doctor", "--json"], catch_exceptions=False)
+    checks = {check["name"]: check for check in json.loads(result.stdout)}
+    assert result.exit_code == 0, result.output
+    assert all(check["status"] == "ok" and check["found"] and not check["fix"] for check in checks.values())
+    assert "2 of 5 steps predicted" in checks["a cached model on cpu"]["found"]
+
+
+def test_doctor_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch.__version__", "2.9.1")
+    monkeypatch.setattr("torch.compiler.list_backends", lambda **_: ["inductor"])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(main, ["doctor", "--no-compile", "--json"])
+    checks = {check["name"]: check for check in json.loads(result.stdout)}
+    assert result.exit_code == 1
+    assert {name for name, check in checks.items() if check["status"] == "error"} == {
+        "torch", "backend", "C++ compiler", "Inductor's cache"
+    }  # fmt: skip
+    assert all(check["fix"] for check in checks.values() if check["status"] == "error")
+    assert "no-such-compiler" in checks["C++ compiler"]["found"]
+    table = CliRunner().invoke(main, ["doctor", "--no-compile"])
+    assert table.exit_code == 1 and "error" in table.output
+
+
+def test_doctor_tells_of_a_trial_that_fails(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no kernels today\nand more")
+
+    monkeypatch.setattr("cachepass.inspect.doctor._run", fail)
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    trial = next(check for check in json.loads(result.stdout) if check["name"] == "a cached model on cpu")
+    assert (result.exit_code, trial["status"], trial["found"]) == (1, "error", "RuntimeError: no kernels today")
+
+
+MODEL = """
+import torch
+from torch import nn
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = Attention()
+    def forward(self, x, timestep):
+        return x + self.attn(x) * timestep
+
+def make():
+    return Model(), {"x": torch.ones(1, 4, 8), "timestep": torch.ones(1)}
+"""
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    (tmp_path / "model.py").write_text(MODEL)
+    return f"{tmp_path / 'model.py'}:make"
+
+
+def test_explain(model_file):
+    result = CliRunner().invoke(main, ["explain", model_file], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "attn" in result.output and "cache per context: 256 B" in result.output
+    diff = CliRunner().invoke(main, ["explain", model_file, "--cache", '{"method": "pab"}', "--diff", "predict"])
+    assert diff.exit_code == 0 and any(line.startswith("-scaled_dot") for line in diff.output.splitlines())
+    found = json.loads(CliRunner().invoke(main, ["explain", model_file, "--json"]).output)
+    assert [(cut["region"], cut["slots"], cut["bytes"]) for cut in found["cuts"]] == [("attn:0", 2, 256)]
+    assert found["operations"]["predict"] < found["operations"]["compute"]
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda m: [m.replace(":make", ":made")], "has no 'made'"),
+    (lambda m: [m.replace("model.py", "none.py")], "is not FILE.py:FUNCTION"),
+    (lambda m: [m, "--cache", "taylor"], "there is no method"),
+    (lambda m: [m, "--cache", '{"method": '], "not JSON"),
+    (lambda m: [m, "--diff", "predicted"], "there is no phase"),
+])  # fmt: skip
+def test_explain_says_what_is_wrong(model_file, change, message):
+    result = CliRunner().invoke(main, ["explain", *change(model_file)])
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())

@@ -19,6 +19,7 @@ from torch._inductor import inductor_prims, list_mode_options
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.runtime_utils import cache_dir
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses import FakeTensorMode
@@ -37,6 +38,11 @@ def inductor_keys() -> set[str]:
 def inductor_modes() -> dict[str, dict[str, Any]]:
     """The config patches of every ``mode`` of torch.compile."""
     return dict(list_mode_options())
+
+
+def cache_folder() -> str:
+    """Where Inductor keeps what it compiled; it is made if need be."""
+    return cache_dir()
 
 
 def plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
@@ -161,8 +167,8 @@ def trace(function: Callable[..., Any], leaves: Sequence[torch.Tensor], spec: An
     return make_fx(flat, decomposition_table=select_decomp_table())(*leaves), results[-1]
 
 
-def dump_graph(name: str, text: Callable[[], str]) -> None:
-    """Give a graph to tlparse (``TORCH_TRACE``); free when nobody listens."""
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Give a text to tlparse (``TORCH_TRACE``); free when nobody listens."""
     trace_structured(
         "artifact", metadata_fn=lambda: {"name": f"cachepass_{name}", "encoding": "string"}, payload_fn=text
     )

@@ -94,6 +94,16 @@ class Explanation:
             raise CachepassError(f"there is no phase {name!r}", where="explain", hint=f"phases: {known}")
         return self.plan.phases[self.phases.index(name)]
 
+    def as_dict(self) -> dict[str, Any]:
+        """What is printed, as plain values: cuts, phases with their operations, what is not cut, bytes, notes."""
+        cuts = [{"region": cut.region, "output": cut.output, "group": cut.group, "forecast": str(cut.forecast),
+                 "shape": [str(size) for size in cut.shape], "slots": cut.history,
+                 "bytes": cut.history * cut.slot_bytes}
+                for cut in self.plan.cuts]  # fmt: skip
+        return {"cuts": cuts, "operations": {phase: self.nodes(phase) for phase in self.phases},
+                "not_cut": {skip.region: skip.reason for skip in self.skips}, "cache_bytes": self.cache_bytes,
+                "notes": list(self.notes), "never": self.never}  # fmt: skip
+
     def __str__(self) -> str:
         plan, forecasts = self.plan, {cut.name: cut for cut in self.plan.cuts}
         rows = [

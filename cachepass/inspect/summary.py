@@ -132,6 +132,12 @@ def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:
         record.reset()
 
 
+def forget(model: torch.nn.Module | Callable[..., Any]) -> None:
+    """Free all slots of a model; its programs stay."""
+    for record in dict.fromkeys(instance.model for _, instance in programs_of(model)):
+        record.forget()
+
+
 def _original(model: object) -> object:
     """The module behind a compiled module or function."""
     model = getattr(model, "_orig_mod", model)

@@ -28,7 +28,7 @@ from ..graph.inputs import find_latents, find_timestep_input, kind_of, named_inp
 from ..methods import Method, Region
 from ..options import CompileOptions
 from .clock import Clock
-from .context import WARMUP, guidance_partner
+from .context import WARMUP, given_timestep, guidance_partner
 from .hooks import watch_calls
 from .invariants import InvariantState
 from .state import OutputState, RunState
@@ -235,6 +235,12 @@ class Model:
         for key in [key for key in self.runs if key[0].startswith(WARMUP)]:
             del self.runs[key]
 
+    def forget(self) -> None:
+        """Drop all runs, with all that they keep."""
+        self.settle()
+        with self._lock:
+            self.runs.clear()
+
     def reset(self) -> None:
         """End the current run in every context."""
         self.settle()
@@ -270,6 +276,9 @@ class Model:
             return None
         if self._callback is not None:
             return float(self._callback())
+        given = given_timestep()
+        if given is not None:
+            return given
         if isinstance(value, torch.Tensor):
             value = (value.amax() if value.numel() > 1 else value).item()
         return None if value is None else float(value) * self.options.timestep_scale

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 DEFAULT = "default"
 WARMUP = "cachepass.warmup"  # how the names of warm-up contexts begin: their runs are neither counted nor kept
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("cachepass_context", default=DEFAULT)
+_timestep: contextvars.ContextVar[float | None] = contextvars.ContextVar("cachepass_timestep", default=None)
 
 
 @contextlib.contextmanager
-def cache_context(name: str) -> Iterator[None]:
+def cache_context(name: str, *, timestep: float | None = None) -> Iterator[None]:
     """Give calls of compiled models inside this block a state of their own, called ``name``.
 
     A pipeline that calls its model twice per step (conditional, then unconditional) must keep the two apart::
@@ -25,20 +26,28 @@ def cache_context(name: str) -> Iterator[None]:
     Each context has its own history, clock and runs, for every method. Contexts are per thread and per task. Calls
     outside any context use one default state.
 
+    ``timestep``, in the unit of the config's ranges, is what the model's own timestep input says: given here, nothing is
+    read from the device. A config's ``current_timestep_callback`` goes before it.
+
     For methods that skip the unconditional branch, ``"cond"`` and ``"uncond"`` are the two calls of one step, as are
     ``"<name>/cond"`` and ``"<name>/uncond"``.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"cache_context takes a name such as 'cond', got {name!r}")
-    token = _current.set(name)
+    token, time = _current.set(name), _timestep.set(timestep)
     try:
         yield
     finally:
         _current.reset(token)
+        _timestep.reset(time)
 
 
 def current_context() -> str:
     return _current.get()
+
+
+def given_timestep() -> float | None:
+    return _timestep.get()
 
 
 def guidance_partner(context: str) -> tuple[str, str] | None:

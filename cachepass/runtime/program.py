@@ -19,10 +19,10 @@ from torch import fx
 
 from .. import _torch
 from ..errors import CachepassWarning
+from ..graph.dump import dump
 from ..graph.hoist import Hoisted
 from ..graph.plan import CachePlan, Phase
 from ..graph.rewrite import Canonical, rewrite, role_names, weights_dtype
-from ..graph.show import readable
 from ..graph.specialize import Variant, all_phases, specialize
 from ..lower import LoweredVariant, lower
 from ..methods import WHOLE, Route
@@ -183,7 +183,9 @@ class Program:
 
     def _lower(self, variant: Variant, traced: Traced) -> LoweredVariant:
         with self._lock:
-            _torch.dump_graph(f"variant_{variant.name}", lambda: readable(variant.gm.graph, traced.names))
+            added = variant.gm.graph.find_nodes(op="placeholder")[len(traced.inputs) :]
+            roles = {node.name: role for node, role in zip(added, variant.inputs, strict=True)}
+            dump(variant.name, variant.gm.graph, {**traced.names, **role_names(roles, self.plan)})
             lowered = lower(variant, traced.inputs, self.lowering, traced.context)
             logger.info("variant %s: %d nodes, %.2f s", lowered.name, lowered.nodes, lowered.compile_seconds)
             self.variants[variant.name] = lowered
@@ -206,7 +208,10 @@ class Program:
             if route not in self._canonical:
                 traced = self.traced(route)
                 invariants = None if traced.hoisted is None else traced.hoisted.roles
-                self._canonical[route] = rewrite(traced.gm, self.plan, route, invariants)
+                canonical = rewrite(traced.gm, self.plan, route, invariants)
+                names = {**traced.names, **role_names(canonical.roles, self.plan)}
+                dump("/".join(part for part in (route.name, "canonical") if part), canonical.gm.graph, names)
+                self._canonical[route] = canonical
             return self._canonical[route]
 
     def names(self, route: Route = WHOLE) -> dict[str, str]:
