@@ -25,20 +25,29 @@ _T = TypeVar("_T", bound="CacheConfig")
 
 
 class CacheConfig:
-    """Base of the method configs: a frozen dataclass whose ``_check`` runs at construction."""
+    """Base of the method configs: classes decorated with :func:`cache_config`."""
 
     method: ClassVar[str] = ""
 
-    def _check(self) -> None:
-        raise NotImplementedError
+    def check(self) -> None:
+        """Raise a ConfigError for values that make no sense; runs at construction."""
 
     @classmethod
-    def _fail(cls, name: str, what: str, hint: str | None = None) -> ConfigError:
+    def fail(cls, name: str, what: str, hint: str | None = None) -> ConfigError:
+        """The error for a field's value: ``raise self.fail("interval", f"{self.interval} is out of range")``."""
         return ConfigError(what, where=f"{cls.__name__}.{name}", hint=hint)
 
 
-def _method(name: str) -> Callable[[type[_T]], type[_T]]:
-    """Class decorator: a frozen dataclass registered under ``name`` that names the closest field on a typo."""
+def cache_config(name: str) -> Callable[[type[_T]], type[_T]]:
+    """Class decorator for a method's config: makes it a frozen dataclass, and ``name`` an ``options["cache"]``.
+
+    A wrong field raises a ConfigError that names the closest one.
+
+    Raises:
+        OptionError: There is a method of this name already.
+    """
+    if name in _METHODS or name in _ALIASES:
+        raise OptionError(f"there is a method {name!r} already", where="cache_config", hint="choose another name")
 
     def wrap(cls: type[_T]) -> type[_T]:
         cls = dataclass(frozen=True)(cls)
@@ -51,7 +60,7 @@ def _method(name: str) -> Callable[[type[_T]], type[_T]]:
                 if key not in known:
                     raise ConfigError(f"unknown field {key!r}", where=cls.__name__, hint=closest(key, known))
             plain(self, *args, **kwargs)
-            self._check()
+            self.check()
 
         cls.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
         cls.method = name
@@ -61,7 +70,7 @@ def _method(name: str) -> Callable[[type[_T]], type[_T]]:
     return wrap
 
 
-@_method("taylorseer")
+@cache_config("taylorseer")
 class TaylorSeerCacheConfig(CacheConfig):
     """TaylorSeer (https://arxiv.org/abs/2503.06923): module outputs forecast by a Taylor series in the step index.
 
@@ -87,7 +96,7 @@ class TaylorSeerCacheConfig(CacheConfig):
     cache_identifiers: list[str] | None = None
     use_lite_mode: bool = False
 
-    def _check(self) -> None:
+    def check(self) -> None:
         _check_int(self, "cache_interval", 1)
         _check_int(self, "disable_cache_before_step", 0)
         _check_int(self, "disable_cache_after_step", 0, optional=True)
@@ -95,25 +104,25 @@ class TaylorSeerCacheConfig(CacheConfig):
         _check_identifiers(self, "skip_predict_identifiers")
         _check_identifiers(self, "cache_identifiers")
         if not isinstance(self.use_lite_mode, bool):
-            raise self._fail("use_lite_mode", f"expected a bool, got {self.use_lite_mode!r}")
+            raise self.fail("use_lite_mode", f"expected a bool, got {self.use_lite_mode!r}")
         dtype = self.taylor_factors_dtype
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype, dtype)
             object.__setattr__(self, "taylor_factors_dtype", dtype)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise self._fail(
+            raise self.fail(
                 "taylor_factors_dtype", f"expected a floating-point torch.dtype or None, got {dtype!r}",
                 "torch.float32 or torch.bfloat16; None keeps the module's own dtype",
             )  # fmt: skip
         after, before = self.disable_cache_after_step, self.disable_cache_before_step
         if after is not None and after < before:
-            raise self._fail(
+            raise self.fail(
                 "disable_cache_after_step", f"{after} lies before disable_cache_before_step={before}: no step is left",
                 "predicted steps lie in [disable_cache_before_step, disable_cache_after_step)",
             )  # fmt: skip
 
 
-@_method("invariant")
+@cache_config("invariant")
 class InvariantConfig(CacheConfig):
     """Nothing is forecast: what stays the same within a run is computed once, and results are exact.
 
@@ -121,16 +130,13 @@ class InvariantConfig(CacheConfig):
     too, unless ``options["invariants"]`` is False; this one does nothing else.
     """
 
-    def _check(self) -> None:
-        pass
-
 
 _SPATIAL = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers", "visual_transformer_blocks")
 _CROSS = ("blocks", "transformer_blocks", "layers")
 ATTENTION_KINDS = ("spatial", "temporal", "cross")
 
 
-@_method("pab")
+@cache_config("pab")
 class PyramidAttentionBroadcastConfig(CacheConfig):
     """Pyramid Attention Broadcast (https://arxiv.org/abs/2408.12588): attention outputs reused over several steps.
 
@@ -156,14 +162,14 @@ class PyramidAttentionBroadcastConfig(CacheConfig):
     mlp_timestep_skip_range: tuple[float, float] = (100, 800)
     mlp_block_identifiers: tuple[str, ...] = _SPATIAL
 
-    def _check(self) -> None:
+    def check(self) -> None:
         for prefix in [f"{kind}_attention" for kind in ATTENTION_KINDS] + ["mlp"]:
             _check_int(self, f"{prefix}_block_skip_range", 1, optional=True)
             _check_range(self, f"{prefix}_timestep_skip_range")
             _check_identifiers(self, f"{prefix}_block_identifiers", optional=False)
         callback = self.current_timestep_callback
         if callback is not None and not callable(callback):
-            raise self._fail("current_timestep_callback", f"expected a function without arguments, got {callback!r}")
+            raise self.fail("current_timestep_callback", f"expected a function without arguments, got {callback!r}")
 
     def kind(self, name: str) -> tuple[int | None, tuple[float, float], tuple[str, ...]]:
         """Skip range, timestep range and identifiers of ``"spatial"``, ``"temporal"``, ``"cross"`` or ``"mlp"``."""
@@ -182,7 +188,7 @@ _MORE_GUIDED_INPUTS = (
 TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
 
 
-@_method("fastercache")
+@cache_config("fastercache")
 class FasterCacheConfig(CacheConfig):
     """FasterCache (https://arxiv.org/abs/2410.19355): attention outputs extrapolated, unconditional branch estimated.
 
@@ -242,7 +248,7 @@ class FasterCacheConfig(CacheConfig):
     mlp_timestep_skip_range: tuple[float, float] = (-1, 681)
     mlp_block_identifiers: tuple[str, ...] = _SPATIAL
 
-    def _check(self) -> None:
+    def check(self) -> None:
         for prefix in ("spatial_attention", "temporal_attention", "mlp"):
             _check_int(self, f"{prefix}_block_skip_range", 1, optional=True)
             _check_range(self, f"{prefix}_timestep_skip_range")
@@ -253,31 +259,31 @@ class FasterCacheConfig(CacheConfig):
             _check_range(self, f"{kind}_frequency_weight_update_timestep_range")
             alpha = getattr(self, f"alpha_{kind}_frequency")
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-                raise self._fail(f"alpha_{kind}_frequency", f"expected a positive number, got {alpha!r}")
+                raise self.fail(f"alpha_{kind}_frequency", f"expected a positive number, got {alpha!r}")
         callbacks = [f"{name}_weight_callback" for name in ("attention", "low_frequency", "high_frequency")]
         for name in (*callbacks, "current_timestep_callback"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise self._fail(name, f"expected a function, got {getattr(self, name)!r}")
+                raise self.fail(name, f"expected a function, got {getattr(self, name)!r}")
         _check_names(self, "_unconditional_conditional_input_kwargs_identifiers")
         for name in ("is_guidance_distilled", "unconditional_first"):
             if not isinstance(getattr(self, name), bool):
-                raise self._fail(name, f"expected a bool, got {getattr(self, name)!r}")
+                raise self.fail(name, f"expected a bool, got {getattr(self, name)!r}")
         self._check_format()
 
     def _check_format(self) -> None:
         if self.tensor_format not in TENSOR_FORMATS:
-            raise self._fail("tensor_format", f"there is no format {self.tensor_format!r}",
+            raise self.fail("tensor_format", f"there is no format {self.tensor_format!r}",
                              closest(str(self.tensor_format), TENSOR_FORMATS))  # fmt: skip
         grid, tokens = self.latent_grid, self.tensor_format == "BSC"
         if not tokens and grid is not None:
-            raise self._fail("latent_grid", f"{grid!r} is given, but tensor_format is {self.tensor_format!r}",
+            raise self.fail("latent_grid", f"{grid!r} is given, but tensor_format is {self.tensor_format!r}",
                              'a grid belongs to tensor_format="BSC"')  # fmt: skip
         if not tokens or (self.is_guidance_distilled and grid is None):
             return
         if not isinstance(grid, (tuple, list)) or len(grid) not in (2, 3) or any(
             isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in grid
         ):  # fmt: skip
-            raise self._fail("latent_grid", f"expected (height, width) or (frames, height, width), got {grid!r}",
+            raise self.fail("latent_grid", f"expected (height, width) or (frames, height, width), got {grid!r}",
                              'tensor_format="BSC" needs the grid that the tokens stand for')  # fmt: skip
 
     def kind(self, name: str) -> tuple[int | None, tuple[float, float], tuple[str, ...]]:
@@ -308,7 +314,7 @@ def _kind_of(config: CacheConfig, name: str) -> tuple[int | None, tuple[float, f
 def _check_names(config: CacheConfig, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, (list, tuple)) or not value or any(not isinstance(v, str) for v in value):
-        raise config._fail(name, f"expected a list of input names, got {value!r}", "such as ['hidden_states', ...]")
+        raise config.fail(name, f"expected a list of input names, got {value!r}", "such as ['hidden_states', ...]")
 
 
 def _check_int(config: CacheConfig, name: str, low: int, high: float = math.inf, *, optional: bool = False) -> None:
@@ -317,18 +323,18 @@ def _check_int(config: CacheConfig, name: str, low: int, high: float = math.inf,
         return
     bound = f">= {low}" if high == math.inf else f"{low} to {high:.0f}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise config._fail(name, f"expected an int ({bound}), got {value!r} ({type(value).__name__})")
+        raise config.fail(name, f"expected an int ({bound}), got {value!r} ({type(value).__name__})")
     if not low <= value <= high:
-        raise config._fail(name, f"{value} is out of range", f"allowed: {bound}")
+        raise config.fail(name, f"{value} is out of range", f"allowed: {bound}")
 
 
 def _check_range(config: CacheConfig, name: str) -> None:
     value = getattr(config, name)
     pair = isinstance(value, (tuple, list)) and len(value) == 2
     if not pair or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
-        raise config._fail(name, f"expected two numbers (lo, hi), got {value!r}")
+        raise config.fail(name, f"expected two numbers (lo, hi), got {value!r}")
     if not value[0] < value[1]:
-        raise config._fail(name, f"the range {tuple(value)} is empty or reversed", "give (lo, hi) with lo < hi")
+        raise config.fail(name, f"the range {tuple(value)} is empty or reversed", "give (lo, hi) with lo < hi")
 
 
 def _check_identifiers(config: CacheConfig, name: str, *, optional: bool = True) -> None:
@@ -336,12 +342,12 @@ def _check_identifiers(config: CacheConfig, name: str, *, optional: bool = True)
     if optional and value is None:
         return
     if isinstance(value, str) or not isinstance(value, (list, tuple)) or any(not isinstance(v, str) for v in value):
-        raise config._fail(name, f"expected a list of regex strings, got {value!r}", f"write [{value!r}] for one")
+        raise config.fail(name, f"expected a list of regex strings, got {value!r}", f"write [{value!r}] for one")
     for pattern in value:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise config._fail(name, f"{pattern!r} is not a regex: {error}") from None
+            raise config.fail(name, f"{pattern!r} is not a regex: {error}") from None
 
 
 def method_names() -> list[str]:

@@ -155,7 +155,7 @@ WAN_22 = Case(lambda: _wan(two=True), PIPELINES["Wan"].inputs, **TWO_CALLS)
 def _flux_controlnet() -> Any:
     import diffusers
 
-    sizes = {key: value for key, value in ZOO["FluxTransformer2DModel"]["init"].items()}
+    sizes = dict(ZOO["FluxTransformer2DModel"]["init"])
     torch.manual_seed(2)
     net = diffusers.FluxControlNetModel(**sizes).eval().requires_grad_(False)
     for parameter in net.parameters():

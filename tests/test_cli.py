@@ -112,7 +112,7 @@ def test_explain(model_file):
     assert found["operations"]["predict"] < found["operations"]["compute"]
 
 
-@pytest.mark.parametrize("change,message", [
+@pytest.mark.parametrize(("change", "message"), [
     (lambda m: [m.replace(":make", ":made")], "has no 'made'"),
     (lambda m: [m.replace("model.py", "none.py")], "is not FILE.py:FUNCTION"),
     (lambda m: [m, "--cache", "taylor"], "there is no method"),

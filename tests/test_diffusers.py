@@ -33,8 +33,8 @@ WITHOUT_GUIDANCE = {"Flux": {"true_cfg_scale": 1.0}, "Wan": {"guidance_scale": 1
 
 
 def hooked(name: str, method: str, fields: dict[str, Any]) -> Any:
-    """The pipeline with diffusers' hooks, told the timestep by the transformer's input, and a context where the pipeline
-    opens none."""
+    """The pipeline with diffusers' hooks, told the timestep by the transformer's input, and a context where the
+    pipeline opens none."""
     import diffusers
     from diffusers.hooks import (
         apply_faster_cache,

@@ -26,6 +26,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 COND = cond_op
 FORCE_STRIDES = inductor_prims.force_stride_order
@@ -172,3 +173,18 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     trace_structured(
         "artifact", metadata_fn=lambda: {"name": f"cachepass_{name}", "encoding": "string"}, payload_fn=text
     )
+
+
+def flops(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> int:
+    """FLOPs of an operation on these (fake) tensors, by torch's own formulas; 0 where there is none."""
+    packet = getattr(target, "_overloadpacket", None)
+    if packet in flop_registry:
+        count = flop_registry[packet](*args, **kwargs, out_val=value)
+    elif packet is not None and "scaled_dot_product" in packet.__name__ and "backward" not in packet.__name__:
+        count = sdpa_flop_count(*(tensor.shape for tensor in args[:3]))  # of these torch registers CUDA's only
+    else:
+        return 0
+    if isinstance(count, torch.SymInt):
+        hint = count.node.hint
+        return 0 if hint is None else int(hint)
+    return int(count)

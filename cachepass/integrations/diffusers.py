@@ -46,8 +46,8 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
         fullgraph, dynamic: As for ``torch.compile``.
         options: Further ``options`` of the backend: ``lowering``, ``mode``, ``num_inference_steps``, Inductor's.
 
-    The order of this, ``.to()``, LoRA adapters, offloading and ``set_timesteps`` is free. Nothing is compiled before the
-    first call. ``cachepass.summary(pipe.transformer)`` says what was done.
+    The order of this, ``.to()``, LoRA adapters, offloading and ``set_timesteps`` is free. Nothing is compiled before
+    the first call. ``cachepass.summary(pipe.transformer)`` says what was done.
 
     Raises:
         ConfigError, OptionError: The config or an option is wrong, there is no transformer, or a cache is on already.
@@ -165,7 +165,7 @@ def _forward(compiled: Callable[..., Any], original: Callable[..., Any], enabled
     return forward
 
 
-def _cache_context(self: torch.nn.Module, name: str, **_: Any) -> AbstractContextManager[None]:
+def _cache_context(self: torch.nn.Module, name: str, **_: Any) -> AbstractContextManager[None]:  # noqa: ARG001
     return cache_context(name)
 
 

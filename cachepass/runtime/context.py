@@ -26,8 +26,8 @@ def cache_context(name: str, *, timestep: float | None = None) -> Iterator[None]
     Each context has its own history, clock and runs, for every method. Contexts are per thread and per task. Calls
     outside any context use one default state.
 
-    ``timestep``, in the unit of the config's ranges, is what the model's own timestep input says: given here, nothing is
-    read from the device. A config's ``current_timestep_callback`` goes before it.
+    ``timestep``, in the unit of the config's ranges, is what the model's own timestep input says: given here, nothing
+    is read from the device. A config's ``current_timestep_callback`` goes before it.
 
     For methods that skip the unconditional branch, ``"cond"`` and ``"uncond"`` are the two calls of one step, as are
     ``"<name>/cond"`` and ``"<name>/uncond"``.
