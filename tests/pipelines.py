@@ -30,7 +30,8 @@ class Case:
         inputs: Keyword arguments of its call but the number of steps and the generator.
         calls: Calls of the transformer in each step.
         context: Of its calls, where the pipeline names them itself.
-        latents: ``tensor_format`` of its output, where guidance is one batch.
+        latents: ``tensor_format`` of its output.
+        grid: Its ``latent_grid``, for tokens.
         unconditional_first: The order of that batch.
     """
 
@@ -38,13 +39,17 @@ class Case:
     inputs: Callable[[], dict[str, Any]]
     calls: int = 1
     contexts: tuple[str, ...] = ()
-    latents: str | None = None
+    latents: str = ""
+    grid: tuple[int, ...] | None = None
     unconditional_first: bool = True
 
     def run(self, pipe: Any, steps: int, seed: int = 0, **more: Any) -> torch.Tensor:
         """The latents (DiT: the pixels) that come out of one call."""
         generator = torch.Generator().manual_seed(seed)
-        return pipe(**self.inputs() | more, num_inference_steps=steps, generator=generator, return_dict=False)[0]
+        dtype, inputs = pipe.transformer.dtype, self.inputs() | more
+        for name, value in inputs.items():
+            inputs[name] = value.to(dtype) if torch.is_tensor(value) and torch.is_floating_point(value) else value
+        return pipe(**inputs, num_inference_steps=steps, generator=generator, return_dict=False)[0]
 
 
 def _make(name: str, transformer: str, scheduler: Callable[[], Any], parts: str = "", **more: Any) -> Any:
@@ -111,17 +116,19 @@ PIPELINES: dict[str, Case] = {
     "Flux": Case(
         lambda: _make("FluxPipeline", "FluxTransformer2DModel", _flow,
                       "vae text_encoder tokenizer text_encoder_2 tokenizer_2"),
-        lambda: _latents(**_prompts(6, 32, pooled=32), true_cfg_scale=2.0), **TWO_CALLS,
+        lambda: _latents(**_prompts(6, 32, pooled=32), true_cfg_scale=2.0), latents="BSC", grid=(4, 4), **TWO_CALLS,
     ),
     "CogVideoX": Case(
         lambda: _make("CogVideoXPipeline", "CogVideoXTransformer3DModel",
                       functools.partial(_ddim, "CogVideoXDDIMScheduler"), "tokenizer text_encoder vae"),
         lambda: _latents(**_prompts(8, 8), num_frames=5), contexts=("cond_uncond",), latents="BFCHW",
     ),
-    "Wan": Case(lambda: _wan(two=False), lambda: _latents(**_prompts(12, 16), num_frames=5), **TWO_CALLS),
+    "Wan": Case(lambda: _wan(two=False), lambda: _latents(**_prompts(12, 16), num_frames=5), latents="BCFHW",
+                **TWO_CALLS),
     "Latte": Case(
         lambda: _make("LattePipeline", "LatteTransformer3DModel", _ddim, "tokenizer text_encoder vae"),
-        lambda: _latents(**_prompts(8, 8), negative_prompt=None, video_length=2, mask_feature=False), latents="BCFHW",
+        lambda: _latents(**_prompts(8, 8), negative_prompt=None, video_length=16, mask_feature=False,
+                         guidance_scale=2.0), latents="BCFHW",
     ),
     "PixArt": Case(
         lambda: _make("PixArtAlphaPipeline", "PixArtTransformer2DModel",
@@ -137,16 +144,19 @@ PIPELINES: dict[str, Case] = {
     "HunyuanVideo": Case(
         lambda: _make("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", _flow,
                       "vae text_encoder tokenizer text_encoder_2 tokenizer_2"),
-        lambda: _latents(**_prompts(12, 16, masks=True, pooled=8), num_frames=1, true_cfg_scale=2.0), **TWO_CALLS,
+        lambda: _latents(**_prompts(12, 16, masks=True, pooled=8), num_frames=5, true_cfg_scale=2.0), latents="BCFHW",
+        **TWO_CALLS,
     ),
     "LTX": Case(
         lambda: _make("LTXPipeline", "LTXVideoTransformer3DModel", _flow, "vae text_encoder tokenizer"),
-        lambda: _latents(128, **_prompts(16, 16, masks=True), num_frames=9), contexts=("cond_uncond",),
+        lambda: _latents(128, **_prompts(16, 16, masks=True), num_frames=9), contexts=("cond_uncond",), latents="BSC",
+        grid=(2, 4, 4),
     ),
     "DiT": Case(_dit, lambda: {"class_labels": [3], "output_type": "pt"}, latents="BCHW", unconditional_first=False),
     "QwenImage": Case(
         lambda: _make("QwenImagePipeline", "QwenImageTransformer2DModel", _flow, "vae text_encoder tokenizer"),
-        lambda: _latents(**_prompts(8, 16, masks=True, suffix="embeds_mask"), true_cfg_scale=2.0), **TWO_CALLS,
+        lambda: _latents(**_prompts(8, 16, masks=True, suffix="embeds_mask"), true_cfg_scale=2.0), latents="BSC",
+        grid=(4, 4), **TWO_CALLS,
     ),
 }  # fmt: skip
 WAN_22 = Case(lambda: _wan(two=True), PIPELINES["Wan"].inputs, **TWO_CALLS)
@@ -161,7 +171,7 @@ def _flux_controlnet() -> Any:
     for parameter in net.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
-    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=1)
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=1, shift_factor=0.0)
     return _make("FluxControlNetPipeline", "FluxTransformer2DModel", _flow,
                  "text_encoder tokenizer text_encoder_2 tokenizer_2", controlnet=net, vae=vae)  # fmt: skip
 

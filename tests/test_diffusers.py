@@ -8,18 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import FLUX_CONTROLNET, PIPELINES, WAN_22
+from pipelines import FLUX_CONTROLNET, PIPELINES, WAN_22, Case
+from reference import FasterCache
 from zoo import relative_error
 
 import cachepass
+from cachepass.inspect.summary import programs_of
 from cachepass.integrations.diffusers import disable_cache, enable_cache
 from cachepass.testing import count_compiles
 
 STEPS = 9
 TOLERANCE = 1e-5  # relative, fp32
-TAYLOR: dict[str, Any] = {"cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1}
+TAYLOR: dict[str, Any] = {"cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1,
+                          "cache_identifiers": [r".*\.attn\d?"]}  # fmt: skip
 PAB: dict[str, Any] = {f"{kind}_attention_{what}": value for kind in ("spatial", "temporal", "cross")
                        for what, value in (("block_skip_range", 2), ("timestep_skip_range", (100, 900)))}  # fmt: skip
+# What the models have of these kinds; to the hooks LTX's cross-attentions are spatial ones.
+KINDS = {"Wan": ("spatial", "cross"), "Latte": ("spatial", "temporal", "cross"), "PixArt": ("spatial", "cross"),
+         "LTX": ("spatial", "cross")}  # fmt: skip
 FASTER: dict[str, Any] = {
     "spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 900),
     "temporal_attention_block_skip_range": 2, "temporal_attention_timestep_skip_range": (-1, 900),
@@ -65,15 +71,22 @@ def hooked(name: str, method: str, fields: dict[str, Any]) -> Any:
 
 
 def fields_of(name: str, method: str) -> dict[str, Any]:
-    if method == "fastercache":
-        return FASTER | {"tensor_format": PIPELINES[name].latents}
-    return PAB if method == "pab" else TAYLOR | {"taylor_factors_dtype": torch.float32}
+    if method == "taylorseer":
+        return TAYLOR | {"taylor_factors_dtype": torch.float32}
+    fields, kinds = (FASTER, ("spatial",)) if method == "fastercache" else (PAB, KINDS.get(name, ("spatial",)))
+    absent = {"spatial", "temporal", "cross"} - {*kinds, *KINDS.get(name, ())}
+    given = {key: value for key, value in fields.items() if key.split("_")[0] not in absent}
+    if (name, method) == ("Latte", "pab"):  # its temporal blocks' paths hold "transformer_blocks" too
+        given["spatial_attention_block_identifiers"] = ("^transformer_blocks",)
+    return given | ({"tensor_format": PIPELINES[name].latents} if method == "fastercache" else {})
 
 
 @pytest.mark.parametrize(("name", "method"), [
     *itertools.product(PIPELINES, ("taylorseer", "pab")), *((name, "fastercache") for name in FASTER_MODELS),
 ])  # fmt: skip
 def test_pipelines_give_what_diffusers_hooks_give(name, method):
+    from diffusers.hooks import HookRegistry
+
     case, fields = PIPELINES[name], fields_of(name, method)
     more = WITHOUT_GUIDANCE.get(name, {}) if method == "pab" else {}
     expected_pipe, pipe = hooked(name, method, fields), case.make()
@@ -82,6 +95,7 @@ def test_pipelines_give_what_diffusers_hooks_give(name, method):
         for seed in (0, 1):
             got = case.run(pipe, STEPS, seed, **more)
             assert relative_error(got, case.run(expected_pipe, STEPS, seed, **more)) < TOLERANCE
+            HookRegistry.check_if_exists_or_initialize(expected_pipe.transformer).reset_stateful_hooks(recurse=True)
     calls = 1 if more else case.calls
     assert (counts.graphs, counts.graph_breaks, counts.recompiles) == (2 if method == "fastercache" else 1, 0, 0)
     summary = cachepass.summary(pipe.transformer)
@@ -90,16 +104,77 @@ def test_pipelines_give_what_diffusers_hooks_give(name, method):
     assert sum(summary.predicted.values()) > 0
 
 
+class Defined:
+    """In place of a transformer: FasterCache by its definition on guidance batches. Where the pipeline makes two calls,
+    the first one runs both, and the second one gets the other half."""
+
+    def __init__(self, pipe: Any, case: Case, reference: FasterCache, scale: float) -> None:
+        self.case, self.reference, self.scale = case, reference, scale
+        self.uncond: dict[str, Any] = {}
+        self.answer: torch.Tensor | None = None
+        if case.calls == 2:  # what the second call of a step is given stays the same but for latents and timestep
+            calls: list[dict[str, Any]] = []
+            spy = pipe.transformer.register_forward_pre_hook(lambda *given: calls.append(given[2]), with_kwargs=True)
+            case.run(pipe, 1)
+            spy.remove()
+            self.uncond = calls[1]
+
+    def __call__(self, hidden_states: torch.Tensor, **cond: Any) -> tuple[torch.Tensor]:
+        cond["hidden_states"] = hidden_states
+        if self.answer is not None:
+            answer, self.answer = self.answer, None
+            return (answer,)
+        now, given = self.scale * float(cond["timestep"].flatten()[0]), dict(cond)
+        if self.case.calls == 2:
+            for name, value in self.uncond.items():
+                own = cond[name]
+                if name in self.reference.config.guided_inputs and own is not None:
+                    given[name] = torch.cat([own if name in ("hidden_states", "timestep") else value, own])
+                elif name == "img_shapes":
+                    given[name] = own * 2
+        output = self.reference(now, len(given["hidden_states"]), **given)
+        if self.case.calls == 2:
+            self.answer, output = output.chunk(2)
+        return (output,)
+
+
+@pytest.mark.parametrize("name", ["Flux", "Wan", "SD3", "HunyuanVideo", "LTX", "DiT", "QwenImage"])
+def test_fastercache_in_pipelines_where_the_hooks_of_diffusers_fail(name):
+    """They know no two calls per step, no tokens and no batch that begins with the conditional half."""
+    case = PIPELINES[name]
+    config = cachepass.FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(-1, 901), unconditional_batch_timestep_skip_range=(-1, 901),
+        unconditional_batch_skip_range=3, tensor_format=case.latents, latent_grid=case.grid,
+        unconditional_first=case.unconditional_first)  # fmt: skip
+    pipe, expected = case.make(), case.make()
+    enable_cache(pipe, config, lowering="eager")
+    with count_compiles() as counts:
+        results = [case.run(pipe, STEPS, seed) for seed in (0, 1)]
+    assert (counts.graph_breaks, counts.recompiles) == (0, 0)
+    assert counts.graphs == (1 if case.calls == 2 else 2)  # at half batch too
+    summary = cachepass.summary(pipe.transformer)
+    assert summary.predicted["unconditional"] >= 2 * 4 and summary.predicted["spatial"] > 0
+    program = next(programs_of(pipe.transformer))[0].program
+    kinds = {cut.region: cut.group for cut in program.plan.cuts}
+    reference = FasterCache(expected.transformer, config, kinds)
+    defined = Defined(expected, case, reference, 1000 if name in ("Flux", "QwenImage") else 1)
+    reference.model, model = copy.copy(expected.transformer), expected.transformer
+    model.forward = defined
+    for seed, result in enumerate(results):
+        reference.start()
+        assert relative_error(result, case.run(expected, STEPS, seed)) < TOLERANCE
+
+
 def test_both_transformers_of_a_pipeline_are_cached():
     """Wan 2.2 runs one for the noisy steps and another for the rest."""
     import diffusers
     from diffusers.hooks import apply_taylorseer_cache
 
-    case, expected = WAN_22, WAN_22.make()
+    case, expected, fields = WAN_22, WAN_22.make(), fields_of("Wan", "taylorseer")
     for part in (expected.transformer, expected.transformer_2):
-        apply_taylorseer_cache(part, diffusers.TaylorSeerCacheConfig(**TAYLOR, taylor_factors_dtype=torch.float32))
+        apply_taylorseer_cache(part, diffusers.TaylorSeerCacheConfig(**fields))
     pipe = case.make()
-    enable_cache(pipe, TAYLOR | {"method": "taylorseer"}, lowering="eager")
+    enable_cache(pipe, fields | {"method": "taylorseer"}, lowering="eager")
     for seed in (0, 1):
         assert relative_error(case.run(pipe, 12, seed), case.run(expected, 12, seed)) < TOLERANCE
     steps = []
@@ -233,20 +308,19 @@ def test_a_run_that_fails_in_the_middle_leaves_the_next_one_whole():
 def test_timesteps_come_from_the_pipeline():
     """FLUX's transformer gets t / 1000; ranges are in 0..1000 all the same, and no input is read."""
     case, pipe = PIPELINES["Flux"], PIPELINES["Flux"].make()
-    enable_cache(pipe, PAB | {"method": "pab"}, lowering="eager")
+    fields = fields_of("Flux", "pab")
+    enable_cache(pipe, fields | {"method": "pab"}, lowering="eager")
     case.run(pipe, STEPS)
     seen = next(iter(model_of_pipe(pipe).runs.values())).clock.highest
     assert seen is None  # the run is over
     assert cachepass.summary(pipe.transformer).predicted["spatial"] > 0
     disable_cache(pipe)
-    enable_cache(pipe, PAB | {"method": "pab", "spatial_attention_timestep_skip_range": (0, 1)}, lowering="eager")
+    enable_cache(pipe, fields | {"method": "pab", "spatial_attention_timestep_skip_range": (0, 1)}, lowering="eager")
     with pytest.warns(cachepass.CachepassWarning, match="never fired"):
         case.run(pipe, STEPS)
 
 
 def model_of_pipe(pipe: Any) -> Any:
-    from cachepass.inspect.summary import programs_of
-
     return next(programs_of(pipe.transformer))[1].model
 
 

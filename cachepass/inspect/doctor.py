@@ -138,7 +138,7 @@ def _trial(device: str) -> Check:
     """Five steps of a run, of which two are predicted; the computed ones are compared with the model itself."""
     name, start = f"a cached model on {device}", time.perf_counter()
     try:
-        model = _Model().to(device).requires_grad_(False)
+        model = _Model().eval().to(device).requires_grad_(False)
         error = _run(model, device)
         counts = summary(model)
     except Exception as failure:  # whatever it is, it is what the user needs to see

@@ -41,9 +41,17 @@ def require_kinds(kinds: Sequence[str], targets: Sequence[Target], regions: Sequ
             candidates = [r.path for r in regions if fits(kind, r)]
             raise no_match(f"{name}.{prefix}_block_identifiers", identifiers, candidates, f"{kind} ")
         warnings.warn(
-            f"{name}.{prefix}_block_skip_range has no effect: the identifiers match no {kind} module of the model",
+            f"{name}.{prefix}_block_skip_range has no effect: {_why_unreached(kind, identifiers, targets)}",
             CachepassWarning, stacklevel=2,
         )  # fmt: skip
+
+
+def _why_unreached(kind: str, identifiers: Sequence[str], targets: Sequence[Target]) -> str:
+    for target in targets:
+        if fits(kind, target.region) and any(target.region.matches(p, re.search) for p in identifiers):
+            return (f"the {target.group} identifiers, which come first, match {target.region.path} and all others of "
+                    "its modules too")  # fmt: skip
+    return f"the identifiers match no {kind} module of the model"
 
 
 def describe_ranges(kinds: Sequence[str], config: KindConfig) -> str:

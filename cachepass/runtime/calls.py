@@ -246,7 +246,7 @@ class Model:
         self.settle()
         for run in list(self.runs.values()):
             with run.exclusively():
-                run.end()
+                self._end_run(run)
                 run.clock.forget()
 
     def _end_run(self, run: Run) -> None:
