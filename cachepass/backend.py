@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from torch import fx
 
 from . import _torch
 from .config import method_names
-from .errors import BatchError, CachepassError, CachepassWarning
+from .errors import BatchError, CachepassError, hearing, warn
 from .frequency import Latents
 from .graph.annotate import annotate, annotate_output
 from .graph.dump import dump
@@ -70,12 +69,16 @@ def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mappi
     try:
         parsed = parse_options(options, mode, _torch.inductor_keys(), _torch.inductor_modes())
         if parsed.cache is None:
-            warnings.warn(
+            warn(
                 "backend='cached_inductor' without options={'cache': ...}: nothing is cached, this is plain Inductor. "
-                f"Methods: {', '.join(method_names())}", CachepassWarning, stacklevel=2,
+                f"Methods: {', '.join(method_names())}", stacklevel=2,
             )  # fmt: skip
             return _torch.plain_inductor(gm, inputs, parsed.inductor)
-        return compile_cached(gm, inputs, parsed)
+        heard: list[str] = []
+        with hearing(heard):
+            dispatcher = compile_cached(gm, inputs, parsed)
+        dispatcher.warnings.extend(heard)
+        return dispatcher
     except CachepassError as error:
         _torch.raise_unwrapped(error)
 
@@ -96,7 +99,7 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
     idle = prepared.method.never_predicts(options.num_inference_steps)
     if idle is not None:
         # Nothing would ever read a slot: no marker, no slot, the very program that Inductor makes.
-        warnings.warn(f"the cache never fires: {idle}", CachepassWarning, stacklevel=3)
+        warn(f"the cache never fires: {idle}", stacklevel=3)
         dispatcher.idle_groups = tuple(dict.fromkeys(target.group for target in prepared.targets))
         dispatcher.compiled = _uncached(gm, inputs, options)
         return dispatcher
@@ -143,8 +146,8 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
         traced, once = _hoist(traced)
         skips = (*skips, *once)
         if not prepared.method.cuts and traced[0].hoisted is None:
-            warnings.warn("nothing but parameters and light work on them stays the same within a run: this is plain "
-                          "Inductor", CachepassWarning, stacklevel=4)  # fmt: skip
+            warn("nothing but parameters and light work on them stays the same within a run: this is plain "
+                          "Inductor", stacklevel=4)  # fmt: skip
     full, planned = traced[0], traced[-1]
     if half is not None:
         check_halves(full.gm.graph, planned.gm.graph)

@@ -6,8 +6,11 @@ they reach the caller as they are (``_torch.raise_unwrapped``), not wrapped in D
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 
 
 class CachepassError(ValueError):
@@ -61,6 +64,27 @@ class NotCompiledError(CachepassError):
 
 class CachepassWarning(UserWarning):
     """A setting that works but surely is not what was meant: a cache that never fires, an overridden pattern."""
+
+
+_heard: ContextVar[list[str] | None] = ContextVar("cachepass_heard", default=None)
+
+
+def warn(message: str, heard: list[str] | None = None, *, stacklevel: int = 2) -> None:
+    """Warn, and write it down for ``summary``: in ``heard``, or in the list of the :func:`hearing` around."""
+    into = _heard.get() if heard is None else heard
+    if into is not None and message not in into:
+        into.append(message)
+    warnings.warn(message, CachepassWarning, stacklevel=stacklevel + 1)
+
+
+@contextlib.contextmanager
+def hearing(heard: list[str]) -> Iterator[None]:
+    """Write down the warnings that come while a graph is compiled."""
+    token = _heard.set(heard)
+    try:
+        yield
+    finally:
+        _heard.reset(token)
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -8,7 +8,6 @@ All that can be wrong with the user's settings for a model is found here.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,13 @@ from torch import fx
 
 from . import _torch
 from .errors import (
-    CachepassWarning,
     NoMatchError,
     OptionError,
     PartialGraphError,
     TimestepError,
     TrainingError,
     listing,
+    warn,
 )
 from .graph.annotate import outermost
 from .graph.inputs import Arguments, GraphInputs, find_latents, find_timestep, find_timestep_input, kind_of, read_inputs
@@ -146,10 +145,9 @@ def _require_timestep(found: bool, names: Sequence[str], method: Method, options
             f"inputs: {listing(names)}",
         )
     if options.num_inference_steps is None:
-        warnings.warn(
+        warn(
             "no timestep input found, so the end of a run cannot be seen: call cachepass.reset(model) between "
-            'runs, or give options["num_inference_steps"] or options["timestep_input"]',
-            CachepassWarning, stacklevel=4,
+            'runs, or give options["num_inference_steps"] or options["timestep_input"]', stacklevel=4,
         )  # fmt: skip
 
 

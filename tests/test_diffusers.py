@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 from typing import Any
 
 import pytest
@@ -119,11 +120,14 @@ class Defined:
             spy.remove()
             self.uncond = calls[1]
 
-    def __call__(self, hidden_states: torch.Tensor, **cond: Any) -> tuple[torch.Tensor]:
-        cond["hidden_states"] = hidden_states
+    def __call__(self, hidden_states: torch.Tensor, *, return_dict: bool = True, **cond: Any) -> Any:
+        output = self._output(cond | {"hidden_states": hidden_states, "return_dict": False})
+        return types.SimpleNamespace(sample=output) if return_dict else (output,)
+
+    def _output(self, cond: dict[str, Any]) -> torch.Tensor:
         if self.answer is not None:
             answer, self.answer = self.answer, None
-            return (answer,)
+            return answer
         now, given = self.scale * float(cond["timestep"].flatten()[0]), dict(cond)
         if self.case.calls == 2:
             for name, value in self.uncond.items():
@@ -135,7 +139,7 @@ class Defined:
         output = self.reference(now, len(given["hidden_states"]), **given)
         if self.case.calls == 2:
             self.answer, output = output.chunk(2)
-        return (output,)
+        return output
 
 
 @pytest.mark.parametrize("name", ["Flux", "Wan", "SD3", "HunyuanVideo", "LTX", "DiT", "QwenImage"])

@@ -8,8 +8,9 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -153,9 +154,8 @@ def _trial(device: str) -> Check:
 
 def _run(model: torch.nn.Module, device: str) -> float:
     cache = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2, "cache_identifiers": ["attn"]}
-    compiled: Callable[..., torch.Tensor] = torch.compile(
-        model, backend="cached_inductor", fullgraph=True, options={"cache": cache, "num_inference_steps": 5}
-    )
+    options: dict[str, Any] = {"cache": cache, "num_inference_steps": 5}
+    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True, options=options)
     error = 0.0
     x = torch.randn(1, 16, 32, device=device)
     with torch.no_grad(), cache_context("cachepass doctor"):

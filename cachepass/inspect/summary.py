@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import NotCompiledError
+from ..graph.flops import human_flops
+from ..graph.plan import Phase
+from ..methods import PLAIN
 from ..runtime.dispatch import LIVE, Dispatcher
 from ..runtime.instance import Instance
 from .tables import human_bytes, table
@@ -31,6 +34,9 @@ class Summary:
         modules: Paths of the modules that are cut.
         once: Paths of those that would be cut, and are computed once per run: their inputs stay the same in it.
         invariant_bytes: Bytes of all that is kept for a run, over all contexts.
+        flops: What all calls took in matrix products, convolutions and attentions, estimated from shapes.
+        plain_flops: What they would have taken without a cache.
+        warnings: All that were given for this model.
     """
 
     method: str
@@ -46,17 +52,28 @@ class Summary:
     modules: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
     invariant_bytes: int = 0
+    flops: int = 0
+    plain_flops: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def saved(self) -> float:
+        """Share of FLOPs that caching saved, 0 to 1."""
+        return 1 - self.flops / self.plain_flops if self.plain_flops else 0.0
 
     def __str__(self) -> str:
         groups = list(dict.fromkeys([*self.computed, *self.predicted]))
         rows = [(g, self.computed.get(g, 0), self.predicted.get(g, 0), _share(self, g)) for g in groups]
         compiled = ", ".join(f"{name} ({seconds:.1f} s)" for name, seconds in self.variants.items()) or "none"
+        saved = f"{human_flops(self.flops)} of {human_flops(self.plain_flops)}, {100 * self.saved:.0f} % saved"
         return (
             f"{self.method}: {self.steps} steps in {self.runs} runs, contexts: {', '.join(self.contexts) or 'none'}\n"
             + (table(("group", "computed", "predicted", "share predicted"), rows) if rows else "")
             + f"cache: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B), variants: {compiled}\n"
             + (f"kept for a run: {human_bytes(self.invariant_bytes)}\n" if self.invariant_bytes else "")
-        )
+            + (f"compute: {saved}\n" if self.plain_flops else "")
+            + "".join(f"warning: {message}\n" for message in self.warnings)
+        )  # fmt: skip
 
 
 def _share(summary: Summary, group: str) -> str:
@@ -91,6 +108,7 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
     runs = [run for record in models for run in record.runs.values() if run.call is not None]
     cuts = {(run.kind, key): state for run in runs for key, state in run.states.items()}
     outputs = {(run.kind, slots): state for run in runs for slots, state in run.outputs.items()}
+    flops, plain_flops = _flops(found)
     return Summary(
         method=type(found[0][0].method.config).__name__,
         computed=_total(record.computed for record in models),
@@ -107,7 +125,27 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
             dict.fromkeys(path for d in dispatchers if d.program is not None for path in d.program.computed_once)
         ),
         invariant_bytes=sum(state.cache_bytes for run in runs for state in run.invariants.values()),
-    )
+        flops=flops,
+        plain_flops=plain_flops,
+        warnings=tuple(dict.fromkeys(
+            message for owner in (*dispatchers, *(d.program for d in dispatchers if d.program), *models)
+            for message in owner.warnings
+        )),
+    )  # fmt: skip
+
+
+def _flops(found: Iterable[tuple[Dispatcher, Instance]]) -> tuple[int, int]:
+    """What all calls took, and would have taken without a cache."""
+    taken = plain = 0
+    for dispatcher, instance in found:
+        program = dispatcher.program
+        if program is not None:
+            whole = program.flops(Phase(route=PLAIN)) + program.flops_once()
+            for phase, calls in instance.phases.items():
+                taken += calls * program.flops(phase)
+                plain += calls * whole
+            taken += sum(times * program.flops_once(route) for route, times in instance.once.items())
+    return taken, plain
 
 
 def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 
 from ..config import FasterCacheConfig, PyramidAttentionBroadcastConfig
-from ..errors import CachepassWarning
+from ..errors import warn
 from .base import Region, Target, no_match
 
 KindConfig = PyramidAttentionBroadcastConfig | FasterCacheConfig
@@ -40,10 +39,7 @@ def require_kinds(kinds: Sequence[str], targets: Sequence[Target], regions: Sequ
         if (at_least_one and not reached) or identifiers != tuple(getattr(type(config), f"{prefix}_block_identifiers")):
             candidates = [r.path for r in regions if fits(kind, r)]
             raise no_match(f"{name}.{prefix}_block_identifiers", identifiers, candidates, f"{kind} ")
-        warnings.warn(
-            f"{name}.{prefix}_block_skip_range has no effect: {_why_unreached(kind, identifiers, targets)}",
-            CachepassWarning, stacklevel=2,
-        )  # fmt: skip
+        warn(f"{name}.{prefix}_block_skip_range has no effect: {_why_unreached(kind, identifiers, targets)}")
 
 
 def _why_unreached(kind: str, identifiers: Sequence[str], targets: Sequence[Target]) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 
 from ..config import ATTENTION_KINDS, PyramidAttentionBroadcastConfig
-from ..errors import CachepassWarning
+from ..errors import warn
 from ..forecast import REUSE
 from .base import Method, Region, Selection, Skip, Step, Target
 from .kinds import describe_ranges, kind_of, out_of_range, require_kinds
@@ -22,10 +21,7 @@ class PyramidAttentionBroadcast(Method):
 
     def __init__(self, config: PyramidAttentionBroadcastConfig) -> None:
         if all(config.kind(kind)[0] is None for kind in _KINDS):
-            warnings.warn(
-                "PyramidAttentionBroadcastConfig: no skip range is given; using spatial_attention_block_skip_range=2",
-                CachepassWarning, stacklevel=2,
-            )  # fmt: skip
+            warn("PyramidAttentionBroadcastConfig: no skip range is given; using spatial_attention_block_skip_range=2")
             config = dataclasses.replace(config, spatial_attention_block_skip_range=2)  # pyright: ignore
         self.config = config
         self.kinds = tuple(kind for kind in _KINDS if config.kind(kind)[0] is not None)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 
 from ..config import TaylorSeerCacheConfig
-from ..errors import CachepassWarning, NoMatchError
+from ..errors import NoMatchError, warn
 from ..forecast import ZEROS, taylor, taylor_weights
 from .base import GroupHistory, Method, Region, Selection, Step, Target, no_match
 
@@ -85,7 +84,7 @@ class TaylorSeer(Method):
             raise no_match(type(self.config).__name__, active or _ATTENTION, candidates, "give cache_identifiers; ")
 
     def _warn(self, message: str) -> None:
-        warnings.warn(f"{type(self.config).__name__}: {message}", CachepassWarning, stacklevel=2)
+        warn(f"{type(self.config).__name__}: {message}", stacklevel=2)
 
     def _computes(self, step: int) -> bool:
         config = self.config

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from .. import _torch
-from ..errors import CachepassWarning, ConcurrencyError, NoMatchError, listing
+from ..errors import ConcurrencyError, NoMatchError, listing, warn
 from ..graph.inputs import find_latents, find_timestep_input, kind_of, named_inputs
 from ..methods import Method, Region
 from ..options import CompileOptions
@@ -144,6 +143,7 @@ class Model:
         self.steps = self.begun = 0
         self.computed: dict[str, int] = {}
         self.predicted: dict[str, int] = {}
+        self.warnings: list[str] = []
         self.regions: dict[str, Region] = {}  # of all graphs, where it is many
         self.broken: set[str] = set()  # paths of modules with a graph break inside
         self._checked = False
@@ -264,9 +264,9 @@ class Model:
         partner = None if pair is None else self.latest(pair[1])
         if partner is None or partner.predictions == 0:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"the cache never fired in a run of {run.clock.index} steps: "
-                + self.method.why_idle(run.clock.seen), CachepassWarning, stacklevel=2,
+                + self.method.why_idle(run.clock.seen), self.warnings, stacklevel=2,
             )  # fmt: skip
 
     def read_timestep(self, value: Any) -> float | None:

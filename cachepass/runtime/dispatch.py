@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -18,13 +17,13 @@ from typing import Any
 import torch
 
 from .. import _torch
-from ..errors import BatchError, CachepassWarning
+from ..errors import BatchError, warn
 from ..graph.inputs import kind_of
 from ..graph.plan import Phase
 from ..methods import PLAIN, WHOLE, Guidance, Method, Route, Step
 from ..options import CompileOptions
 from .calls import Call, Model, Run, model_of, step_call
-from .context import current_context, guidance_partner
+from .context import WARMUP, current_context, guidance_partner
 from .instance import HalfRun, InputLayout, Instance, Part
 from .invariants import InvariantState
 from .program import CurrentCall, Program, StepCall
@@ -49,6 +48,7 @@ class Dispatcher:
         self.half: HalfRun | None = None  # for guidance batches
         self.binder = SymbolBinder()  # of the sizes in the plan, from the inputs
         self.current = CurrentCall()
+        self.warnings: list[str] = []  # of its capture, and of calls outside of the model
         self._layouts: dict[tuple[int, ...], tuple[Hashable, Callable[[object], int]]] = {}
         self._lock = threading.Lock()
         self._warned = False
@@ -114,7 +114,9 @@ class Dispatcher:
         step = Step(run.clock.index, run.timestep, self._module(instance) if self.method.needs_model else None)
         route = self._route(run, partner, outputs, step)
         decided = self._decide(instance, state, route, outputs, step)
-        decided.invariants, decided.epoch = self._invariants(run, route), run.epoch
+        invariants = self._invariants(run, route)
+        decided.invariants, decided.epoch = invariants, run.epoch
+        kept = 0 if invariants is None else invariants.computed
         self.current.call = decided
         try:
             result = self._run(decided, inputs)
@@ -122,6 +124,8 @@ class Dispatcher:
             self.current.call = None
         state.commit(step.index, decided.computed, {g: decided.weights.get(g, ()) for g in decided.phase.predicted})
         self._note(run, decided, step)
+        if not run.context.startswith(WARMUP):
+            instance.count(decided.phase, 0 if invariants is None else invariants.computed - kept)
         return result
 
     def _note(self, run: Run, call: StepCall, step: Step) -> None:
@@ -159,10 +163,10 @@ class Dispatcher:
         assert self.part is not None
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{self.part.siblings.prefix or 'a part of the model'} is called outside of a call of "
                 f"{type(self.part.model.module).__name__}, whose calls are the steps: computed without a cache",
-                CachepassWarning, stacklevel=4,
+                self.warnings, stacklevel=4,
             )  # fmt: skip
 
     def _decide(self, instance: Instance, state: RunState, route: Route,

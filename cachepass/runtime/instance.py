@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..graph.half import HalfCall
-from ..methods import Target
+from ..graph.plan import Phase
+from ..methods import Route, Target
 from .calls import Model
 from .siblings import Siblings
 
@@ -59,10 +60,20 @@ class Part:
 class Instance:
     """A module that the graph was captured of or is called for, and its place in a model.
 
-    ``groups``: those that may be predicted in it; None: all.
+    Attributes:
+        groups: Those that may be predicted in it; None: all.
+        phases: How often it was called in each phase.
+        once: How often what is kept for a run was computed, by route.
     """
 
     model: Model
     module: weakref.ref[torch.nn.Module] | None
     prefix: str = ""
     groups: frozenset[str] | None = None
+    phases: dict[Phase, int] = field(default_factory=dict)
+    once: dict[Route, int] = field(default_factory=dict)
+
+    def count(self, phase: Phase, once: int) -> None:
+        self.phases[phase] = self.phases.get(phase, 0) + 1
+        if once:
+            self.once[phase.route] = self.once.get(phase.route, 0) + once

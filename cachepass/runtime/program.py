@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +17,9 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..errors import CachepassWarning
+from ..errors import warn
 from ..graph.dump import dump
+from ..graph.flops import count_flops
 from ..graph.hoist import Hoisted
 from ..graph.plan import CachePlan, Phase
 from ..graph.rewrite import Canonical, rewrite, role_names, weights_dtype
@@ -85,7 +85,9 @@ class Program:
     def __init__(self, full: Traced, half: Traced | None, plan: CachePlan, lowering: str) -> None:
         self.full, self.half, self.plan, self.lowering = full, half, plan, lowering
         self.variants: dict[str, LoweredVariant] = {}
+        self.warnings: list[str] = []
         self._canonical: dict[Route, Canonical] = {}
+        self._flops: dict[Phase, int] = {}
         self._by_phase: dict[tuple[Route, tuple[str, ...]], LoweredVariant] = {}
         self._weights: dict[tuple[object, ...], torch.Tensor] = {}
         devices = {cut.group: cut.device for cut in plan.live_cuts if cut.history}
@@ -95,6 +97,17 @@ class Program:
             self._weights_at[group] = weights_dtype(plan, group), plan.output.slots[0].device
         self._once: dict[Traced, tuple[LoweredVariant, SymbolBinder]] = {}
         self._lock = threading.RLock()
+
+    def flops(self, phase: Phase) -> int:
+        """Of one call in a phase."""
+        if phase not in self._flops:
+            self._flops[phase] = count_flops(self.specialized(phase).gm.graph)
+        return self._flops[phase]
+
+    def flops_once(self, route: Route = WHOLE) -> int:
+        """Of what is computed once per run."""
+        hoisted = self.traced(route).hoisted
+        return 0 if hoisted is None else count_flops(hoisted.once.graph)
 
     @property
     def computed_once(self) -> list[str]:
@@ -161,11 +174,11 @@ class Program:
     def _warn_restless(self, traced: Traced, index: int) -> None:
         placeholder = traced.gm.graph.find_nodes(op="placeholder")[index]
         name = traced.names.get(placeholder.name, placeholder.name)
-        warnings.warn(
+        warn(
             f"the input {name} is another tensor at every step, so what depends on it alone is computed every time: "
             "give the same tensor object in all steps of a run, or (if its values stay the same) name it in "
             'options["invariant_inputs"], or switch this off with options["invariants"] = False',
-            CachepassWarning, stacklevel=2,
+            self.warnings, stacklevel=2,
         )  # fmt: skip
 
     def compile(self, phase: Phase) -> LoweredVariant:

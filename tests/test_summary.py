@@ -1,0 +1,89 @@
+"""What ``summary`` says of runs: FLOPs and warnings. Counts, bytes and compile seconds have tests where they arise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import calls, transformer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import cachepass
+from cachepass.graph.flops import human_flops
+
+CACHE = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 1}
+TOKENS, WIDTH, BATCH = 4, 8, 2
+ATTENTION = 2 * 2 * BATCH * TOKENS * TOKENS * WIDTH  # scores and values, a multiply-add counted as two
+
+
+def linear(inputs: int, outputs: int) -> int:
+    return 2 * BATCH * TOKENS * inputs * outputs
+
+
+REST = 2 * (linear(WIDTH, 2 * WIDTH) + linear(2 * WIDTH, WIDTH)) + linear(WIDTH, WIDTH)  # feed-forwards, proj_out
+ATTENTIONS = 2 * (linear(WIDTH, WIDTH) + linear(WIDTH, 2 * WIDTH) + ATTENTION + linear(WIDTH, WIDTH))
+
+
+def run(model, steps=5, **options):
+    torch._dynamo.reset()
+    options = {"cache": CACHE, "lowering": "eager", "num_inference_steps": steps} | options
+    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True, options=options)
+    for call in calls(steps):
+        compiled(*call)
+    return compiled
+
+
+def test_flops_of_computed_and_predicted_steps():
+    """Of five steps 0 and 2 are computed."""
+    found = cachepass.summary(run(transformer()))
+    assert (found.computed["taylorseer"], found.predicted["taylorseer"]) == (2, 3)
+    assert found.plain_flops == 5 * (REST + ATTENTIONS)
+    assert found.flops == 5 * REST + 2 * ATTENTIONS
+    assert found.saved == pytest.approx(3 * ATTENTIONS / (5 * (REST + ATTENTIONS)))
+    assert f"{100 * found.saved:.0f} % saved" in str(found)
+
+
+def test_plain_flops_are_what_torch_counts():
+    model = transformer()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(*calls(1)[0])
+    assert cachepass.summary(run(model)).plain_flops == 5 * counter.get_total_flops()
+
+
+def test_what_is_computed_once_counts_once_per_run():
+    model, text = transformer(cross=True), torch.ones(BATCH, TOKENS, WIDTH)
+    torch._dynamo.reset()
+    options = {"cache": "invariant", "lowering": "eager", "num_inference_steps": 5}
+    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True, options=options)
+    for _ in range(2):
+        for x, timestep in calls(5):
+            compiled(x, timestep, text)
+    found, keys_and_values = cachepass.summary(compiled), 2 * linear(WIDTH, 2 * WIDTH)
+    assert found.plain_flops - found.flops == (2 * 5 - 2) * keys_and_values
+
+
+def test_warm_up_is_not_counted():
+    compiled = torch.compile(transformer(), backend="cached_inductor", fullgraph=True,
+                             options={"cache": CACHE, "lowering": "eager", "num_inference_steps": 5})  # fmt: skip
+    found = cachepass.warmup(compiled, *calls(1)[0], progress=False)
+    assert (found.flops, found.plain_flops, found.saved) == (0, 0, 0)
+
+
+def test_warnings_are_kept():
+    with pytest.warns(cachepass.CachepassWarning):
+        compiled = run(transformer(), cache={"method": "pab", "spatial_attention_block_skip_range": 2,
+                                             "spatial_attention_timestep_skip_range": (0, 1),
+                                             "temporal_attention_block_skip_range": 2})  # fmt: skip
+    found = cachepass.summary(compiled)
+    assert [message.split(":")[0] for message in found.warnings] == [
+        "PyramidAttentionBroadcastConfig.temporal_attention_block_skip_range has no effect",
+        "the cache never fired in a run of 5 steps",
+    ]
+    assert all(f"warning: {message}\n" in str(found) for message in found.warnings)
+
+
+@pytest.mark.parametrize(("count", "text"), [
+    (0, "0 FLOP"), (999, "999 FLOP"), (1500, "1.5 kFLOP"), (2.5e9, "2.5 GFLOP"), (3e15, "3000.0 TFLOP"),
+])  # fmt: skip
+def test_human_flops(count, text):
+    assert human_flops(count) == text
