@@ -105,8 +105,10 @@ def test_explain(model_file):
     result = CliRunner().invoke(main, ["explain", model_file], catch_exceptions=False)
     assert result.exit_code == 0
     assert "attn" in result.output and "cache per context: 128 B" in result.output
-    diff = CliRunner().invoke(main, ["explain", model_file, "--cache", '{"method": "pab"}', "--diff", "predict"])
-    assert diff.exit_code == 0 and any(line.startswith("-scaled_dot") for line in diff.output.splitlines())
+    settings = ["--cache", '{"method": "taylorseer", "cache_interval": 2}', "--diff", "predict"]
+    diff = CliRunner().invoke(main, ["explain", model_file, *settings])
+    assert diff.exit_code == 0
+    assert any(line.startswith("-") and "scaled_dot_product" in line for line in diff.output.splitlines()), diff.output
     found = json.loads(CliRunner().invoke(main, ["explain", model_file, "--json"]).output)
     assert [(cut["region"], cut["slots"], cut["bytes"]) for cut in found["cuts"]] == [("attn", 2, 128)]
     assert found["operations"]["predict"] < found["operations"]["compute"]
