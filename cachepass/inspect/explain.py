@@ -67,18 +67,20 @@ class Explanation:
         """Names for :meth:`graph` and :meth:`diff`."""
         return tuple(phase_name(phase, self.plan.groups) for phase in self.plan.phases)
 
+    def fx_graph(self, phase: str) -> fx.Graph:
+        """The graph of a phase, or of one of those that are no phase's (``"plain"``, ``"canonical"``)."""
+        if phase in self._routes:
+            return self._program.canonical(self._routes[phase]).gm.graph
+        return self.variant(phase).graph
+
     def graph(self, phase: str = "canonical") -> str:
         """The readable graph of a phase; ``"plain"``: without caching, ``"canonical"``: the conditional form.
 
         Where calls take different routes, each has a canonical form: ``"canonical:half"``. The half-batch graph has a
         plain form too: ``"plain:half"``.
         """
-        program = self._program
-        if phase in self._routes:
-            route = self._routes[phase]
-            return readable(program.canonical(route).gm.graph, program.names(route))
-        found = self._phase(phase)
-        return readable(program.specialized(found).gm.graph, program.names(found.route))
+        route = self._routes.get(phase) or self._phase(phase).route
+        return readable(self.fx_graph(phase), self._program.names(route))
 
     @property
     def hoisted(self) -> Hoisted | None:
@@ -118,14 +120,13 @@ class Explanation:
         return self._variants[phase]
 
     def flops(self, phase: str = "predict") -> int:
-        """FLOPs of one call in a phase, a multiply-add counted as two; also of ``"plain"``, and of ``"once"``: what is
-        computed once per run."""
-        if phase == "once":
-            hoisted = self._program.full.hoisted
+        """FLOPs of one call in a phase, a multiply-add counted as two; also of ``"plain"``, and of ``"once"`` (at half
+        batch ``"half/once"``): what is computed once per run."""
+        if phase in ("once", "half/once"):
+            traced = self._program.full if phase == "once" else self._program.half
+            hoisted = None if traced is None else traced.hoisted
             return 0 if hoisted is None else count_flops(hoisted.once.graph)
-        if phase in self._routes:
-            return count_flops(self._program.canonical(self._routes[phase]).gm.graph)
-        return count_flops(self.variant(phase).graph)
+        return count_flops(self.fx_graph(phase))
 
     def timeline(self, num_inference_steps: int | None = None, *, timesteps: Sequence[float] | None = None,
                  contexts: Sequence[str] | None = None) -> tuple[Lane, ...]:  # fmt: skip

@@ -28,7 +28,7 @@ class SimulatedCall:
 
     context: str
     step: int
-    timestep: float | None
+    timestep: float
     phase: Phase
     states: Mapping[str, State]
 
@@ -38,7 +38,7 @@ class Cell:
     """One step of a lane; ``phase`` is the name of the program that runs, ``timestep`` in the unit of the ranges."""
 
     step: int
-    timestep: float | None
+    timestep: float
     state: State
     phase: str
 
@@ -139,8 +139,10 @@ def _check_contexts(plan: CachePlan, contexts: Sequence[str]) -> None:
                                   "of it for guidance batches")  # fmt: skip
 
 
-def _call(method: Method, plan: CachePlan, contexts: Mapping[str, _Context], name: str, step: Step) -> SimulatedCall:
+def _call(method: Method, plan: CachePlan, contexts: Mapping[str, _Context], name: str,
+          step: Step) -> SimulatedCall:  # fmt: skip
     """One call; what it keeps is known afterwards."""
+    assert step.timestep is not None
     context = contexts[name]
     partner = None if context.partner is None else contexts.get(context.partner, _Context(context.partner, None, None))
     follows = partner is None or partner.steps == context.steps + 1
