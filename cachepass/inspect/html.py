@@ -73,11 +73,8 @@ def _totals(explanation: Explanation, costs: Sequence[StepCost]) -> Iterator[tup
     dearest, cheapest = (pick(costs, key=lambda cost: cost.flops) for pick in (max, min))
     yield "saved over the run", _percent(saved(costs)), f"of {human_flops(sum(cost.uncached for cost in costs))}"
     yield "a computed step", human_flops(dearest.flops), f"without a cache {human_flops(dearest.uncached)}"
-    yield (
-        "the cheapest step",
-        human_flops(cheapest.flops),
-        f"{_percent(cheapest.flops / (cheapest.uncached or 1))} of it",
-    )
+    share = cheapest.flops / cheapest.uncached if cheapest.uncached else 1.0
+    yield "the cheapest step", human_flops(cheapest.flops), f"{_percent(share)} of an uncached one"
     yield "cache per context", human_bytes(explanation.cache_bytes), f"{explanation.cache_bytes:,} B"
     hoisted = explanation.hoisted
     if hoisted is not None:

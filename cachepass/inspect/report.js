@@ -106,6 +106,7 @@ for (const chip of document.querySelectorAll("[data-only]")) {
 
 const data = JSON.parse(at("data").textContent);
 const CONTEXT = 3; // unchanged lines shown around a change
+const FOLDED = 8; // fewer than these are not worth a fold
 const [EQUAL, CHANGED, REMOVED, ADDED] = [0, 1, 2, 3];
 let shown = null; // the comparison on show: rows, folds, hits
 
@@ -136,7 +137,7 @@ function compare(name) {
   const last = folds[folds.length - 1];
   if (last && last.run === rows.length) last.end = rows.length;
   return { name, base: diff.base, before: linesOf(diff.base), after: linesOf(name), rows,
-           folds: folds.filter((fold) => fold.end - fold.start > 2), drawn: new Map(), query: "", hits: [], hit: -1 };
+           folds: folds.filter((fold) => fold.end - fold.start >= FOLDED), drawn: new Map(), query: "", hits: [], hit: -1 };
 }
 
 /** The text of one side of a row: what differs from the other side in bold, search hits marked. */
