@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -265,20 +266,31 @@ def check_graphs(chromium, explanation):
 
     chromium.run("document.querySelector('#fold').click()")
     # a line in the middle of a fold: search must unfold it and bring it to the eye
-    target = "proj_out.bias"
+    target = chromium.run("return shown.before[shown.rows[shown.folds[0].start + 2].left]")
+    hits = sum(target in line for line in explanation.graph("plain").splitlines())
+    assert hits and target not in chromium.one("#diff").text
     chromium.one("#find").send_keys(target)
-    chromium.until(lambda: "lines" in chromium.one("#found").text)
-    both = explanation.graph("plain").splitlines(), explanation.graph("predict").splitlines()
+    chromium.until(lambda: chromium.one("#found").text == f"{hits} lines")
     chromium.one("#find").send_keys("\n")
-    hits = sum(target in line for line in both[0])
     assert chromium.one("#found").text == f"1 of {hits}"
+    assert chromium.visible("#diff tbody tr") == rows + hidden - 1
     current = chromium.one("#diff tr.current")
     assert target in current.text and current.is_displayed()
     box = chromium.run("const b = arguments[0].getBoundingClientRect(), d = document.querySelector('#diff')"
                        ".getBoundingClientRect(); return b.top >= d.top && b.bottom <= d.bottom", current)  # fmt: skip
-    assert box and chromium.visible("#diff mark") >= 2
+    assert box and chromium.visible("#diff mark") >= 2 * hits
+    chromium.one("#find").clear()
+    chromium.one("#find").send_keys("blocks.2.ff.\n")
+    first = chromium.one("#diff tr.current").text
     chromium.one("#next").click()
-    assert chromium.one("#found").text.startswith("2 of " if hits > 1 else "1 of ")
+    assert chromium.one("#found").text.startswith("2 of ") and chromium.one("#diff tr.current").text != first
+    chromium.one("#previous").click()
+    assert chromium.one("#found").text.startswith("1 of ") and chromium.one("#diff tr.current").text == first
+    chromium.one("#find").clear()
+    chromium.one("#find").clear()
+    chromium.one("#find").send_keys(target + "\n")  # Enter, before the page begins to search by itself
+    time.sleep(0.3)
+    assert chromium.one("#found").text == f"1 of {hits}"
     chromium.one("#find").clear()
     chromium.one("#find").send_keys("no such text")
     chromium.until(lambda: chromium.one("#found").text == "no match")
@@ -333,7 +345,8 @@ def test_screenshots(chromium, tmp_path):
     explanation.to_html(tmp_path / "report.html", num_inference_steps=50)
     chromium.open(tmp_path / "report.html")
     chromium.screenshot(folder / "report-overview.png", "body", 900)
-    chromium.run("document.querySelector('#run').focus()")
+    chromium.run("document.querySelector('#timeline').scrollIntoView()")
+    chromium.one("#run").send_keys("\ue014" * 8)  # arrow right: a tooltip
     chromium.screenshot(folder / "report-timeline.png", "#timeline")
     chromium.run("document.querySelector('#graphs').scrollIntoView()")
     chromium.until(lambda: chromium.visible("#diff tr"))

@@ -32,7 +32,7 @@ _HERE = Path(__file__).parent
 def render(explanation: Explanation, calls: Sequence[SimulatedCall], *, assumed: bool) -> str:
     """The page. ``assumed``: nobody gave the timesteps of the run."""
     costs = run_costs(explanation, calls)
-    least = min(explanation.phases, key=explanation.flops)
+    least = _least(explanation)
     tree = module_tree(explanation, explanation.fx_graph(explanation.baseline(least)), explanation.fx_graph(least))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -45,9 +45,15 @@ def render(explanation: Explanation, calls: Sequence[SimulatedCall], *, assumed:
         saved=_percent(saved(costs)), tree=tree, fates=_count_fates(tree), least=least,
         lanes=lanes(calls, explanation.plan), steps=list(_steps(calls, costs)), assumed=assumed,
         contexts=list(dict.fromkeys(call.context for call in calls)), memory=list(_memory(explanation)),
-        memory_total=human_bytes(explanation.cache_bytes), dead=_dead(explanation), phases=list(_phases(explanation)),
-        data=_graphs(explanation), human_flops=human_flops,
+        memory_total=human_bytes(explanation.cache_bytes), per=_per(explanation), dead=_dead(explanation),
+        phases=list(_phases(explanation)), data=_graphs(explanation, least),
     )  # fmt: skip
+
+
+def _least(explanation: Explanation) -> str:
+    """The phase that computes least, but for those that do not run the model at all."""
+    flops = {phase: explanation.flops(phase) for phase in explanation.phases}
+    return min((phase for phase in flops if flops[phase]), key=flops.__getitem__, default=explanation.phases[-1])
 
 
 def _own(name: str) -> str:
@@ -75,10 +81,16 @@ def _totals(explanation: Explanation, costs: Sequence[StepCost]) -> Iterator[tup
     yield "a computed step", human_flops(dearest.flops), f"without a cache {human_flops(dearest.uncached)}"
     share = cheapest.flops / cheapest.uncached if cheapest.uncached else 1.0
     yield "the cheapest step", human_flops(cheapest.flops), f"{_percent(share)} of an uncached one"
-    yield "cache per context", human_bytes(explanation.cache_bytes), f"{explanation.cache_bytes:,} B"
+    yield f"cache per {_per(explanation)}", human_bytes(explanation.cache_bytes), f"{explanation.cache_bytes:,} B"
     hoisted = explanation.hoisted
     if hoisted is not None:
         yield "kept for a run", human_bytes(hoisted.slot_bytes), f"{hoisted.operations} operations run once in it"
+
+
+def _per(explanation: Explanation) -> str:
+    """What the plan's bytes are for: the two calls of guidance share theirs."""
+    output = explanation.plan.output
+    return "pair of contexts" if output is not None and not output.halved else "context"
 
 
 def _count_fates(tree: Sequence[Module]) -> dict[str, int]:
@@ -132,7 +144,7 @@ def _phases(explanation: Explanation) -> Iterator[dict[str, Any]]:
                "plain": name not in explanation.phases}  # fmt: skip
 
 
-def _graphs(explanation: Explanation) -> dict[str, Any]:
+def _graphs(explanation: Explanation, first: str) -> dict[str, Any]:
     """The graphs and how they differ from the plain ones: each line of text once, graphs as lists of lines."""
     names = [*explanation.phases, *explanation.canonical_forms]
     bases = {name: explanation.baseline(name) for name in names}
@@ -143,5 +155,4 @@ def _graphs(explanation: Explanation) -> dict[str, Any]:
     diffs = {name: {"base": base, "rows": [[kinds.index(run.kind), run.left, run.right, run.count]
                                            for run in align(texts[base], texts[name])]}
              for name, base in bases.items()}  # fmt: skip
-    first = next((name for name in names if name != "compute" and "predict" in name), names[-1])
     return {"lines": list(numbers), "graphs": graphs, "diffs": diffs, "first": first}

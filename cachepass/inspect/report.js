@@ -258,7 +258,9 @@ function show(hit) {
   if (fold) unfold(fold);
   const row = shown.drawn.get(index);
   row.classList.add("current");
-  row.scrollIntoView({ block: "center" });
+  // Only the graphs scroll: the search box stays where it is.
+  const box = at("diff"), from = box.getBoundingClientRect(), spot = row.getBoundingClientRect();
+  box.scrollTop += spot.top - from.top - (box.clientHeight - spot.height) / 2;
 }
 
 function move(by) {
@@ -281,6 +283,7 @@ at("find").addEventListener("input", () => {
 at("find").addEventListener("keydown", (event) => {
   if (event.key !== "Enter") return;
   event.preventDefault();
+  clearTimeout(waiting);
   if (at("find").value.toLowerCase() !== shown.query) search(at("find").value);
   move(event.shiftKey ? -1 : 1);
 });

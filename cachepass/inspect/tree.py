@@ -90,7 +90,7 @@ def _fates(explanation: Explanation) -> Mapping[str, tuple[Fate, str]]:
             fates[region] = "dead", f"{own[0].group}: no phase reads its forecast, so it has no slots"
             continue
         slots = sum(cut.history for cut in live)
-        kept = f"{slots} slots, {human_bytes(sum(cut.history * cut.slot_bytes for cut in live))}"
+        kept = f"{slots} slot{'s' * (slots > 1)}, {human_bytes(sum(cut.history * cut.slot_bytes for cut in live))}"
         fates[region] = "cut", f"{live[0].group}: {live[0].forecast}, {kept if slots else 'nothing is kept'}"
     return fates
 
