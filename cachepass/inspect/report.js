@@ -107,7 +107,7 @@ for (const chip of document.querySelectorAll("[data-only]")) {
 const data = JSON.parse(at("data").textContent);
 const CONTEXT = 3; // unchanged lines shown around a change
 const FOLDED = 8; // fewer than these are not worth a fold
-const [EQUAL, CHANGED, REMOVED, ADDED] = [0, 1, 2, 3];
+const [EQUAL, CHANGED, REMOVED, ADDED, REPLACED] = [0, 1, 2, 3, 4];
 let shown = null; // the comparison on show: rows, folds, hits
 
 function element(tag, className, text) {
@@ -125,11 +125,14 @@ function linesOf(name) {
 function compare(name) {
   const diff = data.diffs[name];
   const rows = [], folds = [];
+  let removed = 0; // rows at the end with nothing on the right yet: what was added in their place stands beside them
   for (const [kind, left, right, count] of diff.rows) {
     const first = rows.length;
     for (let i = 0; i < count; i += 1) {
-      rows.push({ kind, left: kind === ADDED ? -1 : left + i, right: kind === REMOVED ? -1 : right + i });
+      if (kind === ADDED && i < removed) Object.assign(rows[first - removed + i], { kind: REPLACED, right: right + i });
+      else rows.push({ kind, left: kind === ADDED ? -1 : left + i, right: kind === REMOVED ? -1 : right + i });
     }
+    removed = kind === REMOVED ? count : 0;
     if (kind !== EQUAL) continue;
     const start = first + (first ? CONTEXT : 0);
     folds.push({ start, end: rows.length - CONTEXT, open: false, run: rows.length });
@@ -230,9 +233,9 @@ function draw(name) {
   table.append(columns, top, body);
   at("diff").replaceChildren(table);
   at("diff").scrollTop = 0;
-  const count = (...kinds) => shown.rows.filter((row) => kinds.includes(row.kind)).length;
-  at("changes").replaceChildren(element("b", "minus", `−${count(REMOVED, CHANGED)}`), " ",
-                                element("b", "plus", `+${count(ADDED, CHANGED)}`), " lines");
+  const count = (side) => shown.rows.filter((row) => row.kind !== EQUAL && row[side] >= 0).length;
+  at("changes").replaceChildren(element("b", "minus", `−${count("left")}`), " ",
+                                element("b", "plus", `+${count("right")}`), " lines");
   search(query);
 }
 
