@@ -24,6 +24,7 @@ from small_models import calls, transformer
 import cachepass
 from cachepass import Explanation
 from cachepass.graph.align import align
+from cachepass.graph.flops import human_flops
 from cachepass.inspect.cli import main
 from cachepass.methods import Skip
 
@@ -180,6 +181,15 @@ def test_what_a_run_costs(explanation):
     uncached = STEPS * (explanation.flops("plain") + explanation.flops("once"))
     assert explanation.flops("once") > 0
     assert f"{100 * (1 - spent / uncached):.1f} % saved" in explanation.to_html(num_inference_steps=STEPS)
+
+
+def test_flops_are_printed_and_told(explanation):
+    told = explanation.as_dict()["flops"]
+    assert told == {phase: explanation.flops(phase) for phase in explanation.phases}
+    assert told["compute"] > told["predict:mlp"] > told["predict"] > 0
+    rows = [line.split() for line in str(explanation).splitlines()]
+    assert ["phase", "operations", "FLOPs"] in rows
+    assert ["predict", str(explanation.nodes("predict")), *human_flops(told["predict"]).split()] in rows
 
 
 def test_the_command_line_writes_the_page(tmp_path):
