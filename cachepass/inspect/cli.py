@@ -54,7 +54,9 @@ def demo(images: int, steps: int, guidance: float, lowering: str, out: Path, see
     "--diff", "phase", default=None, help='Print the graph diff of a phase instead ("predict", "canonical", ...).'
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def explain(source: str, cache: str, phase: str | None, as_json: bool) -> None:
+@click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page instead.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of the run on the page's timeline.  [default: 28]")
+def explain(source: str, cache: str, phase: str | None, as_json: bool, page: Path | None, steps: int | None) -> None:
     """Show what a cache would do to a model, without compiling or running it.
 
     FUNCTION, in the file MODEL.py, returns the model and a dict of the keyword arguments of one call.
@@ -80,7 +82,11 @@ def explain(source: str, cache: str, phase: str | None, as_json: bool) -> None:
         with torch.no_grad():
             model, inputs = function()
             plan = explain_model(model, cache=config, **inputs)
-            text = plan.diff(phase) if phase else json.dumps(plan.as_dict(), indent=1) if as_json else str(plan)
+            if page is not None:
+                plan.to_html(page, num_inference_steps=steps)
+                text = f"wrote {page}"
+            else:
+                text = plan.diff(phase) if phase else json.dumps(plan.as_dict(), indent=1) if as_json else str(plan)
     except CachepassError as error:
         raise click.ClickException(str(error)) from None
     click.echo(text.rstrip("\n"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,19 @@ from torch import fx
 from .. import _torch
 from ..backend import build
 from ..config import parse_cache
-from ..errors import CachepassError
+from ..errors import CachepassError, OptionError
+from ..graph.flops import count_flops, human_flops
+from ..graph.hoist import Hoisted
 from ..graph.plan import CachePlan, Phase, phase_name
 from ..graph.show import diff, readable
-from ..methods import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
+from ..methods import PLAIN, PLAIN_HALF, Method, Region, Route, Skip, Target
 from ..options import CompileOptions
 from ..prepare import Prepared, prepare
 from ..runtime.program import CurrentCall, Program
 from .tables import human_bytes, table
+from .timeline import Lane, SimulatedCall, default_contexts, even_timesteps, lanes, simulate_calls
+
+_STEPS = 28  # of a run whose length nobody gave: what pipelines of this kind of model take by default
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Explanation:
         plan: Cuts, slots, bytes and phases.
         notes: Remarks of the method.
         never: Why the schedule cannot predict within a run, or None.
+        model: The class of the model.
+        method: The schedule.
+        options: What the model was explained with.
     """
 
     targets: tuple[Target, ...]
@@ -42,7 +51,11 @@ class Explanation:
     plan: CachePlan
     notes: tuple[str, ...]
     never: str | None
+    model: str
+    method: Method = field(repr=False)
+    options: CompileOptions = field(repr=False)
     _program: Program = field(repr=False)
+    _variants: dict[str, fx.GraphModule] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def cache_bytes(self) -> int:
@@ -54,18 +67,25 @@ class Explanation:
         """Names for :meth:`graph` and :meth:`diff`."""
         return tuple(phase_name(phase, self.plan.groups) for phase in self.plan.phases)
 
+    def fx_graph(self, phase: str) -> fx.Graph:
+        """The graph of a phase, or of one of those that are no phase's (``"plain"``, ``"canonical"``)."""
+        if phase in self._routes:
+            return self._program.canonical(self._routes[phase]).gm.graph
+        return self.variant(phase).graph
+
     def graph(self, phase: str = "canonical") -> str:
         """The readable graph of a phase; ``"plain"``: without caching, ``"canonical"``: the conditional form.
 
         Where calls take different routes, each has a canonical form: ``"canonical:half"``. The half-batch graph has a
         plain form too: ``"plain:half"``.
         """
-        program = self._program
-        if phase in self._routes:
-            route = self._routes[phase]
-            return readable(program.canonical(route).gm.graph, program.names(route))
-        found = self._phase(phase)
-        return readable(program.specialized(found).gm.graph, program.names(found.route))
+        route = self._routes.get(phase) or self._phase(phase).route
+        return readable(self.fx_graph(phase), self._program.names(route))
+
+    @property
+    def hoisted(self) -> Hoisted | None:
+        """What is computed once per run, if anything."""
+        return self._program.full.hoisted
 
     @property
     def _routes(self) -> dict[str, Route]:
@@ -76,9 +96,18 @@ class Explanation:
 
     def diff(self, phase: str = "predict", context: int = 1) -> str:
         """Unified diff from the plain graph (of half the batch, for phases that run on it) to that of a phase."""
-        route = self._routes.get(phase) or self._phase(phase).route
-        plain = PLAIN_HALF.name if route.half else PLAIN.name
+        plain = self.baseline(phase)
         return diff(self.graph(plain), self.graph(phase), fromfile=plain, tofile=phase, context=context)
+
+    def baseline(self, phase: str) -> str:
+        """The graph without caching that a phase is compared with: ``"plain"``, or ``"plain:half"`` at half batch."""
+        route = self._routes.get(phase) or self._phase(phase).route
+        return PLAIN_HALF.name if route.half else PLAIN.name
+
+    @property
+    def canonical_forms(self) -> tuple[str, ...]:
+        """Names of the graphs with conditionals, one for each route of a call."""
+        return tuple(name for name in self._routes if name.startswith("canonical"))
 
     def nodes(self, phase: str) -> int:
         """Number of ATen operations in a phase."""
@@ -86,7 +115,61 @@ class Explanation:
 
     def variant(self, phase: str) -> fx.GraphModule:
         """The program of a phase as it is lowered."""
-        return self._program.specialized(self._phase(phase)).gm
+        if phase not in self._variants:
+            self._variants[phase] = self._program.specialized(self._phase(phase)).gm
+        return self._variants[phase]
+
+    def flops(self, phase: str = "predict") -> int:
+        """FLOPs of one call in a phase, a multiply-add counted as two; also of ``"plain"``, and of ``"once"`` (at half
+        batch ``"half/once"``): what is computed once per run."""
+        if phase in ("once", "half/once"):
+            traced = self._program.full if phase == "once" else self._program.half
+            hoisted = None if traced is None else traced.hoisted
+            return 0 if hoisted is None else count_flops(hoisted.once.graph)
+        return count_flops(self.fx_graph(phase))
+
+    def timeline(self, num_inference_steps: int | None = None, *, timesteps: Sequence[float] | None = None,
+                 contexts: Sequence[str] | None = None) -> tuple[Lane, ...]:  # fmt: skip
+        """What every group does in every step of a run, per context; nothing runs.
+
+        Args:
+            num_inference_steps: Steps of the run. None: as many as there are timesteps; without these the option of
+                this name, or 28.
+            timesteps: As the model gets them. None: an even descent from 1000, in the unit of the config's ranges.
+            contexts: Those that the model is called in, in this order within each step. None: ``"default"``, or
+                ``"cond"`` and ``"uncond"`` where the model was explained for two calls per step.
+
+        Raises:
+            OptionError: There are more or fewer timesteps than steps.
+            BatchError: The model was explained for guidance batches and the contexts are those of two calls, or the
+                reverse.
+        """
+        return lanes(self._calls(num_inference_steps, timesteps, contexts), self.plan)
+
+    def _calls(self, num_inference_steps: int | None, timesteps: Sequence[float] | None,
+               contexts: Sequence[str] | None) -> tuple[SimulatedCall, ...]:  # fmt: skip
+        steps = num_inference_steps or (len(timesteps) if timesteps else self.options.num_inference_steps or _STEPS)
+        if timesteps is None:
+            scaled = even_timesteps(steps)
+        elif len(timesteps) != steps:
+            raise OptionError(f"{len(timesteps)} timesteps for {steps} steps", where="timeline",
+                              hint="give one of the two, or one timestep for each step")  # fmt: skip
+        else:
+            scaled = tuple(timestep * self.options.timestep_scale for timestep in timesteps)
+        return simulate_calls(self.method, self.plan, scaled, contexts or default_contexts(self.plan))
+
+    def to_html(self, path: str | Path | None = None, *, num_inference_steps: int | None = None,
+                timesteps: Sequence[float] | None = None, contexts: Sequence[str] | None = None) -> str:  # fmt: skip
+        """All of this as one HTML page that needs no network; written to ``path`` if that is given.
+
+        The arguments are those of :meth:`timeline`.
+        """
+        from .html import render  # only here: who wants no page need not load the template engine
+
+        page = render(self, self._calls(num_inference_steps, timesteps, contexts), assumed=timesteps is None)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
 
     def _phase(self, name: str) -> Phase:
         if name not in self.phases:
@@ -101,6 +184,7 @@ class Explanation:
                  "bytes": cut.history * cut.slot_bytes}
                 for cut in self.plan.cuts]  # fmt: skip
         return {"cuts": cuts, "operations": {phase: self.nodes(phase) for phase in self.phases},
+                "flops": {phase: self.flops(phase) for phase in self.phases},
                 "not_cut": {skip.region: skip.reason for skip in self.skips}, "cache_bytes": self.cache_bytes,
                 "notes": list(self.notes), "never": self.never}  # fmt: skip
 
@@ -117,11 +201,12 @@ class Explanation:
         text = ""
         if rows:
             text = table(("region", "out", "group", "forecast", "value", "slots", "bytes"), rows, title="cuts") + "\n"
-        text += table(("phase", "operations"), [(p, self.nodes(p)) for p in self.phases], title="phases")
+        phases = [(phase, self.nodes(phase), human_flops(self.flops(phase))) for phase in self.phases]
+        text += table(("phase", "operations", "FLOPs"), phases, title="phases")
         if self.skips:
             text += "\n" + table(("region", "reason"), [(s.region, s.reason) for s in self.skips], title="not cut")
         text += f"\ncache per context: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B)\n"
-        hoisted = self._program.full.hoisted
+        hoisted = self.hoisted
         if hoisted is not None:
             text += (f"kept for a run: {len(hoisted.slots)} value{'s' * (len(hoisted.slots) > 1)}, "
                      f"{human_bytes(hoisted.slot_bytes)} ({hoisted.slot_bytes} B); {hoisted.operations} operations run "
@@ -147,11 +232,13 @@ def explain(model: Callable[..., Any], *args: Any, cache: object, options: Mappi
     """
     parsed = CompileOptions(cache=parse_cache(cache), lowering="eager", **dict(options or {}))
     result: list[Explanation] = []
+    original = getattr(model, "_orig_mod", model)
+    name = type(original).__name__ if isinstance(original, torch.nn.Module) else getattr(original, "__name__", "")
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        result.append(_explain_graph(gm, inputs, parsed))
+        result.append(_explain_graph(gm, inputs, parsed, name))
 
-    call = _fresh_code(getattr(model, "_orig_mod", model))
+    call = _fresh_code(original)
     with torch.no_grad():
         if not _torch.trace_only(call, args, kwargs, backend):
             raise CachepassError("the model runs no tensor operation", where="explain")
@@ -173,9 +260,11 @@ def _fresh_code(model: Callable[..., Any]) -> Callable[..., Any]:
     return fresh if owner is None else types.MethodType(fresh, owner)
 
 
-def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Explanation:
+def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions, model: str) -> Explanation:
     prepared: Prepared = prepare(gm, inputs, options)
     regions = tuple(prepared.table.regions)
     program = build(gm, inputs, prepared, options, CurrentCall()).program  # never called: nothing runs
     never = prepared.method.never_predicts(options.num_inference_steps)
-    return Explanation(prepared.targets, program.plan.skips, regions, program.plan, program.plan.notes, never, program)
+    plan = program.plan
+    return Explanation(prepared.targets, plan.skips, regions, plan, plan.notes, never, model, prepared.method, options,
+                       program)  # fmt: skip

@@ -20,10 +20,11 @@ from .. import _torch
 from ..errors import BatchError, warn
 from ..graph.inputs import kind_of
 from ..graph.plan import Phase
-from ..methods import PLAIN, WHOLE, Guidance, Method, Route, Step
+from ..methods import PLAIN, WHOLE, Method, Route, Step
 from ..options import CompileOptions
 from .calls import Call, Model, Run, model_of, step_call
 from .context import WARMUP, current_context, guidance_partner
+from .decide import allows, route_of
 from .instance import HalfRun, InputLayout, Instance, Part
 from .invariants import InvariantState
 from .program import CurrentCall, Program, StepCall
@@ -174,11 +175,10 @@ class Dispatcher:
         """The schedule: what is predicted in a step that takes a route, and with which weights."""
         assert self.program is not None
         guidance, (output, partner) = self.method.guidance, outputs
-        allowed = route.predicts
+        partner_known = None if partner is None else bool(partner.group.steps)
+        allowed = allows(self.method, step, route, partner_known=partner_known)
         difference, predicted, computed, weights = None, [], [], {}
         if guidance is not None:
-            if partner is not None:
-                allowed = allowed and self._skips(guidance, partner, step)
             if route.weighted:
                 difference = False
                 assert output is not None
@@ -227,20 +227,16 @@ class Dispatcher:
 
     def _route(self, run: Run, partner: Run | None, outputs: tuple[OutputState | None, OutputState | None],
                step: Step) -> Route:  # fmt: skip
-        guidance, output = self.method.guidance, outputs[0]
-        if guidance is None or output is None:
+        output = outputs[0]
+        if output is None:
             return WHOLE
+        known = bool(output.group.steps)
         if partner is None:
-            return guidance.half if self._skips(guidance, output, step) else guidance.both
-        if guidance_partner(run.context) == ("cond", partner.context):
-            return guidance.cond
-        if partner.clock.index != run.clock.index + 1:
-            return PLAIN  # the conditional call of this step did not come first: there is nothing to compare with
-        return guidance.answer if self._skips(guidance, output, step) else guidance.uncond
-
-    def _skips(self, guidance: Guidance, output: OutputState, step: Step) -> bool:
-        """The unconditional branch is skipped in this step; ``output`` keeps its difference."""
-        return bool(output.group.steps) and self.method.predicts(guidance.group, step)
+            return route_of(self.method, step, known=known)
+        pair = guidance_partner(run.context)
+        assert pair is not None
+        follows = partner.clock.index == run.clock.index + 1
+        return route_of(self.method, step, known=known, side=pair[0], follows=follows)
 
     # ---- instances and states ---------------------------------------------------------------------------------------
 

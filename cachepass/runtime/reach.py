@@ -10,8 +10,9 @@ from rich.progress import Progress
 
 from .. import _torch
 from ..graph.plan import CachePlan, Phase, phase_name
-from ..methods import WHOLE, Method, Step
+from ..methods import Method, Step
 from ..options import CompileOptions
+from .decide import allows, route_of
 from .program import Program
 
 
@@ -55,13 +56,12 @@ def reachable(plan: CachePlan, method: Method, steps: Sequence[Step] | None) -> 
 
 def _phases_at(plan: CachePlan, method: Method, step: Step) -> list[Phase]:
     """What one step may be: the first one of a run has no history."""
-    predicted = tuple(group for group in plan.groups if step.index and method.predicts(group, step))
-    if plan.output is None:
-        return [Phase(predicted, WHOLE)]
-    guidance = plan.output.guidance
-    skips = bool(step.index) and method.predicts(guidance.group, step)
-    if plan.output.halved:
-        routes = [guidance.half if skips else guidance.both]
-    else:
-        routes = [guidance.cond, guidance.answer if skips else guidance.uncond]
-    return [Phase(predicted if skips and route.predicts else (), route) for route in routes]
+    known = bool(step.index)
+    predicted = tuple(group for group in plan.groups if known and method.predicts(group, step))
+    two_calls = plan.output is not None and not plan.output.halved
+    phases = []
+    for side in ("cond", "uncond") if two_calls else (None,):
+        route = route_of(method, step, known=known, side=side)
+        allowed = allows(method, step, route, partner_known=known if two_calls else None)
+        phases.append(Phase(predicted if allowed else (), route))
+    return phases

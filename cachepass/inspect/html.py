@@ -1,0 +1,158 @@
+"""HTML: an explanation as one page that needs no network, no server and no other file.
+
+    render : Explanation, the calls of a simulated run -> the page
+
+The page is ``report.html`` with ``report.css`` and ``report.js`` inside; everything but the graphs is in it as text, so
+that it can be read and searched where scripts do not run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from ..graph.align import align
+from ..graph.flops import human_flops
+from ..graph.plan import Cut, NamedSlot
+from .cost import StepCost, run_costs, saved
+from .tables import human_bytes
+from .timeline import SimulatedCall, lanes
+from .tree import Module, module_tree
+
+if TYPE_CHECKING:
+    from .explain import Explanation
+
+_HERE = Path(__file__).parent
+
+
+def render(explanation: Explanation, calls: Sequence[SimulatedCall], *, assumed: bool) -> str:
+    """The page. ``assumed``: nobody gave the timesteps of the run."""
+    costs = run_costs(explanation, calls)
+    least = _least(explanation)
+    tree = module_tree(explanation, explanation.fx_graph(explanation.baseline(least)), explanation.fx_graph(least))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template("report.html").render(
+        style=_own("report.css"), script=_own("report.js"), model=explanation.model,
+        config=type(explanation.method.config).__name__, fields=list(_fields(explanation.method.config)),
+        never=explanation.never, notes=explanation.notes, totals=list(_totals(explanation, costs)),
+        saved=_percent(saved(costs)), tree=tree, fates=_count_fates(tree), least=least,
+        lanes=lanes(calls, explanation.plan), steps=list(_steps(calls, costs)), assumed=assumed,
+        contexts=list(dict.fromkeys(call.context for call in calls)), memory=list(_memory(explanation)),
+        memory_total=human_bytes(explanation.cache_bytes), per=_per(explanation), dead=_dead(explanation),
+        phases=list(_phases(explanation)), data=_graphs(explanation, least),
+    )  # fmt: skip
+
+
+def _least(explanation: Explanation) -> str:
+    """The phase that computes least, but for those that do not run the model at all."""
+    flops = {phase: explanation.flops(phase) for phase in explanation.phases}
+    return min((phase for phase in flops if flops[phase]), key=flops.__getitem__, default=explanation.phases[-1])
+
+
+def _own(name: str) -> str:
+    """One of our own files, which stands in the page as it is."""
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _fields(config: Any) -> Iterator[tuple[str, str, bool]]:
+    """Name, value, and whether it is not the default, of each field of a config."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        text = getattr(value, "__qualname__", None) if callable(value) and not isinstance(value, type) else None
+        yield field.name, text or repr(value), bool(value != default)
+
+
+def _totals(explanation: Explanation, costs: Sequence[StepCost]) -> Iterator[tuple[str, str, str]]:
+    """What a reader wants to know first: label, value, remark."""
+    dearest, cheapest = (pick(costs, key=lambda cost: cost.flops) for pick in (max, min))
+    yield "saved over the run", _percent(saved(costs)), f"of {human_flops(sum(cost.uncached for cost in costs))}"
+    yield "a computed step", human_flops(dearest.flops), f"without a cache {human_flops(dearest.uncached)}"
+    share = cheapest.flops / cheapest.uncached if cheapest.uncached else 1.0
+    yield "the cheapest step", human_flops(cheapest.flops), f"{_percent(share)} of an uncached one"
+    yield f"cache per {_per(explanation)}", human_bytes(explanation.cache_bytes), f"{explanation.cache_bytes:,} B"
+    hoisted = explanation.hoisted
+    if hoisted is not None:
+        yield "kept for a run", human_bytes(hoisted.slot_bytes), f"{hoisted.operations} operations run once in it"
+
+
+def _per(explanation: Explanation) -> str:
+    """What the plan's bytes are for: the two calls of guidance share theirs."""
+    output = explanation.plan.output
+    return "pair of contexts" if output is not None and not output.halved else "context"
+
+
+def _count_fates(tree: Sequence[Module]) -> dict[str, int]:
+    counts = dict.fromkeys(("cut", "dead", "once", "skipped", "inside", "left"), 0)
+    for root in tree:
+        for module in root.walk():
+            if module.fate in counts:
+                counts[module.fate] += 1
+    return {fate: count for fate, count in counts.items() if count}
+
+
+def _steps(calls: Sequence[SimulatedCall], costs: Sequence[StepCost]) -> Iterator[dict[str, Any]]:
+    """Head of each column of the timeline: the step, its timestep and what it costs."""
+    timesteps = {call.step: call.timestep for call in calls}
+    for (step, timestep), cost in zip(timesteps.items(), costs, strict=True):
+        yield {"index": step, "timestep": f"{timestep:.4g}", "share": min(cost.share, 1.0), "percent":
+               _percent(cost.share), "flops": human_flops(cost.flops + cost.once), "once": cost.once}  # fmt: skip
+
+
+def _memory(explanation: Explanation) -> Iterator[dict[str, Any]]:
+    """The slots: a row for each value that is kept."""
+    plan, hoisted = explanation.plan, explanation.hoisted
+    rows: list[tuple[str, str, str, Cut | NamedSlot, int]] = [
+        (cut.region, str(cut.output), cut.group, cut, cut.history) for cut in plan.live_cuts if cut.history
+    ]
+    if plan.output is not None:
+        rows += [("(output)", slot.name, plan.output.guidance.group, slot, 1) for slot in plan.output.slots]
+    rows += [("(run)", slot.name, "kept for a run", slot, 1) for slot in ([] if hoisted is None else hoisted.slots)]
+    largest = max((slot.slot_bytes * count for *_, slot, count in rows), default=0)
+    for region, output, group, slot, count in rows:
+        size = slot.slot_bytes * count
+        yield {"region": region, "output": output, "group": group, "shape": " × ".join(map(str, slot.shape)),
+               "dtype": str(slot.slot_dtype).removeprefix("torch."), "slots": count,
+               "bytes": human_bytes(size) if size else "symbolic",
+               "share": size / largest if largest else 0.0}  # fmt: skip
+
+
+def _dead(explanation: Explanation) -> int:
+    return sum(not cut.live for cut in explanation.plan.cuts)
+
+
+def _phases(explanation: Explanation) -> Iterator[dict[str, Any]]:
+    """The programs: what each costs, against the model as it is."""
+    plain = explanation.flops("plain")
+    graphs = [*dict.fromkeys(map(explanation.baseline, explanation.phases)), *explanation.phases]
+    for name in graphs:
+        operations = sum(node.op == "call_function" for node in explanation.fx_graph(name).nodes)
+        flops = explanation.flops(name)
+        yield {"name": name, "operations": operations, "flops": human_flops(flops),
+               "share": flops / plain if plain else 0.0, "percent": _percent(flops / plain) if plain else "-",
+               "plain": name not in explanation.phases}  # fmt: skip
+
+
+def _graphs(explanation: Explanation, first: str) -> dict[str, Any]:
+    """The graphs and how they differ from the plain ones: each line of text once, graphs as lists of lines."""
+    names = [*explanation.phases, *explanation.canonical_forms]
+    bases = {name: explanation.baseline(name) for name in names}
+    texts = {name: explanation.graph(name).splitlines() for name in dict.fromkeys([*bases.values(), *names])}
+    numbers: dict[str, int] = {}
+    graphs = {name: [numbers.setdefault(line, len(numbers)) for line in text] for name, text in texts.items()}
+    kinds = ["equal", "changed", "removed", "added"]
+    diffs = {name: {"base": base, "rows": [[kinds.index(run.kind), run.left, run.right, run.count]
+                                           for run in align(texts[base], texts[name])]}
+             for name, base in bases.items()}  # fmt: skip
+    return {"lines": list(numbers), "graphs": graphs, "diffs": diffs, "first": first}
