@@ -1,12 +1,14 @@
 """For tests of models and methods: count compilations, and hold a phase's graph diff against a golden.
 
-    from cachepass.testing import assert_graph_diff
+```python
+from cachepass.testing import assert_graph_diff
 
-    def test_predicted_attention_is_gone():
-        assert_graph_diff(model, x, timestep, cache="taylorseer", phase="predict", golden='''
-    -softmax: f32[2, 4, 4] = ...
-    +history[blocks.0.attn:0][0]: f32[2, 4, 8]
-    ''')
+def test_predicted_attention_is_gone():
+    assert_graph_diff(model, x, timestep, cache="taylorseer", phase="predict", golden='''
+-softmax: f32[2, 4, 4] = ...
++history[blocks.0.attn:0][0]: f32[2, 4, 8]
+''')
+```
 """
 
 from __future__ import annotations

@@ -134,43 +134,54 @@ def accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def draw(points: list[Point], reference_accuracy: float, images: int, steps: int, folder: Path) -> None:
-    """One figure per method: PSNR and accuracy over the share of the FLOPs, a line per curve, the knob at its points."""
+    """One figure per method: PSNR over the share of the FLOPs, a line per curve, the knob at its points; and beside it
+    the accuracy, where it is not the uncached one everywhere."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "cachepass",
-             "axes.grid": True, "grid.color": "#dddddd", "svg.fonttype": "path"}  # fmt: skip
+    style = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "cachepass",
+             "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e2e2e2"}  # fmt: skip
     for method in dict.fromkeys(point.method for point in points):
-        knob, _, curves = CURVES[method]
+        chosen = [point for point in points if point.method == method]
+        kept = all(point.accuracy_percent == reference_accuracy for point in chosen)
         with pyplot.rc_context(style):
-            figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.4), facecolor="white")
-            for index, curve in enumerate(curves):
-                chosen = [point for point in points if (point.method, point.curve) == (method, curve)]
-                x = [point.flops_percent for point in chosen]
-                look = {"color": _COLOURS[index], "marker": _MARKERS[index], "label": curve, "linewidth": 1.8}
-                left.plot(x, [point.psnr_db for point in chosen], **look)
-                right.plot(x, [point.accuracy_percent for point in chosen], **look)
-                for point in chosen:
-                    left.annotate(str(point.knob), (point.flops_percent, point.psnr_db), xytext=(0, 7),
-                                  textcoords="offset points", ha="center", fontsize=8.5, color=_COLOURS[index])
-            right.axhline(reference_accuracy, color="#555555", linestyle=":", linewidth=1.2)
-            right.annotate("uncached", (1, reference_accuracy), xycoords=("axes fraction", "data"), xytext=(0, -11),
-                           textcoords="offset points", ha="right", fontsize=8.5, color="#555555")  # fmt: skip
-            lowest = min(p.accuracy_percent for p in points if p.method == method)
-            right.set_ylim(min(lowest, 88) - 2, 101.5)
-            left.set(ylabel="PSNR against uncached, dB", title="Closeness to the uncached images")
-            right.set(ylabel="classifier accuracy, %", title="Digits still readable")
-            for axis in (left, right):
-                axis.set_xlabel("FLOPs per run, % of uncached")
-                axis.set_axisbelow(True)
-            left.legend(frameon=False, loc="lower right", title=f"numbers: {knob}", title_fontsize=8.5)
-            figure.text(0.995, 0.005, f"{images} digits, {steps} steps", ha="right", fontsize=8, color="#555555")
+            figure, axes = pyplot.subplots(1, 1 if kept else 2, figsize=(7.2 if kept else 11, 4.5), squeeze=False)
+            figure.set_facecolor("white")
+            _lines(axes[0][0], chosen, "psnr_db", "PSNR against the uncached images, dB")
+            note = f"numbers: {CURVES[method][0]}"
+            if kept:
+                note += f"\nclassifier accuracy: {reference_accuracy:.0f} % at every point, as uncached"
+            else:
+                _lines(axes[0][1], chosen, "accuracy_percent", "classifier accuracy, %")
+                axes[0][1].axhline(reference_accuracy, color="#555555", linestyle=":", linewidth=1.2, label="uncached")
+            axes[0][0].set_title(note, fontsize=9.5, loc="left", color="#444444")
+            figure.text(0.99, 0.012, f"{images} digits, {steps} steps", ha="right", fontsize=8.5, color="#555555")
             figure.tight_layout(rect=(0, 0.02, 1, 1))
             folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(folder / f"{method}-quality.svg", metadata={"Date": None})
             pyplot.close(figure)
+
+
+def _lines(axis: Any, points: list[Point], field: str, label: str) -> None:
+    """A line per curve, named at its end; of points above each other the highest one says the knob's value."""
+    axis.set(xlabel="FLOPs per run, % of uncached", ylabel=label)
+    for index, curve in enumerate(dict.fromkeys(point.curve for point in points)):
+        own = sorted((p for p in points if p.curve == curve), key=lambda p: p.flops_percent)
+        x, y, colour = [p.flops_percent for p in own], [getattr(p, field) for p in own], _COLOURS[index]
+        axis.plot(x, y, color=colour, marker=_MARKERS[index], linewidth=1.8)
+        axis.annotate(curve, (x[-1], y[-1]), xytext=(9, 0), textcoords="offset points", va="center", color=colour,
+                      annotation_clip=False)  # fmt: skip
+        for p in own:
+            above = [q for q in points if q.knob == p.knob and abs(q.flops_percent - p.flops_percent) < 1]
+            if p is max(above, key=lambda q: getattr(q, field)):
+                axis.annotate(str(p.knob), (p.flops_percent, getattr(p, field)), xytext=(0, 7), ha="center",
+                              textcoords="offset points", fontsize=9, color=colour)  # fmt: skip
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, high + 0.3 * (high - low))  # room for the names
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom, top + 0.04 * (top - bottom))
 
 
 def show(console: Console, points: list[Point]) -> None:
@@ -194,7 +205,7 @@ def show(console: Console, points: list[Point]) -> None:
 def main(images: int, steps: int, guidance: float, seed: int, methods: tuple[str, ...], draw_only: bool,
          out: Path) -> None:  # fmt: skip
     """Measure quality against FLOPs over each method's main knob; print the table, write JSON and pictures."""
-    console, path = Console(), out / "data" / "curves.json"
+    console, path = Console(width=max(110, Console().width)), out / "data" / "curves.json"
     settings = {"images": images, "steps": steps, "guidance": guidance, "seed": seed}
     chosen = () if draw_only else methods or tuple(CURVES)
     kept: list[Point] = []
