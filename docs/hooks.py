@@ -6,6 +6,7 @@ the link becomes the file's path, as code.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import cachepass
 
 DOCS = Path(__file__).parent
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]*)\)")
@@ -57,6 +60,13 @@ def curves(method: str) -> str:
         lines.append(f"| {p['curve']} | {p['knob']} | {p['computed']} | {p['predicted']} | {p['flops_percent']:.1f} | "
                      f"{p['psnr_db']:.1f} | {p['accuracy_percent']:.1f} | {p['cache_bytes'] / 2**20:.1f} |")  # fmt: skip
     return "\n".join(lines)
+
+
+def signature(name: str) -> str:
+    """A config's fields and their defaults, as a call."""
+    fields = dataclasses.fields(getattr(cachepass, name))
+    lines = [f"    {field.name}={field.default!r}," for field in fields]
+    return "\n".join(["Fields and defaults:", "", "```python", f"{name}(", *lines, ")", "```"])
 
 
 def how_measured() -> str:

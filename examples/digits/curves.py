@@ -135,7 +135,7 @@ def accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
 
 def draw(points: list[Point], reference_accuracy: float, images: int, steps: int, folder: Path) -> None:
     """One figure per method: PSNR over the share of the FLOPs, a line per curve, the knob at its points; and beside it
-    the accuracy, where it is not the uncached one everywhere."""
+    the accuracy, unless that is the uncached one everywhere."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,21 +165,22 @@ def draw(points: list[Point], reference_accuracy: float, images: int, steps: int
 
 
 def _lines(axis: Any, points: list[Point], field: str, label: str) -> None:
-    """A line per curve, named at its end; of points above each other the highest one says the knob's value."""
+    """A line per curve, named at its end; of points above each other, the highest one says the knob's value."""
     axis.set(xlabel="FLOPs per run, % of uncached", ylabel=label)
     for index, curve in enumerate(dict.fromkeys(point.curve for point in points)):
-        own = sorted((p for p in points if p.curve == curve), key=lambda p: p.flops_percent)
+        own = sorted((p for p in points if p.curve == curve), key=lambda p: -p.knob)
         x, y, colour = [p.flops_percent for p in own], [getattr(p, field) for p in own], _COLOURS[index]
         axis.plot(x, y, color=colour, marker=_MARKERS[index], linewidth=1.8)
-        axis.annotate(curve, (x[-1], y[-1]), xytext=(9, 0), textcoords="offset points", va="center", color=colour,
-                      annotation_clip=False)  # fmt: skip
+        crossed = max(p.flops_percent for p in points) > x[-1] + 1  # another line goes on to the right
+        axis.annotate(curve, (x[-1], y[-1]), xytext=(-20 if crossed else 9, 0), textcoords="offset points",
+                      ha="right" if crossed else "left", va="center", color=colour)  # fmt: skip
         for p in own:
             above = [q for q in points if q.knob == p.knob and abs(q.flops_percent - p.flops_percent) < 1]
             if p is max(above, key=lambda q: getattr(q, field)):
-                axis.annotate(str(p.knob), (p.flops_percent, getattr(p, field)), xytext=(0, 7), ha="center",
+                axis.annotate(str(p.knob), (p.flops_percent, getattr(p, field)), xytext=(-5, 4), ha="right",
                               textcoords="offset points", fontsize=9, color=colour)  # fmt: skip
     low, high = axis.get_xlim()
-    axis.set_xlim(low, high + 0.3 * (high - low))  # room for the names
+    axis.set_xlim(low - 0.05 * (high - low), high + 0.2 * (high - low))  # room for the names
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom, top + 0.04 * (top - bottom))
 
