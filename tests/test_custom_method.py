@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_compiled_by_inductor():
 
 def test_nodes_lie_dense_at_both_ends():
     nodes = sorted(make_method(ChebyshevCacheConfig(steps=50, computed=10)).computed)
-    gaps = [b - a for a, b in zip(nodes, nodes[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(nodes)]
     assert (nodes[0], nodes[-1], len(nodes)) == (0, 49, 10)
     assert gaps[0] < gaps[len(gaps) // 2] > gaps[-1]
 

@@ -200,7 +200,7 @@ def show(console: Console, points: list[Point]) -> None:
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(8), help="Denoising steps.")
 @click.option("--guidance", default=2.0, show_default=True, help="Scale of classifier-free guidance.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
-@click.option("--method", "methods", multiple=True, type=click.Choice(list(CURVES)), help="Only these; may be repeated.")
+@click.option("--method", "methods", multiple=True, type=click.Choice(list(CURVES)), help="Only these.")
 @click.option("--draw", "draw_only", is_flag=True, help="Draw the pictures from the JSON, sample nothing.")
 @click.option("--out", default=DOCS, type=click.Path(path_type=Path), help="The folder docs, or another.")
 def main(images: int, steps: int, guidance: float, seed: int, methods: tuple[str, ...], draw_only: bool,
@@ -238,7 +238,8 @@ def main(images: int, steps: int, guidance: float, seed: int, methods: tuple[str
             for method, curve, knob in jobs:
                 progress.update(task, description=f"{method}, {curve}, {knob}")
                 fresh.append(measure(method, curve, knob, noise, labels, steps, guidance, reference, advance))
-    points = sorted([*kept, *fresh], key=lambda p: (list(CURVES).index(p.method), list(CURVES[p.method][2]).index(p.curve)))
+    order = [(method, curve) for method, (_, _, curves) in CURVES.items() for curve in curves]
+    points = sorted([*kept, *fresh], key=lambda point: order.index((point.method, point.curve)))
     show(console, points)
     console.print(f"uncached: accuracy {reference_accuracy:.0f} %")
     if chosen:
