@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -90,6 +92,21 @@ def test_links_to_sources_resolve(page):
     """Those that leave docs/, which the site renders as code and does not check."""
     links = re.findall(r"\]\(((?:\.\./)+[^)#\s]*)\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_pictures_are_drawn_from_the_data(tmp_path):
+    known = json.loads((DOCS / "data" / "curves.json").read_text())
+    methods = {point["method"] for point in known["points"]}
+    assert methods == {"taylorseer", "pab", "fastercache"}
+    assert all(p["computed"] + p["predicted"] == known["settings"]["steps"] for p in known["points"])
+    (tmp_path / "data").mkdir()
+    shutil.copy(DOCS / "data" / "curves.json", tmp_path / "data")
+    command = [sys.executable, str(ROOT / "examples" / "digits" / "curves.py"), "--draw", "--out", str(tmp_path)]
+    drawn = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr[-2000:]
+    for method in methods:
+        assert (tmp_path / "images" / f"{method}-quality.svg").stat().st_size > 10_000
+        assert (DOCS / "images" / f"{method}-quality.svg").is_file()
 
 
 def test_the_site_builds_without_warnings(tmp_path):
