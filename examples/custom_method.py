@@ -1,7 +1,7 @@
 """A caching method of one's own: dense steps at both ends of a run, sparse ones between, and a damped line in the gaps.
 
-Runs change fastest when they begin and when they end. So the computed steps lie at Chebyshev nodes, which crowd at the
-ends of an interval, and what is skipped is extrapolated from the last two outputs, ``h_0 + d * k / gap * (h_0 - h_1)``.
+For models whose outputs change fastest where a run begins and ends. The computed steps lie at Chebyshev nodes, which
+crowd there; what is skipped is extrapolated from the last two outputs, ``h_0 + d * k / gap * (h_0 - h_1)``.
 
     from custom_method import ChebyshevCacheConfig
 
