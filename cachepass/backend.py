@@ -56,10 +56,11 @@ def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mappi
     """Compile a Dynamo graph with caching: the backend itself.
 
     Args:
-        gm, inputs: As Dynamo gives them to every backend.
+        gm: The captured graph, as Dynamo gives it to every backend.
+        inputs: Its example inputs.
         options: ``"cache"`` (a config of ours or of diffusers, a dict with ``"method"``, or a method's name),
             ``"lowering"``, ``"timestep_input"``, ``"timestep_scale"``, ``"num_inference_steps"`` (see
-            :class:`cachepass.CompileOptions`), ``"mode"``; every other key is an Inductor config.
+            ``cachepass.CompileOptions``), ``"mode"``; every other key is an Inductor config.
         mode: As for Inductor: ``"reduce-overhead"``, ``"max-autotune"``, ... (torch.compile takes either ``mode=`` or
             ``options=``, so beside a cache it is given as an option).
 

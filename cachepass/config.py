@@ -25,7 +25,7 @@ _T = TypeVar("_T", bound="CacheConfig")
 
 
 class CacheConfig:
-    """Base of the method configs: classes decorated with :func:`cache_config`."""
+    """Base of the method configs: classes decorated with ``cache_config``."""
 
     method: ClassVar[str] = ""
 

@@ -46,7 +46,7 @@ ZEROS = Forecast("zeros", history=0, constant_weights=())
 
 
 def taylor(order: int) -> Forecast:
-    """TaylorSeer's forecast of the given order; weights from :func:`taylor_weights`."""
+    """TaylorSeer's forecast of the given order; weights from ``taylor_weights``."""
     return Forecast(f"taylor({order})", history=order + 1)
 
 

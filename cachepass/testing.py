@@ -1,14 +1,14 @@
 """For tests of models and methods: count compilations, and hold a phase's graph diff against a golden.
 
-::
+```python
+from cachepass.testing import assert_graph_diff
 
-    from cachepass.testing import assert_graph_diff
-
-    def test_predicted_attention_is_gone():
-        assert_graph_diff(model, x, timestep, cache="taylorseer", phase="predict", golden='''
-    -softmax: f32[2, 4, 4] = ...
-    +history[blocks.0.attn:0][0]: f32[2, 4, 8]
-    ''')
+def test_predicted_attention_is_gone():
+    assert_graph_diff(model, x, timestep, cache="taylorseer", phase="predict", golden='''
+-softmax: f32[2, 4, 4] = ...
++history[blocks.0.attn:0][0]: f32[2, 4, 8]
+''')
+```
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .inspect.explain import Explanation, explain
 
 @dataclass
 class CompileCounts:
-    """What Dynamo did inside a :func:`count_compiles` block.
+    """What Dynamo did inside a ``count_compiles`` block.
 
     Attributes:
         graphs: Graphs captured (each is one call of the backend).
@@ -62,7 +62,7 @@ def graph_diff(model: Callable[..., Any], *args: Any, cache: object, phase: str 
 
 def assert_graph_diff(model: Callable[..., Any], *args: Any, cache: object, golden: str, phase: str = "predict",
                       options: dict[str, Any] | None = None, **kwargs: Any) -> None:  # fmt: skip
-    """Raise AssertionError, showing both, unless :func:`graph_diff` prints ``golden`` (outer blank lines ignored)."""
+    """Raise AssertionError, showing both, unless ``graph_diff`` prints ``golden`` (outer blank lines ignored)."""
     actual = graph_diff(model, *args, cache=cache, phase=phase, options=options, **kwargs)
     if actual.strip() != golden.strip():
         raise AssertionError(f"the graph diff of phase {phase!r} is\n{actual.strip()}\n\nexpected\n{golden.strip()}")

@@ -64,7 +64,7 @@ class Explanation:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """Names for :meth:`graph` and :meth:`diff`."""
+        """Names for ``graph`` and ``diff``."""
         return tuple(phase_name(phase, self.plan.groups) for phase in self.plan.phases)
 
     def fx_graph(self, phase: str) -> fx.Graph:

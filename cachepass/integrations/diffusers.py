@@ -43,7 +43,8 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
     Args:
         target: A ``DiffusionPipeline`` (all of its transformers: Wan 2.2 has two) or a model.
         cache: As ``options["cache"]`` of ``torch.compile``: a config of ours or of diffusers, a dict, or a name.
-        fullgraph, dynamic: As for ``torch.compile``.
+        fullgraph: As for ``torch.compile``.
+        dynamic: As for ``torch.compile``.
         options: Further ``options`` of the backend: ``lowering``, ``mode``, ``num_inference_steps``, Inductor's.
 
     The order of this, ``.to()``, LoRA adapters, offloading and ``set_timesteps`` is free. Nothing is compiled before
@@ -72,7 +73,7 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
 
 
 def disable_cache(target: Any) -> None:
-    """Undo :func:`enable_cache`, and free what the cache keeps.
+    """Undo ``enable_cache``, and free what the cache keeps.
 
     Raises:
         NotCompiledError: There is no cache to disable.

@@ -1,7 +1,7 @@
 """The caching methods: config -> cuts, forecasts and schedules. Host code only.
 
-A method of your own: a config class with ``cachepass.config.cache_config`` and a :class:`Method` with
-:func:`implements`.
+A method of your own: a config class with ``cachepass.config.cache_config`` and a ``Method`` with
+``implements``.
 """
 
 from __future__ import annotations

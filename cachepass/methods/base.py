@@ -179,7 +179,7 @@ class Method(ABC):
 
     def check(self, regions: Sequence[Region], model: Sequence[str]) -> None:  # noqa: ARG002 (for methods that need more)
         """``regions`` are those of all parts of a model whose modules have the paths ``model``: raise what
-        :meth:`select` would for the whole one, and NoMatchError for what is needed and lies outside of every part.
+        ``select`` would for the whole one, and NoMatchError for what is needed and lies outside of every part.
         """
         self.select(regions)
 
