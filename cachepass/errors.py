@@ -18,8 +18,12 @@ class CachepassError(ValueError):
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         self.what, self.where, self.hint = what, where, hint
-        message = f"{where}: {what}" if where else what
-        super().__init__(f"{message}\n  hint: {hint}" if hint else message)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        """Not made of ``args``: to those Dynamo appends advice on debugging Dynamo."""
+        message = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{message}\n  hint: {self.hint}" if self.hint else message
 
 
 class OptionError(CachepassError):

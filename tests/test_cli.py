@@ -7,6 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+import cachepass
 from cachepass.inspect.cli import main
 
 
@@ -125,3 +126,32 @@ def test_explain_says_what_is_wrong(model_file, change, message):
     result = CliRunner().invoke(main, ["explain", *change(model_file)])
     assert result.exit_code != 0
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.inductor
+def test_bench(model_file):
+    settings = ["--cache", '{"method": "taylorseer", "cache_interval": 2, "disable_cache_before_step": 1}',
+                "--cache", "invariant", "--steps", "6", "--rounds", "2", "--lowering", "eager"]  # fmt: skip
+    with pytest.warns(cachepass.CachepassWarning, match="nothing but parameters"):
+        result = CliRunner().invoke(main, ["bench", model_file, *settings, "--json"], catch_exceptions=False)
+    plain, taylorseer, invariant = json.loads(result.stdout)
+    assert [row["name"] for row in (plain, taylorseer, invariant)] == ["plain Inductor", "taylorseer", "invariant"]
+    assert (plain["steps"], taylorseer["steps"], invariant["steps"]) == ([6, 0], [3, 3], [6, 0])
+    assert plain["speedup"] == 1.0 and plain["predicted"] is None and plain["cache_bytes"] == 0
+    assert taylorseer["cache_bytes"] == 128
+    for row in (plain, taylorseer, invariant):
+        assert row["run"] > row["steps"][0] * row["computed"] / 2 > 0
+    assert plain["compile"] > taylorseer["compile"] > 0  # nothing is lowered there
+
+
+@pytest.mark.inductor
+def test_bench_prints_a_table(model_file):
+    result = CliRunner().invoke(main, ["bench", model_file, "--steps", "6", "--rounds", "1"], catch_exceptions=False)
+    names = [line.split("  ")[0].strip() for line in result.stdout.splitlines()]
+    assert names[-2:] == ["plain Inductor", "taylorseer"] and "predicted ms" in result.stdout
+
+
+def test_bench_without_a_timestep(tmp_path):
+    (tmp_path / "model.py").write_text(MODEL.replace("timestep", "now"))
+    result = CliRunner().invoke(main, ["bench", f"{tmp_path / 'model.py'}:make"])
+    assert result.exit_code == 1 and "no input is called timestep" in result.output

@@ -87,3 +87,23 @@ def test_warnings_are_kept():
 ])  # fmt: skip
 def test_human_flops(count, text):
     assert human_flops(count) == text
+
+
+def test_contexts_are_told_apart():
+    """Two contexts of one model, the second one with a run more; the last run of each is shown step by step."""
+    torch._dynamo.reset()
+    options = {"cache": CACHE, "lowering": "eager", "num_inference_steps": 5}
+    compiled = torch.compile(transformer(), backend="cached_inductor", fullgraph=True, options=options)
+    for context, runs in (("cond", 1), ("uncond", 2)):
+        with cachepass.cache_context(context):
+            for _ in range(runs):
+                for call in calls(5):
+                    compiled(*call)
+    with cachepass.cache_context("uncond"):
+        compiled(*calls(1)[0])
+    found = cachepass.summary(compiled)
+    assert found.by_context == {"cond": {"taylorseer": (2, 3)}, "uncond": {"taylorseer": (4 + 1, 6)}}
+    assert (found.computed, found.predicted) == ({"taylorseer": 7}, {"taylorseer": 9})
+    assert found.last_runs == {"cond": {"taylorseer": "#.#.."}, "uncond": {"taylorseer": "#"}}
+    rows = [line.split() for line in str(found).splitlines()]
+    assert ["cond", "taylorseer", "2", "3", "60", "%", "#.#.."] in rows

@@ -34,7 +34,7 @@ def _lines(graph: fx.Graph, names: dict[str, str], indent: str, *, inputs: bool 
     for node in graph.nodes:
         if node.op == "placeholder":
             if inputs and node.users:
-                yield f"{indent}{name(node)}: {_type(node.meta.get('val'))}"
+                yield f"{indent}{name(node)}: {_type(_value(node))}"
         elif node.op == "output":
             yield f"{indent}return {_text(node.args[0], name)}"
         elif node.op == "get_attr" and any(user.target is _torch.COND for user in node.users):
@@ -50,7 +50,7 @@ def _lines(graph: fx.Graph, names: dict[str, str], indent: str, *, inputs: bool 
                 yield f"{indent}  {label}:"
                 yield from _lines(inner.graph, names, indent + "    ", inputs=False)
         else:
-            yield f"{indent}{node.name}: {_type(node.meta.get('val'))} = {_call(node, name)}"
+            yield f"{indent}{node.name}: {_type(_value(node))} = {_call(node, name)}"
 
 
 def _call(node: fx.Node, name) -> str:
@@ -67,6 +67,11 @@ def _text(value: object, name) -> str:
         left, right = ("(", ")") if isinstance(value, tuple) else ("[", "]")
         return left + ", ".join(_text(v, name) for v in value) + right
     return repr(value)
+
+
+def _value(node: fx.Node) -> object:
+    """Fake, as ATen graphs or as Dynamo's keep it."""
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def _type(value: object) -> str:

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
+from .. import _torch
 from ..config import CacheConfig
 from ..errors import OptionError, TimestepError, listing
 from ..graph.inputs import find_latents, find_timestep_input
+from ..options import parse_options
 from .summary import Summary, reset, summary
+from .tables import human_bytes, table
 
 PLAIN = "plain Inductor"
 
@@ -96,9 +99,6 @@ def bench(model: torch.nn.Module, inputs: Mapping[str, Any], caches: Sequence[Ca
 
 def _inductor(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Those of the options that are Inductor's."""
-    from .. import _torch
-    from ..options import parse_options
-
     return parse_options(options, None, _torch.inductor_keys(), _torch.inductor_modes()).inductor
 
 
@@ -113,10 +113,8 @@ def _trajectory(inputs: Mapping[str, Any], steps: int, options: Mapping[str, Any
     generator = torch.Generator().manual_seed(0)
     result = []
     for step in range(steps):
-        call, left = dict(inputs), (steps - step) / steps
-        time_now = inputs[name]
-        # Whole numbers stay whole, and every step has another one as long as there are enough of them.
-        call[name] = (time_now * left).to(time_now.dtype) if torch.is_tensor(time_now) else type(time_now)(time_now * left)
+        call, left, first = dict(inputs), (steps - step) / steps, inputs[name]
+        call[name] = (first * left).to(first.dtype) if torch.is_tensor(first) else type(first)(first * left)
         for latent in latents:
             value = inputs[latent]
             if latent != name and torch.is_tensor(value) and value.is_floating_point():
@@ -165,3 +163,17 @@ def _figures(subject: _Subject, plain: _Subject) -> Measured:
         steps=(len(kinds[False]) // len(runs), len(kinds[True]) // len(runs)),
         cache_bytes=0 if found is None else found.cache_bytes,
     )
+
+
+def as_table(rows: Sequence[Measured]) -> str:
+    """The figures for people."""
+    columns = ("", "computed ms", "predicted ms", "run ms", "speedup", "computed + predicted", "compile s", "cache")
+    return table(columns, [
+        (row.name, _milliseconds(row.computed), _milliseconds(row.predicted), _milliseconds(row.run),
+         f"{row.speedup:.2f}x", f"{row.steps[0]} + {row.steps[1]}", f"{row.compile:.1f}", human_bytes(row.cache_bytes))
+        for row in rows
+    ])  # fmt: skip
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.2f}"

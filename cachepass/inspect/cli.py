@@ -1,18 +1,18 @@
-"""The command line: ``cachepass demo``, ``cachepass explain`` and ``cachepass doctor``."""
+"""The command line: ``cachepass demo``, ``explain``, ``bench`` and ``doctor``."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-try:
-    import click
-except ModuleNotFoundError:  # the command line is part of the "demo" extra
-    sys.exit('the cachepass command needs click: pip install "cachepass[demo]"')
+import click
 
 _DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
@@ -42,54 +42,114 @@ def demo(images: int, steps: int, guidance: float, lowering: str, out: Path, see
         (out / "digits.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
+class _Source(click.ParamType):
+    """``MODEL.py:FUNCTION``: what the function returns, a model and the keyword arguments of one call."""
+
+    name = "MODEL.py:FUNCTION"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path, _, name = value.rpartition(":")
+        if not Path(path).is_file():
+            self.fail(f"{value!r} is not FILE.py:FUNCTION of a file that exists", param, ctx)
+        function = getattr(_load(Path(path), "cachepass_model"), name, None)
+        if function is None:
+            self.fail(f"{path} has no {name!r}", param, ctx)
+        return function
+
+
+class _Cache(click.ParamType):
+    """A config, of a method's name or a JSON object."""
+
+    name = "METHOD|JSON"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ..config import parse_cache
+        from ..errors import CachepassError
+
+        try:
+            return parse_cache(json.loads(value) if value.lstrip().startswith("{") else value)
+        except json.JSONDecodeError as error:
+            self.fail(f"not JSON: {error}", param, ctx)
+        except CachepassError as error:
+            self.fail(str(error), param, ctx)
+
+
+_source = click.argument("source", metavar="MODEL.py:FUNCTION", type=_Source())
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+_CACHE_HELP = """A method, or a JSON object: {"method": "pab", "spatial_attention_block_skip_range": 2}."""
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Mistakes of the user's are told without a traceback; gradients are off."""
+    import torch
+
+    from ..errors import CachepassError
+
+    try:
+        with torch.no_grad():
+            yield
+    except CachepassError as error:
+        raise click.ClickException(str(error)) from None
+
+
 @main.command()
-@click.argument("source", metavar="MODEL.py:FUNCTION")
-@click.option(
-    "--cache",
-    default="taylorseer",
-    show_default=True,
-    help='A method, or a JSON object: {"method": "pab", "spatial_attention_block_skip_range": 2}.',
-)
-@click.option(
-    "--diff", "phase", default=None, help='Print the graph diff of a phase instead ("predict", "canonical", ...).'
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@_source
+@click.option("--cache", type=_Cache(), default="taylorseer", show_default=True, help=_CACHE_HELP)
+@click.option("--diff", "phase", help='Print the graph diff of a phase instead ("predict", "canonical", ...).')
+@_json
 @click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page instead.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the run on the page's timeline.  [default: 28]")
-def explain(source: str, cache: str, phase: str | None, as_json: bool, page: Path | None, steps: int | None) -> None:
+def explain(source: Callable[[], Any], cache: Any, phase: str | None, as_json: bool, page: Path | None,
+            steps: int | None) -> None:  # fmt: skip
     """Show what a cache would do to a model, without compiling or running it.
 
     FUNCTION, in the file MODEL.py, returns the model and a dict of the keyword arguments of one call.
     """
-    import torch
-
-    from ..errors import CachepassError
     from .explain import explain as explain_model
 
-    path, _, name = source.rpartition(":")
-    if not Path(path).is_file():
-        raise click.BadParameter(
-            f"{source!r} is not FILE.py:FUNCTION of a file that exists", param_hint="MODEL.py:FUNCTION"
-        )
-    function = getattr(_load(Path(path), "cachepass_explained"), name, None)
-    if function is None:
-        raise click.BadParameter(f"{path} has no {name!r}", param_hint="MODEL.py:FUNCTION")
-    try:
-        config = json.loads(cache) if cache.lstrip().startswith("{") else cache
-    except json.JSONDecodeError as error:
-        raise click.BadParameter(f"not JSON: {error}", param_hint="--cache") from None
-    try:
-        with torch.no_grad():
-            model, inputs = function()
-            plan = explain_model(model, cache=config, **inputs)
-            if page is not None:
-                plan.to_html(page, num_inference_steps=steps)
-                text = f"wrote {page}"
-            else:
-                text = plan.diff(phase) if phase else json.dumps(plan.as_dict(), indent=1) if as_json else str(plan)
-    except CachepassError as error:
-        raise click.ClickException(str(error)) from None
+    with _told():
+        model, inputs = source()
+        plan = explain_model(model, cache=cache, **inputs)
+        if page is not None:
+            plan.to_html(page, num_inference_steps=steps)
+            text = f"wrote {page}"
+        else:
+            text = plan.diff(phase) if phase else json.dumps(plan.as_dict(), indent=1) if as_json else str(plan)
     click.echo(text.rstrip("\n"))
+
+
+@main.command()
+@_source
+@click.option("--cache", "caches", type=_Cache(), multiple=True, default=["taylorseer"], show_default=True,
+              help=_CACHE_HELP + " Give it several times to compare.")  # fmt: skip
+@click.option("--steps", default=28, show_default=True, type=click.IntRange(2), help="Denoising steps of a run.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Runs of each that count.")
+@click.option("--lowering", default="specialize", show_default=True, type=click.Choice(["specialize", "cond", "eager"]))
+@click.option("--timestep-scale", default=1.0, show_default=True, help="From the timestep input to the config's unit.")
+@_json
+def bench(source: Callable[[], Any], caches: tuple[Any, ...], steps: int, rounds: int, lowering: str,
+          timestep_scale: float, as_json: bool) -> None:  # fmt: skip
+    """Measure a model with caches against plain Inductor: steps, runs, compilation, memory. Quality is not looked at.
+
+    FUNCTION, in the file MODEL.py, returns the model and a dict of the keyword arguments of the first step.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .bench import as_table
+    from .bench import bench as measure
+
+    with Progress(console=Console(stderr=True), transient=True) as bar, _told():
+        task = bar.add_task("compiling", total=(1 + rounds) * (1 + len(caches)))
+        model, inputs = source()
+        found = measure(
+            model, inputs, caches, steps=steps, rounds=rounds,
+            options={"lowering": lowering, "timestep_scale": timestep_scale},
+            advance=lambda name: bar.update(task, description=name, advance=1),
+        )  # fmt: skip
+    rows = [dataclasses.asdict(row) for row in found]
+    click.echo(json.dumps(rows, indent=1) if as_json else as_table(found).rstrip("\n"))
 
 
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..errors import NotCompiledError
 from ..graph.flops import human_flops
 from ..graph.plan import Phase
 from ..methods import PLAIN
+from ..runtime.calls import Run
 from ..runtime.dispatch import LIVE, Dispatcher
 from ..runtime.instance import Instance
 from .tables import human_bytes, table
@@ -37,6 +38,8 @@ class Summary:
         flops: What all calls took in matrix products, convolutions and attentions, estimated from shapes.
         plain_flops: What they would have taken without a cache.
         warnings: All that were given for this model.
+        by_context: Steps computed and predicted, by context and group.
+        last_runs: What each group did in each step of a context's last run: ``"##..#"``, # computed, . predicted.
     """
 
     method: str
@@ -55,6 +58,8 @@ class Summary:
     flops: int = 0
     plain_flops: int = 0
     warnings: tuple[str, ...] = ()
+    by_context: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    last_runs: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def saved(self) -> float:
@@ -62,23 +67,29 @@ class Summary:
         return 1 - self.flops / self.plain_flops if self.plain_flops else 0.0
 
     def __str__(self) -> str:
-        groups = list(dict.fromkeys([*self.computed, *self.predicted]))
-        rows = [(g, self.computed.get(g, 0), self.predicted.get(g, 0), _share(self, g)) for g in groups]
+        rows = [
+            (
+                context,
+                group,
+                computed,
+                predicted,
+                f"{100 * predicted / (computed + predicted):.0f} %",
+                self.last_runs.get(context, {}).get(group, ""),
+            )
+            for context, groups in self.by_context.items()
+            for group, (computed, predicted) in groups.items()
+        ]
         compiled = ", ".join(f"{name} ({seconds:.1f} s)" for name, seconds in self.variants.items()) or "none"
         saved = f"{human_flops(self.flops)} of {human_flops(self.plain_flops)}, {100 * self.saved:.0f} % saved"
+        columns = ("context", "group", "computed", "predicted", "share predicted", "last run")
         return (
             f"{self.method}: {self.steps} steps in {self.runs} runs, contexts: {', '.join(self.contexts) or 'none'}\n"
-            + (table(("group", "computed", "predicted", "share predicted"), rows) if rows else "")
+            + (table(columns, rows) if rows else "")
             + f"cache: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B), variants: {compiled}\n"
             + (f"kept for a run: {human_bytes(self.invariant_bytes)}\n" if self.invariant_bytes else "")
             + (f"compute: {saved}\n" if self.plain_flops else "")
             + "".join(f"warning: {message}\n" for message in self.warnings)
         )  # fmt: skip
-
-
-def _share(summary: Summary, group: str) -> str:
-    predicted, total = summary.predicted.get(group, 0), summary.predicted.get(group, 0) + summary.computed.get(group, 0)
-    return f"{100 * predicted / total:.0f} %" if total else "-"
 
 
 def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
@@ -108,11 +119,12 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
     runs = [run for record in models for run in record.runs.values() if run.call is not None]
     cuts = {(run.kind, key): state for run in runs for key, state in run.states.items()}
     outputs = {(run.kind, slots): state for run in runs for slots, state in run.outputs.items()}
+    computed, predicted = _total(m.computed for m in models), _total(m.predicted for m in models)
     flops, plain_flops = _flops(found)
     return Summary(
         method=type(found[0][0].method.config).__name__,
-        computed=_total(record.computed for record in models),
-        predicted=_total(record.predicted for record in models),
+        computed=_by_group(computed),
+        predicted=_by_group(predicted),
         cache_bytes=sum(s.cache_bytes for run in runs for s in (*run.states.values(), *run.outputs.values())),
         planned_bytes=sum(s.planned_bytes for s in cuts.values()) + sum(s.plan.slot_bytes for s in outputs.values()),
         variants=variants,
@@ -131,6 +143,8 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
             message for owner in (*dispatchers, *(d.program for d in dispatchers if d.program), *models)
             for message in owner.warnings
         )),
+        by_context=_by_context(computed, predicted),
+        last_runs={run.context: _marks(run) for run in sorted(runs, key=lambda run: run.stamp)},
     )  # fmt: skip
 
 
@@ -148,12 +162,38 @@ def _flops(found: Iterable[tuple[Dispatcher, Instance]]) -> tuple[int, int]:
     return taken, plain
 
 
-def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
+_Counts = dict[tuple[str, str], int]  # by context and group
+
+
+def _total(counts: Iterable[_Counts]) -> _Counts:
+    total: _Counts = {}
     for count in counts:
-        for group, number in count.items():
-            total[group] = total.get(group, 0) + number
+        for key, number in count.items():
+            total[key] = total.get(key, 0) + number
     return total
+
+
+def _by_group(counts: _Counts) -> dict[str, int]:
+    groups: dict[str, int] = {}
+    for (_, group), number in counts.items():
+        groups[group] = groups.get(group, 0) + number
+    return groups
+
+
+def _by_context(computed: _Counts, predicted: _Counts) -> dict[str, dict[str, tuple[int, int]]]:
+    result: dict[str, dict[str, tuple[int, int]]] = {}
+    for key in dict.fromkeys([*computed, *predicted]):
+        result.setdefault(key[0], {})[key[1]] = computed.get(key, 0), predicted.get(key, 0)
+    return result
+
+
+def _marks(run: Run) -> dict[str, str]:
+    groups = dict.fromkeys(group for computed, predicted in run.record for group in (*computed, *predicted))
+    return {
+        group: "".join("." if group in predicted else "#" if group in computed else " "
+                       for computed, predicted in run.record)
+        for group in groups
+    }  # fmt: skip
 
 
 def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ from .state import OutputState, RunState
 _KEPT_KINDS = 4  # of inputs, per context, whose slots stay allocated: a server of many resolutions must not fill up
 
 _QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
+_RECORDED = 1000  # steps of a run that summaries show: a run whose end nobody tells must not fill up
 _stamps = itertools.count(1)
 
 
@@ -82,6 +84,7 @@ class Run:
         predictions: Steps of this run in which something was predicted.
         cached: Some graph of this run may predict.
         stamp: Rises with every step of any run.
+        record: What computed and what predicted, in each of its (last) steps.
     """
 
     def __init__(self, context: str, kind: Hashable, num_inference_steps: int | None) -> None:
@@ -95,6 +98,7 @@ class Run:
         self.predictions = 0
         self.cached = False
         self.stamp = 0
+        self.record: deque[tuple[set[str], set[str]]] = deque(maxlen=_RECORDED)
         self.states: dict[Hashable, RunState] = {}
         self.outputs: dict[Hashable, OutputState] = {}
         self.invariants: dict[Hashable, InvariantState] = {}
@@ -141,8 +145,8 @@ class Model:
         self.method, self.options = method, options
         self.runs: dict[tuple[str, Hashable], Run] = {}
         self.steps = self.begun = 0
-        self.computed: dict[str, int] = {}
-        self.predicted: dict[str, int] = {}
+        self.computed: dict[tuple[str, str], int] = {}  # by context and group
+        self.predicted: dict[tuple[str, str], int] = {}
         self.warnings: list[str] = []
         self.regions: dict[str, Region] = {}  # of all graphs, where it is many
         self.broken: set[str] = set()  # paths of modules with a graph break inside
@@ -220,7 +224,11 @@ class Model:
             self.steps += 1
             for counts, groups in ((self.computed, run.computed), (self.predicted, run.predicted)):
                 for group in groups:
-                    counts[group] = counts.get(group, 0) + 1
+                    key = run.context, group
+                    counts[key] = counts.get(key, 0) + 1
+            if run.clock.index == 0:
+                run.record.clear()
+            run.record.append((run.computed, run.predicted))
             run.predictions += bool(run.predicted)
 
     def settle(self) -> None:
