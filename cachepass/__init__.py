@@ -25,7 +25,7 @@ from .options import CompileOptions
 from .runtime.context import cache_context
 from .warmup import warmup
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BatchError",

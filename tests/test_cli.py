@@ -12,7 +12,7 @@ from cachepass.inspect.cli import main
 
 
 def test_demo_writes_the_table_and_the_contact_sheet(tmp_path):
-    arguments = ["demo", "--images", "10", "--steps", "12", "--lowering", "eager", "--out", str(tmp_path), "--json"]
+    arguments = ["demo", "--images", "5", "--steps", "12", "--lowering", "eager", "--out", str(tmp_path), "--json"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "PSNR" in result.output

@@ -24,7 +24,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--images", default=200, show_default=True, type=click.IntRange(1), help="Digits to sample per method.")
+@click.option("--images", default=40, show_default=True, type=click.IntRange(1), help="Digits to sample per method.")
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(8), help="Denoising steps.")
 @click.option("--guidance", default=2.0, show_default=True, help="Scale of classifier-free guidance.")
 @click.option("--lowering", default="specialize", show_default=True, type=click.Choice(["specialize", "cond", "eager"]))
