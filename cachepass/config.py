@@ -13,11 +13,20 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
 from .errors import ConfigError, OptionError, closest
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_: Any) -> Callable[[_T], _T]:
+        """For type checkers: what is decorated makes dataclasses."""
+        return lambda function: function
+
 
 _ALIASES = {"pyramid_attention_broadcast": "pab", "faster_cache": "fastercache"}
 _METHODS: dict[str, type[CacheConfig]] = {}
@@ -38,6 +47,7 @@ class CacheConfig:
         return ConfigError(what, where=f"{cls.__name__}.{name}", hint=hint)
 
 
+@dataclass_transform(frozen_default=True)
 def cache_config(name: str) -> Callable[[type[_T]], type[_T]]:
     """Class decorator for a method's config: makes it a frozen dataclass, and ``name`` an ``options["cache"]``.
 
