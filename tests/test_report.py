@@ -23,9 +23,9 @@ from small_models import calls, transformer
 
 import cachepass
 from cachepass import Explanation
-from cachepass.graph.align import align
-from cachepass.graph.flops import human_flops
 from cachepass.inspect.cli import main
+from cachepass.inspect.report.align import align
+from cachepass.inspect.tables import human_flops
 from cachepass.methods import Skip
 
 X, T = calls(1)[0]

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cachepass
-from cachepass.graph.flops import human_flops
+from cachepass.inspect.tables import human_flops
 
 CACHE = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 1}
 TOKENS, WIDTH, BATCH = 4, 8, 2

@@ -26,16 +26,6 @@ def count_flops(graph: fx.Graph) -> int:
     return total
 
 
-def human_flops(count: int) -> str:
-    """``1536`` -> ``"1.5 kFLOP"``."""
-    value = float(count)
-    for unit in ("", "k", "M", "G", "T"):
-        if value < 1000 or unit == "T":
-            return f"{value:.0f} FLOP" if not unit else f"{value:.1f} {unit}FLOP"
-        value /= 1000
-    raise AssertionError
-
-
 def _value(node: fx.Node) -> Any:
     value = node.meta.get("val")
     return value if isinstance(value, (torch.Tensor, torch.SymInt)) else None

@@ -15,7 +15,7 @@ from .. import _torch
 from ..backend import build
 from ..config import parse_cache
 from ..errors import CachepassError, OptionError
-from ..graph.flops import count_flops, human_flops
+from ..graph.flops import count_flops
 from ..graph.hoist import Hoisted
 from ..graph.plan import CachePlan, Phase, phase_name
 from ..graph.show import diff, readable
@@ -23,7 +23,7 @@ from ..methods import PLAIN, PLAIN_HALF, Method, Region, Route, Skip, Target
 from ..options import CompileOptions
 from ..prepare import Prepared, prepare
 from ..runtime.program import CurrentCall, Program
-from .tables import human_bytes, table
+from .tables import human_bytes, human_flops, table
 from .timeline import Lane, SimulatedCall, default_contexts, even_timesteps, lanes, simulate_calls
 
 _STEPS = 28  # of a run whose length nobody gave: what pipelines of this kind of model take by default
@@ -164,7 +164,7 @@ class Explanation:
 
         The arguments are those of :meth:`timeline`.
         """
-        from .html import render  # only here: who wants no page need not load the template engine
+        from .report.page import render  # only here: who wants no page need not load the template engine
 
         page = render(self, self._calls(num_inference_steps, timesteps, contexts), assumed=timesteps is None)
         if path is not None:

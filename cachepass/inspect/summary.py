@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from ..errors import NotCompiledError
-from ..graph.flops import human_flops
 from ..graph.plan import Phase
 from ..methods import PLAIN
 from ..runtime.calls import Run
 from ..runtime.dispatch import LIVE, Dispatcher
 from ..runtime.instance import Instance
-from .tables import human_bytes, table
+from .tables import human_bytes, human_flops, table
 
 
 @dataclass(frozen=True)

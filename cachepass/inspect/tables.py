@@ -28,3 +28,13 @@ def human_bytes(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError
+
+
+def human_flops(count: int) -> str:
+    """``1536`` -> ``"1.5 kFLOP"``."""
+    value = float(count)
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 1000 or unit == "T":
+            return f"{value:.0f} FLOP" if not unit else f"{value:.1f} {unit}FLOP"
+        value /= 1000
+    raise AssertionError

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..graph.plan import phase_name
-from .timeline import SimulatedCall
+from ...graph.plan import phase_name
+from ..timeline import SimulatedCall
 
 if TYPE_CHECKING:
-    from .explain import Explanation
+    from ..explain import Explanation
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import fx
 
-from ..graph.plan import Cut
-from ..graph.regions import dotted
-from ..methods import Region
-from .tables import human_bytes
+from ...graph.plan import Cut
+from ...graph.regions import dotted
+from ...methods import Region
+from ..tables import human_bytes
 
 if TYPE_CHECKING:
-    from .explain import Explanation
+    from ..explain import Explanation
 
 #: ``inside``: part of what is cut; ``left``: no method's choice; ``holder``: groups others, and is called by nobody.
 Fate = Literal["cut", "dead", "once", "skipped", "inside", "left", "holder"]

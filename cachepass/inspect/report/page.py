@@ -2,7 +2,7 @@
 
     render : Explanation, the calls of a simulated run -> the page
 
-The page is ``report.html`` with ``report.css`` and ``report.js`` inside; everything but the graphs is in it as text, so
+The page is ``page.html`` with ``page.css`` and ``page.js`` inside; everything but the graphs is in it as text, so
 that it can be read and searched where scripts do not run.
 """
 
@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from ..graph.align import align
-from ..graph.flops import human_flops
-from ..graph.plan import Cut, NamedSlot
+from ...graph.plan import Cut, NamedSlot
+from ..tables import human_bytes, human_flops
+from ..timeline import SimulatedCall, lanes
+from .align import align
 from .cost import StepCost, run_costs, saved
-from .tables import human_bytes
-from .timeline import SimulatedCall, lanes
 from .tree import Module, module_tree
 
 if TYPE_CHECKING:
-    from .explain import Explanation
+    from ..explain import Explanation
 
 _HERE = Path(__file__).parent
 
@@ -38,8 +37,8 @@ def render(explanation: Explanation, calls: Sequence[SimulatedCall], *, assumed:
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    return environment.get_template("report.html").render(
-        style=_own("report.css"), script=_own("report.js"), model=explanation.model,
+    return environment.get_template("page.html").render(
+        style=_own("page.css"), script=_own("page.js"), model=explanation.model,
         config=type(explanation.method.config).__name__, fields=list(_fields(explanation.method.config)),
         never=explanation.never, notes=explanation.notes, totals=list(_totals(explanation, costs)),
         saved=_percent(saved(costs)), tree=tree, fates=_count_fates(tree), least=least,

@@ -1,0 +1,1 @@
+"""The page that ``Explanation.to_html`` makes."""
