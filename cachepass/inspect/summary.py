@@ -11,7 +11,6 @@ import torch
 from ..errors import NotCompiledError
 from ..graph.plan import Phase
 from ..methods import PLAIN
-from ..runtime.calls import Run
 from ..runtime.dispatch import LIVE, Dispatcher
 from ..runtime.instance import Instance
 from .tables import human_bytes, human_flops, table
@@ -143,7 +142,7 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
             for message in owner.warnings
         )),
         by_context=_by_context(computed, predicted),
-        last_runs={run.context: _marks(run) for run in sorted(runs, key=lambda run: run.stamp)},
+        last_runs={run.context: run.marks() for run in sorted(runs, key=lambda run: run.stamp)},
     )  # fmt: skip
 
 
@@ -184,15 +183,6 @@ def _by_context(computed: _Counts, predicted: _Counts) -> dict[str, dict[str, tu
     for key in dict.fromkeys([*computed, *predicted]):
         result.setdefault(key[0], {})[key[1]] = computed.get(key, 0), predicted.get(key, 0)
     return result
-
-
-def _marks(run: Run) -> dict[str, str]:
-    groups = dict.fromkeys(group for computed, predicted in run.record for group in (*computed, *predicted))
-    return {
-        group: "".join("." if group in predicted else "#" if group in computed else " "
-                       for computed, predicted in run.record)
-        for group in groups
-    }  # fmt: skip
 
 
 def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:

@@ -1,8 +1,6 @@
-"""Models, their calls and runs: which step of which run a graph is called in.
+"""Models and their calls: which step of which run a graph is called in.
 
-    Model   a module as its user calls it, under one set of compile options
-    Run     its steps in one cache context with latents of one kind (shape, dtype, device): the clock and the states
-    Call    one call of it: one step of a run
+    Model   a module as its user calls it, under one set of compile options; it has the runs of all contexts
 
 A model that is one graph makes a call of every call of that graph. Where the graph breaks, or blocks are compiled one
 by one, many graphs run in one call: then two forward hooks on the model say where its calls begin and end, with which
@@ -11,130 +9,28 @@ inputs, and whether they succeeded. A call that fails leaves the clock where it 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import logging
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from .. import _torch
-from ..errors import ConcurrencyError, NoMatchError, listing, warn
+from ..errors import NoMatchError, listing, warn
 from ..graph.inputs import find_latents, find_timestep_input, kind_of, named_inputs
 from ..methods import Method, Region
 from ..options import CompileOptions
-from .clock import Clock
 from .context import WARMUP, given_timestep, guidance_partner
 from .hooks import watch_calls
-from .invariants import InvariantState
-from .state import OutputState, RunState
+from .runs import Call, Run
 
+logger = logging.getLogger(__name__)
 _KEPT_KINDS = 4  # of inputs, per context, whose slots stay allocated: a server of many resolutions must not fill up
-
 _QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
-_RECORDED = 1000  # steps of a run that summaries show: a run whose end nobody tells must not fill up
 _stamps = itertools.count(1)
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a model.
-
-    Attributes:
-        kind: Shape, dtype and device of its latents.
-        timestep: As the model got it, read when a run first asks.
-        hooked: Its end will be seen. The call in which a model was first captured had begun before.
-        finished: It is over, well or not.
-        runs: The runs that it is a step of: one for each context that graphs are called in.
-    """
-
-    kind: Hashable
-    timestep: Any = None
-    hooked: bool = True
-    finished: bool = False
-    thread: int = field(default_factory=threading.get_ident)
-    runs: list[Run] = field(default_factory=list)
-    _counts: dict[Hashable, int] = field(default_factory=dict)
-    _read: list[float | None] = field(default_factory=list)
-
-    def occurrence(self, key: Hashable) -> int:
-        """How often this was asked before with the same key: a module called again has a state of its own."""
-        count = self._counts.get(key, 0)
-        self._counts[key] = count + 1
-        return count
-
-    def read_timestep(self, read: Callable[[Any], float | None]) -> float | None:
-        if not self._read:
-            self._read.append(read(self.timestep))
-        return self._read[0]
-
-
-class Run:
-    """The steps of one context. Also what is kept from step to step, for each graph that runs in them.
-
-    Attributes:
-        clock: Step index and timesteps.
-        epoch: Counts the runs; a state of another epoch has a history that is over.
-        call: The call that is or was its last step, and the timestep read in it.
-        computed, predicted: Schedules that did so in this call.
-        predictions: Steps of this run in which something was predicted.
-        cached: Some graph of this run may predict.
-        stamp: Rises with every step of any run.
-        record: What computed and what predicted, in each of its (last) steps.
-    """
-
-    def __init__(self, context: str, kind: Hashable, num_inference_steps: int | None) -> None:
-        self.context, self.kind = context, kind
-        self.clock = Clock(num_inference_steps)
-        self.epoch = 0
-        self.call: Call | None = None
-        self.timestep: float | None = None
-        self.computed: set[str] = set()
-        self.predicted: set[str] = set()
-        self.predictions = 0
-        self.cached = False
-        self.stamp = 0
-        self.record: deque[tuple[set[str], set[str]]] = deque(maxlen=_RECORDED)
-        self.states: dict[Hashable, RunState] = {}
-        self.outputs: dict[Hashable, OutputState] = {}
-        self.invariants: dict[Hashable, InvariantState] = {}
-        self._lock = threading.Lock()
-
-    def acquire(self) -> None:
-        """One call at a time; a second one in another thread raises instead of mixing two histories."""
-        if not self._lock.acquire(blocking=False):
-            raise self.in_use()
-
-    def release(self) -> None:
-        self._lock.release()
-
-    @contextlib.contextmanager
-    def exclusively(self) -> Iterator[None]:
-        self.acquire()
-        try:
-            yield
-        finally:
-            self.release()
-
-    def in_use(self) -> ConcurrencyError:
-        return ConcurrencyError(
-            "this context is in use by another call of the same model", where=f"cache context {self.context!r}",
-            hint='give each thread its own: with cachepass.cache_context("name"): ...',
-        )  # fmt: skip
-
-    def end(self) -> None:
-        """The next step is the first of a new run; what was kept is history."""
-        self.epoch += 1
-        self.predictions = 0
-        self.clock.restart()
-
-    def note(self, computed: Sequence[str], predicted: Sequence[str]) -> None:
-        self.computed.update(computed)
-        self.predicted.update(predicted)
 
 
 class Model:
@@ -216,7 +112,7 @@ class Model:
             self._count(run)
             run.clock.commit(run.timestep)
             if run.clock.index == self.options.num_inference_steps:
-                self._report(run)
+                self._end_of(run)
 
     def _count(self, run: Run) -> None:
         with self._lock:
@@ -229,6 +125,8 @@ class Model:
             if run.clock.index == 0:
                 run.record.clear()
             run.record.append((run.computed, run.predicted))
+            logger.debug("%s, step %d (timestep %s): computed %s, predicted %s", run.context, run.clock.index,
+                         run.timestep, run.computed, run.predicted)  # fmt: skip
             run.predictions += bool(run.predicted)
 
     def settle(self) -> None:
@@ -258,15 +156,16 @@ class Model:
                 run.clock.forget()
 
     def _end_run(self, run: Run) -> None:
-        if self.options.num_inference_steps is None:
-            self._report(run)
+        if run.clock.index and run.clock.index != self.options.num_inference_steps:
+            self._end_of(run)
         run.end()
 
-    def _report(self, run: Run) -> None:
-        """Warn once if a run is over and nothing was predicted in it."""
+    def _end_of(self, run: Run) -> None:
+        """A run is over: tell of it, and warn once if nothing was predicted in it."""
+        logger.info("run in %s over after %d steps: %s", run.context, run.clock.index, run.marks())
         if self._warned or not run.cached or run.predictions:
             return
-        if self.options.num_inference_steps is None and run.clock.index < _QUIET_STEPS:
+        if run.clock.index != self.options.num_inference_steps and run.clock.index < _QUIET_STEPS:
             return
         pair = guidance_partner(run.context) if self.method.guidance is not None else None
         partner = None if pair is None else self.latest(pair[1])

@@ -22,13 +22,14 @@ from ..graph.inputs import kind_of
 from ..graph.plan import Phase
 from ..methods import PLAIN, WHOLE, Method, Route, Step
 from ..options import CompileOptions
-from .calls import Call, Model, Run, model_of, step_call
+from .calls import Model, model_of, step_call
 from .context import WARMUP, current_context, guidance_partner
 from .decide import allows, route_of
 from .instance import HalfRun, InputLayout, Instance, Part
 from .invariants import InvariantState
 from .program import CurrentCall, Program, StepCall
 from .reach import WARMING
+from .runs import Call, Run
 from .state import OutputState, RunState, SymbolBinder, resolve_size
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
