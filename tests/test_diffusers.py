@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import types
@@ -167,6 +168,20 @@ def test_fastercache_in_pipelines_where_the_hooks_of_diffusers_fail(name):
     for seed, result in enumerate(results):
         reference.start()
         assert relative_error(result, case.run(expected, STEPS, seed)) < TOLERANCE
+
+
+def test_a_pipeline_that_opens_no_contexts():
+    """The calls of a step are told apart all the same: as with the contexts that the pipeline opens."""
+    case, pipe, silent = PIPELINES["Flux"], PIPELINES["Flux"].make(), PIPELINES["Flux"].make()
+    for each in (pipe, silent):
+        enable_cache(each, fields_of("Flux", "pab") | {"method": "pab"}, lowering="eager")
+    silent.transformer.cache_context = lambda name: contextlib.nullcontext()
+    for seed in (0, 1):
+        assert torch.equal(case.run(silent, STEPS, seed), case.run(pipe, STEPS, seed))
+    named, unnamed = cachepass.summary(pipe.transformer), cachepass.summary(silent.transformer)
+    assert unnamed.contexts == ("default", "call 2")
+    assert list(unnamed.by_context.values()) == list(named.by_context.values())
+    assert list(unnamed.last_runs.values()) == list(named.last_runs.values())
 
 
 def test_both_transformers_of_a_pipeline_are_cached():
