@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would only wait for each other
     torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 50)  # tracing makes many objects; collecting among them took a twentieth of the time
 
 
 @pytest.fixture(autouse=True)

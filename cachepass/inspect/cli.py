@@ -31,13 +31,16 @@ def main() -> None:
 @click.option(
     "--out", default="demo-output", show_default=True, type=click.Path(path_type=Path), help="Folder to write."
 )
+@click.option("--all", "variants", is_flag=True, help="Also the variants of each method: seven rows instead of four.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Also write the table as OUT/digits.json.")
 @click.option("--models", default=_DIGITS, type=click.Path(path_type=Path), help="The folder examples/digits.")
-def demo(images: int, steps: int, guidance: float, lowering: str, out: Path, seed: int, as_json: bool,
+def demo(images: int, steps: int, guidance: float, lowering: str, out: Path, variants: bool, seed: int, as_json: bool,
          models: Path) -> None:  # fmt: skip
     """Sample digits from a trained model, uncached and with each method; compare speed and quality."""
-    rows = _load_demo(models).main(images, steps, guidance, lowering, out, seed)
+    module = _load_demo(models)
+    names = tuple(module.METHODS) if variants else module.ONE_EACH
+    rows = module.main(images, steps, guidance, lowering, out, seed, names)
     if as_json:
         (out / "digits.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "FasterCache, branch": {**_FASTER, "spatial_attention_block_skip_range": None},
     "FasterCache, branch and attention": _FASTER,
 }  # fmt: skip
+ONE_EACH = ("uncached", "TaylorSeer, blocks", "PAB, attention and MLP", "FasterCache, branch and attention")
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def contact_sheet(rows: dict[str, torch.Tensor], path: Path, columns: int = 20) 
     pyplot.close(figure)
 
 
-def main(images: int, steps: int, guidance: float, lowering: str, out: Path, seed: int) -> list[dict[str, Any]]:
+def main(images: int, steps: int, guidance: float, lowering: str, out: Path, seed: int,
+         names: Sequence[str] = ONE_EACH) -> list[dict[str, Any]]:  # fmt: skip
     """The demo; returns the table's rows."""
     console = Console()
     generator = torch.Generator().manual_seed(seed)
@@ -148,13 +151,13 @@ def main(images: int, steps: int, guidance: float, lowering: str, out: Path, see
     results: dict[str, Sampled] = {}
     columns = (TextColumn("{task.description:32s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with torch.no_grad(), Progress(*columns, console=console) as progress, warnings.catch_warnings():
-        for name, cache in METHODS.items():
+        for name in names:
             task = progress.add_task(f"{name}: compiling", total=steps)
 
             def advance(task: Any = task, name: str = name) -> None:
                 progress.update(task, advance=1, description=name)
 
-            results[name] = run(cache, noise, labels, steps, guidance, lowering, advance)
+            results[name] = run(METHODS[name], noise, labels, steps, guidance, lowering, advance)
     reference = results["uncached"]
     rows = []
     for name, result in results.items():
