@@ -41,9 +41,9 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
     """Compile a pipeline's denoisers in place, with a cache.
 
     Args:
-        target: A ``DiffusionPipeline`` (all of its transformers: Wan 2.2 has two) or a model. A model alone is cached as
-            ``torch.compile`` would: timesteps are read from its input (``timestep_scale``), and calls in one step are
-            told apart by ``cache_context`` only.
+        target: A ``DiffusionPipeline`` (all of its transformers: Wan 2.2 has two) or a model. A model alone is cached
+            as ``torch.compile`` does it: timesteps are read from its input (``timestep_scale``), and calls in one step
+            are told apart by ``cache_context`` only.
         cache: As ``options["cache"]`` of ``torch.compile``: a config of ours or of diffusers, a dict, or a name.
         fullgraph: As for ``torch.compile``.
         dynamic: As for ``torch.compile``.
