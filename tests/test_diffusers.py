@@ -284,8 +284,24 @@ def test_disabling_restores_the_model_and_frees_its_slots():
     assert cachepass.summary(pipe.transformer).cache_bytes > 0
     disable_cache(pipe)
     assert set(vars(pipe.transformer)) - {"_diffusers_hook"} == attributes - {"_diffusers_hook"}
-    assert cachepass.summary(pipe.transformer).cache_bytes == 0
+    with pytest.raises(cachepass.NotCompiledError, match="no cached_inductor program belongs"):
+        cachepass.summary(pipe.transformer)
     assert torch.equal(case.run(pipe, STEPS), plain)
+
+
+def test_another_method_after_disabling():
+    """Nothing of the first one is left: in no count, no slot and no result. Enabled again, it begins anew."""
+    case, pipe, results = PIPELINES["Wan"], PIPELINES["Wan"].make(), []
+    for fields, groups in ((TAYLOR | {"method": "taylorseer"}, {"taylorseer"}),
+                           (fields_of("Wan", "pab") | {"method": "pab"}, {"spatial", "cross"}),
+                           (TAYLOR | {"method": "taylorseer"}, {"taylorseer"})):  # fmt: skip
+        enable_cache(pipe, fields, lowering="eager")
+        results.append(case.run(pipe, STEPS))
+        found = cachepass.summary(pipe.transformer)
+        assert (found.runs, found.steps, set(found.computed)) == (2, 2 * STEPS, groups)
+        assert found.cache_bytes == 2 * found.planned_bytes > 0  # the plan is for one context
+        disable_cache(pipe)
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
 
 
 @pytest.mark.parametrize("hook", [offload, group_offload])

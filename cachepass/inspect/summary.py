@@ -141,7 +141,7 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
             message for owner in (*dispatchers, *(d.program for d in dispatchers if d.program), *models)
             for message in owner.warnings
         )),
-        by_context=_by_context(computed, predicted),
+        by_context=_by_context(computed, predicted, [run.context for run in runs]),
         last_runs={run.context: run.marks() for run in sorted(runs, key=lambda run: run.stamp)},
     )  # fmt: skip
 
@@ -178,11 +178,15 @@ def _by_group(counts: _Counts) -> dict[str, int]:
     return groups
 
 
-def _by_context(computed: _Counts, predicted: _Counts) -> dict[str, dict[str, tuple[int, int]]]:
-    result: dict[str, dict[str, tuple[int, int]]] = {}
-    for key in dict.fromkeys([*computed, *predicted]):
-        result.setdefault(key[0], {})[key[1]] = computed.get(key, 0), predicted.get(key, 0)
-    return result
+def _by_context(computed: _Counts, predicted: _Counts, order: Iterable[str]) -> dict[str, dict[str, tuple[int, int]]]:
+    """In the order in which the contexts were first called."""
+    keys = dict.fromkeys([*computed, *predicted])
+    contexts = dict.fromkeys([*order, *(context for context, _ in keys)])
+    groups = {name: [group for context, group in keys if context == name] for name in contexts}
+    return {
+        name: {group: (computed.get((name, group), 0), predicted.get((name, group), 0)) for group in found}
+        for name, found in groups.items() if found
+    }  # fmt: skip
 
 
 def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:
@@ -200,9 +204,10 @@ def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:
 
 
 def forget(model: torch.nn.Module | Callable[..., Any]) -> None:
-    """Free all slots of a model; its programs stay."""
-    for record in dict.fromkeys(instance.model for _, instance in programs_of(model)):
-        record.forget()
+    """Free all slots of a model, and know nothing of its runs any more; its programs stay."""
+    for dispatcher, instance in list(programs_of(model)):
+        instance.model.forget()
+        dispatcher.forget(instance)
 
 
 def _original(model: object) -> object:

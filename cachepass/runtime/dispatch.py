@@ -344,6 +344,12 @@ class Dispatcher:
         state.follow(run.epoch)
         return state
 
+    def forget(self, instance: Instance) -> None:
+        """A module that is not called as this instance any more: called again, it is a new one."""
+        with self._lock:
+            for key in [key for key, known in self.instances.items() if known is instance]:
+                del self.instances[key]
+
     def modules(self, instance: Instance) -> list[str]:
         """Paths of the modules that are cut in an instance."""
         if self.program is None:
