@@ -147,8 +147,8 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
         traced, once = _hoist(traced)
         skips = (*skips, *once)
         if not prepared.method.cuts and traced[0].hoisted is None:
-            warn("nothing but parameters and light work on them stays the same within a run: this is plain "
-                          "Inductor", stacklevel=4)  # fmt: skip
+            warn("nothing but parameters and light work on them stays the same within a run: this is plain Inductor",
+                 stacklevel=4)  # fmt: skip
     full, planned = traced[0], traced[-1]
     if half is not None:
         check_halves(full.gm.graph, planned.gm.graph)

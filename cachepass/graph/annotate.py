@@ -17,12 +17,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
+from torch.library import custom_op
 
 from ..methods import Skip, Target
 from .regions import RegionTable
 
 
-@torch.library.custom_op("cachepass::cut", mutates_args=())
+@custom_op("cachepass::cut", mutates_args=())
 def cut(value: torch.Tensor, region: str, output: int) -> torch.Tensor:  # noqa: ARG001 (they name the cut)
     """Identity; stands for "this value may be replaced by a forecast"."""
     return value.clone()

@@ -77,7 +77,7 @@ def bench(model: torch.nn.Module, inputs: Mapping[str, Any], caches: Sequence[Ca
 
     Raises:
         TimestepError: No input is called as timesteps are.
-        OptionError: There is nothing that changes from step to step.
+        OptionError: Fewer than two steps, or no round.
     """
     if steps < 2 or rounds < 1:
         raise OptionError(f"{steps} steps in {rounds} rounds", where="bench",
@@ -130,14 +130,15 @@ def _run(subject: _Subject, trajectory: Sequence[Mapping[str, Any]]) -> list[tup
     times = []
     if subject.runs and subject.cached:
         reset(subject.call)
+    predictions = _predictions(subject) if subject.runs else 0
     for call in trajectory:
-        before = _predictions(subject) if subject.runs else 0
         wait()
         start = time.perf_counter()
         subject.call(**call)
         wait()
         seconds = time.perf_counter() - start
-        times.append((bool(subject.runs) and _predictions(subject) > before, seconds))
+        before, predictions = predictions, _predictions(subject)
+        times.append((predictions > before, seconds))
     return times
 
 

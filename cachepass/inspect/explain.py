@@ -110,8 +110,8 @@ class Explanation:
         return tuple(name for name in self._routes if name.startswith("canonical"))
 
     def nodes(self, phase: str) -> int:
-        """Number of ATen operations in a phase."""
-        return sum(node.op == "call_function" for node in self.variant(phase).graph.nodes)
+        """Number of ATen operations in a phase; also of ``"plain"``."""
+        return sum(node.op == "call_function" for node in self.fx_graph(phase).nodes)
 
     def variant(self, phase: str) -> fx.GraphModule:
         """The program of a phase as it is lowered."""
@@ -162,7 +162,7 @@ class Explanation:
                 timesteps: Sequence[float] | None = None, contexts: Sequence[str] | None = None) -> str:  # fmt: skip
         """All of this as one HTML page that needs no network; written to ``path`` if that is given.
 
-        The arguments are those of :meth:`timeline`.
+        The arguments are those of ``timeline``.
         """
         from .report.page import render  # only here: who wants no page need not load the template engine
 

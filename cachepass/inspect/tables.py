@@ -22,19 +22,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
 
 def human_bytes(count: int) -> str:
     """``1536`` -> ``"1.5 KiB"``."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
+    return _human(count, 1024, ("B", "KiB", "MiB", "GiB"))
 
 
 def human_flops(count: int) -> str:
-    """``1536`` -> ``"1.5 kFLOP"``."""
+    """``1500`` -> ``"1.5 kFLOP"``."""
+    return _human(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+
+
+def _human(count: int, base: int, units: Sequence[str]) -> str:
     value = float(count)
-    for unit in ("", "k", "M", "G", "T"):
-        if value < 1000 or unit == "T":
-            return f"{value:.0f} FLOP" if not unit else f"{value:.1f} {unit}FLOP"
-        value /= 1000
-    raise AssertionError
+    for unit in units[:-1]:
+        if value < base:
+            return f"{value:.0f} {unit}" if unit == units[0] else f"{value:.1f} {unit}"
+        value /= base
+    return f"{value:.1f} {units[-1]}"

@@ -1,6 +1,7 @@
 """Timeline: what a schedule does in every step of a run, on the host, without running the model.
 
-    simulate : method, plan, steps, contexts -> one Lane per (context, group)
+    simulate_calls : method, plan, timesteps, contexts -> the calls of a run
+    lanes          : calls -> one Lane per (context, group)
 
 It asks the very functions that the dispatcher asks (``runtime/decide.py``), about a run that begins with no history.
 """
@@ -108,12 +109,6 @@ def simulate_calls(method: Method, plan: CachePlan, timesteps: Sequence[float],
         _call(method, plan, known, name, Step(index, float(timestep)))
         for index, timestep in enumerate(timesteps) for name in contexts
     )  # fmt: skip
-
-
-def simulate(method: Method, plan: CachePlan, timesteps: Sequence[float],
-             contexts: Sequence[str] = (DEFAULT,)) -> tuple[Lane, ...]:  # fmt: skip
-    """What every group does in every step of a run, per context; see :func:`simulate_calls`."""
-    return lanes(simulate_calls(method, plan, timesteps, contexts), plan)
 
 
 def lanes(calls: Sequence[SimulatedCall], plan: CachePlan) -> tuple[Lane, ...]:

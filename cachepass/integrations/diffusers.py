@@ -135,9 +135,7 @@ class _Enabled:
 
     def _timestep(self, pipeline: Any, now: Any) -> float | None:
         """In 0..1000; None: where it cannot be had without waiting for the device."""
-        if now is not None and not isinstance(now, torch.Tensor):
-            return float(now)
-        if now is not None and now.numel() == 1 and now.device.type == "cpu":
+        if now is not None and (not torch.is_tensor(now) or (now.numel() == 1 and now.device.type == "cpu")):
             return float(now)
         scheduler = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
@@ -147,12 +145,12 @@ class _Enabled:
             if now.numel() != 1 or now.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
                 return None
             index = now.storage_offset() - timesteps.storage_offset()
-        else:
+        elif hasattr(scheduler, "step_index"):
             index = getattr(scheduler, "step_index", None)
-            if index is None:
+            if index is None:  # no step was made yet
                 index = getattr(scheduler, "begin_index", None) or 0
-                if not hasattr(scheduler, "step_index"):
-                    return None
+        else:
+            return None
         if self._schedule is None or self._schedule[0] is not timesteps:
             self._schedule = timesteps, timesteps.tolist()  # one wait for the device in each run
         values = self._schedule[1]

@@ -112,7 +112,7 @@ class Model:
             self._count(run)
             run.clock.commit(run.timestep)
             if run.clock.index == self.options.num_inference_steps:
-                self._end_of(run)
+                self._report(run)
 
     def _count(self, run: Run) -> None:
         with self._lock:
@@ -157,10 +157,10 @@ class Model:
 
     def _end_run(self, run: Run) -> None:
         if run.clock.index and run.clock.index != self.options.num_inference_steps:
-            self._end_of(run)
+            self._report(run)
         run.end()
 
-    def _end_of(self, run: Run) -> None:
+    def _report(self, run: Run) -> None:
         """A run is over: tell of it, and warn once if nothing was predicted in it."""
         logger.info("run in %s over after %d steps: %s", run.context, run.clock.index, run.marks())
         if self._warned or not run.cached or run.predictions:

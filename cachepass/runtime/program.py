@@ -221,10 +221,9 @@ class Program:
             if route not in self._canonical:
                 traced = self.traced(route)
                 invariants = None if traced.hoisted is None else traced.hoisted.roles
-                canonical = rewrite(traced.gm, self.plan, route, invariants)
-                names = {**traced.names, **role_names(canonical.roles, self.plan)}
-                dump("/".join(part for part in (route.name, "canonical") if part), canonical.gm.graph, names)
-                self._canonical[route] = canonical
+                canonical = self._canonical[route] = rewrite(traced.gm, self.plan, route, invariants)
+                name = "/".join(part for part in (route.name, "canonical") if part)
+                dump(name, canonical.gm.graph, self.names(route))
             return self._canonical[route]
 
     def names(self, route: Route = WHOLE) -> dict[str, str]:

@@ -136,9 +136,8 @@ def _phases(explanation: Explanation) -> Iterator[dict[str, Any]]:
     plain = explanation.flops("plain")
     graphs = [*dict.fromkeys(map(explanation.baseline, explanation.phases)), *explanation.phases]
     for name in graphs:
-        operations = sum(node.op == "call_function" for node in explanation.fx_graph(name).nodes)
         flops = explanation.flops(name)
-        yield {"name": name, "operations": operations, "flops": human_flops(flops),
+        yield {"name": name, "operations": explanation.nodes(name), "flops": human_flops(flops),
                "share": flops / plain if plain else 0.0, "percent": _percent(flops / plain) if plain else "-",
                "plain": name not in explanation.phases}  # fmt: skip
 
