@@ -4,7 +4,20 @@ compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
                          options={"cache": cachepass.TaylorSeerCacheConfig(cache_interval=5, max_order=1)})
 """
 
-from .config import FasterCacheConfig, InvariantConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from .calibration import TeaCacheFit, fit_teacache, mag_ratios
+from .config import (
+    FLUX_MAG_RATIOS,
+    CacheConfig,
+    DBCacheConfig,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    InvariantConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    TeaCacheConfig,
+)
 from .errors import (
     BatchError,
     CachepassError,
@@ -28,27 +41,37 @@ from .warmup import warmup
 __version__ = "0.2.0"
 
 __all__ = [
+    "FLUX_MAG_RATIOS",
     "BatchError",
+    "CacheConfig",
     "CachepassError",
     "CachepassWarning",
     "CompileOptions",
     "ConcurrencyError",
     "ConfigError",
+    "DBCacheConfig",
     "Explanation",
     "FasterCacheConfig",
+    "FirstBlockCacheConfig",
     "InvariantConfig",
+    "MagCacheConfig",
     "NoMatchError",
     "NotCompiledError",
     "OptionError",
     "OutputError",
     "PartialGraphError",
     "PyramidAttentionBroadcastConfig",
+    "SeaCacheConfig",
     "Summary",
     "TaylorSeerCacheConfig",
+    "TeaCacheConfig",
+    "TeaCacheFit",
     "TimestepError",
     "TrainingError",
     "cache_context",
     "explain",
+    "fit_teacache",
+    "mag_ratios",
     "reset",
     "summary",
     "warmup",

@@ -29,15 +29,16 @@ from . import _torch
 from .config import method_names
 from .errors import BatchError, CachepassError, hearing, warn
 from .frequency import Latents
-from .graph.annotate import annotate, annotate_output
+from .graph.annotate import LATENTS, MODEL_OUTPUT, annotate, annotate_entry, annotate_output, annotate_probe
 from .graph.dump import dump
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
 from .graph.hoist import hoist, invariant_regions
 from .graph.inputs import read_inputs
 from .graph.numbers import keep_numbers
-from .graph.outputs import paired_outputs, sample_output
+from .graph.outputs import paired_outputs, returned, sample_output
 from .graph.plan import make_plan
 from .graph.regions import find_regions
+from .graph.streams import resolve
 from .methods import Skip, Target
 from .options import CompileOptions, is_declared, parse_options
 from .prepare import Prepared, prepare
@@ -123,7 +124,8 @@ class Built:
 def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
           current: CurrentCall) -> Built:  # fmt: skip
     """From the Dynamo graph to the program whose variants are compiled on demand."""
-    guidance, targets, skips, notes = prepared.method.guidance, prepared.targets, prepared.skips, prepared.notes
+    method, targets, skips, notes = prepared.method, prepared.targets, prepared.skips, prepared.notes
+    guidance = method.guidance
     outputs: list[fx.Node] = []
     latents = half = None
     if guidance is not None:
@@ -138,10 +140,15 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
             notes = (*notes, f"captured at half batch too; halved on steps that run it: {', '.join(half.call.names)}")
     shown = dict(zip((node.name for node in gm.graph.find_nodes(op="placeholder")), prepared.names, strict=True))
     dump("dynamo", gm.graph, shown)
+    _annotate_streams(gm, prepared)
     annotate(gm, list(targets), prepared.table)
     annotate_output(gm, outputs)
     dump("annotated", gm.graph, shown)
     full, run = _trace(gm, inputs, prepared.names, prepared.varying, options, current)
+    if method.streams:
+        probe = prepared.probe
+        notes = (*notes, *resolve(full.gm, full.varying, probe is not None and probe.residual, full.context.fake_mode))
+        dump("streams", full.gm.graph, full.names)
     traced = [full] if half is None else [full, half.traced]
     if options.invariants and prepared.siblings is None:
         traced, once = _hoist(traced)
@@ -153,11 +160,34 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
     if half is not None:
         check_halves(full.gm.graph, planned.gm.graph)
     plan = make_plan(planned.gm, targets, returns=options.lowering == "cond", skips=skips, notes=notes,
-                     guidance=guidance, latents=latents, halved=half is not None)  # fmt: skip
+                     guidance=guidance, latents=latents, halved=half is not None, probe=prepared.probe,
+                     process_group=options.process_group)  # fmt: skip
     for cut in plan.cuts:
         logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")
     program = Program(full, None if half is None else planned, plan, options.lowering)
     return Built(program, run, None if half is None else HalfRun(half.run, half.call))
+
+
+def _annotate_streams(gm: fx.GraphModule, prepared: Prepared) -> None:
+    """Mark what flows into regions whose residual is asked for, and what a decision looks at."""
+    probe, table = prepared.probe, prepared.table
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    own = [placeholders[i] for i in prepared.own]
+    spans = [target.region.id for target in prepared.targets if target.residual]
+    if probe is not None and probe.region is not None and probe.region.blocks:
+        spans.append(probe.region.id)
+    for region in dict.fromkeys(spans):
+        annotate_entry(gm, region, table, own)
+    if probe is None:
+        return
+    if probe.of_model:
+        annotate_probe(gm, MODEL_OUTPUT, returned(gm)[:1])
+    elif probe.region is None:
+        annotate_probe(gm, LATENTS, [placeholders[i] for i in prepared.layout.latents[:1]])
+    elif probe.region.blocks:
+        annotate_probe(gm, probe.region.id, table.outputs[probe.region.id])
+    else:
+        annotate_probe(gm, probe.region.id, table.outputs[probe.region.id][probe.output :][:1])
 
 
 def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], varying: set[str],

@@ -14,35 +14,40 @@ from torch import fx
 
 from ._torch import SavedContext
 from .graph.emit import EMITTED
-from .graph.rewrite import Role
 from .graph.specialize import Variant
+from .graph.state_inputs import Role
 
 
 @dataclass(frozen=True)
 class LoweredVariant:
     """A variant that can run: takes its inputs as one list, the model's own first, then ``inputs`` in order.
 
-    ``invariants``, ``scalars``, ``slots`` and ``outputs`` are the inputs in four parts: what is kept for a run,
-    predicates and weights, the cuts' slots, the slots of the model's output. ``kept``: what the last of its results
-    are kept as; the others are the model's.
+    ``invariants``, ``scalars``, ``probes``, ``slots``, ``outputs`` and ``carried`` are the inputs in their parts: what
+    is kept for a run; predicates, weights and other numbers; what the probe compares with; the cuts' slots; the slots
+    of the model's output; what the program up to the decision computed. ``kept``: what the last of its results are;
+    the others are the model's.
     """
 
     name: str
     run: Callable[[list[Any]], Any]
     invariants: tuple[Role, ...]
     scalars: tuple[Role, ...]
+    probes: tuple[Role, ...]
     slots: tuple[Role, ...]
     outputs: tuple[Role, ...]
+    carried: tuple[Role, ...]
     kept: tuple[Role, ...]
     compile_seconds: float
     nodes: int
 
     @property
     def inputs(self) -> tuple[Role, ...]:
-        return (*self.invariants, *self.scalars, *self.slots, *self.outputs)
+        return (*self.invariants, *self.scalars, *self.probes, *self.slots, *self.outputs, *self.carried)
 
 
-_PARTS = (("invariant",), ("predicate", "weights"), ("history", "next"), ("output",))
+_PARTS = (("invariant",), ("predicate", "weights", "parameters", "bound"), ("probe",), ("history", "next"), ("output",),
+          ("carried",))  # fmt: skip
+_MOVING = (*_PARTS[1], *_PARTS[5])  # another tensor at every call
 
 
 def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: SavedContext) -> LoweredVariant:
@@ -55,7 +60,7 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
         placeholders = variant.gm.graph.find_nodes(op="placeholder")
         inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
         # Slots stay where they are: a CUDA graph reads and writes them in place, and may write to nothing else.
-        static = [i for i, role in enumerate(variant.inputs, len(own_inputs)) if role.kind not in _PARTS[1]]
+        static = [i for i, role in enumerate(variant.inputs, len(own_inputs)) if role.kind not in _MOVING]
         with _no_advice_on_complex_numbers(variant.gm):
             run = context.compile(variant.gm, inputs, static, cudagraphs=variant.repeated)
     parts = [tuple(role for role in variant.inputs if role.kind in kinds) for kinds in _PARTS]

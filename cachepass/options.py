@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import CacheConfig, parse_cache
+from . import _torch
+from .config import MethodConfig, parse_cache
 from .errors import OptionError, closest
 
 LOWERINGS = ("specialize", "cond", "eager")
@@ -31,16 +32,20 @@ class CompileOptions:
             at every call by the tensors' identity: an input that changed is seen, and results are exact.
         invariant_inputs: Names of inputs whose values stay the same within a run although each call brings another
             tensor, or tensors made under ``torch.inference_mode``, which cannot be checked.
+        process_group: Ranks that run one model together (tensor or context parallel): a method that decides by what it
+            measures gets the distance over all of them, so all decide alike. A ``ProcessGroup``; ``"world"``: the
+            default one.
         inductor: Everything else, as Inductor config patches.
     """
 
-    cache: CacheConfig | None = None
+    cache: MethodConfig | None = None
     lowering: str = "specialize"
     timestep_input: str | None = None
     timestep_scale: float = 1.0
     num_inference_steps: int | None = None
     invariants: bool = True
     invariant_inputs: tuple[str, ...] = ()
+    process_group: Any = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -81,6 +86,8 @@ def parse_options(
         ours["cache"] = parse_cache(ours["cache"])
     if isinstance(ours.get("invariant_inputs"), list):
         ours["invariant_inputs"] = tuple(ours["invariant_inputs"])
+    if ours.get("process_group") is not None:
+        ours["process_group"] = _process_group(ours["process_group"])
     parsed = CompileOptions(**ours, inductor=patches)
     _check_options(parsed)
     return parsed
@@ -90,6 +97,22 @@ def _option_hint(key: str, names: list[str], inductor_keys: set[str]) -> str:
     near = difflib.get_close_matches(key, [*names, *inductor_keys], n=1, cutoff=0.6)
     prefix = f"did you mean {near[0]!r}? " if near else ""
     return prefix + "cachepass's own: " + ", ".join(names) + "; every Inductor config key is accepted too"
+
+
+def _process_group(given: Any) -> Any:
+    where = 'options["process_group"]'
+    world = _torch.default_group()
+    if world is None:
+        raise OptionError("torch.distributed is not initialised", where=where,
+                          hint="call torch.distributed.init_process_group first; one process needs none")  # fmt: skip
+    if isinstance(given, str) and given == "world":
+        return world
+    if not _torch.is_process_group(given):
+        raise OptionError(
+            f"expected a ProcessGroup of which this rank is a member, or 'world', got {given!r}", where=where,
+            hint="torch.distributed.new_group(ranks) makes one, and mesh.get_group(name) has that of a DeviceMesh",
+        )  # fmt: skip
+    return given
 
 
 def _check_options(options: CompileOptions) -> None:

@@ -29,7 +29,8 @@ from .graph.annotate import outermost
 from .graph.inputs import Arguments, GraphInputs, find_latents, find_timestep, find_timestep_input, kind_of, read_inputs
 from .graph.numbers import keep_numbers
 from .graph.regions import RegionTable, find_regions
-from .methods import Method, Skip, Target, make_method
+from .graph.spans import add_span
+from .methods import Method, Probe, Selection, Skip, Target, make_method
 from .options import CompileOptions, is_declared
 from .runtime.instance import InputLayout
 from .runtime.place import Place
@@ -49,6 +50,8 @@ class Prepared:
     notes: tuple[str, ...]
     names: tuple[str, ...]
     layout: InputLayout
+    own: tuple[int, ...] = ()
+    probe: Probe | None = None
     siblings: Siblings | None = None
 
     @property
@@ -65,6 +68,7 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     keep_numbers(gm)
     _refuse_training(gm, inputs)
     method = make_method(options.cache)
+    method.bind(options.num_inference_steps)
     named = read_inputs(gm, inputs)
     siblings = None
     _check_declared(named, options, whole=place is None)
@@ -78,6 +82,7 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
         timestep = _find_timestep(named, inputs, options)
         _require_timestep(timestep is not None, [named.names[i] for i in named.own], method, options)
         selection = method.select(table.regions)
+        _add_spans(gm, table, selection)
     else:
         if not method.cuts:
             raise PartialGraphError(
@@ -98,6 +103,7 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
         _require_timestep(place.timestep is not None, place.inputs, method, options)
         siblings = Siblings(method, tuple(table.regions), place.prefix, place.siblings, tuple(paths.values()))
         selection = siblings.selection()
+        _add_spans(gm, table, selection)
     targets, nested = outermost(selection.targets, table)
     for note in selection.notes:
         logger.info(note)
@@ -106,7 +112,18 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     latents = tuple(i for i in (named.own[k] for k in found) if isinstance(inputs[i], torch.Tensor))
     static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
     layout = InputLayout(named.identity, latents, timestep, static)
-    return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout, siblings)
+    return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout, tuple(named.own),
+                    selection.probe, siblings)  # fmt: skip
+
+
+def _add_spans(gm: fx.GraphModule, table: RegionTable, selection: Selection) -> None:
+    """Regions that a method made of several blocks, and that a probe looks at."""
+    regions = [target.region for target in selection.targets]
+    if selection.probe is not None and selection.probe.region is not None:
+        regions.append(selection.probe.region)
+    for region in regions:
+        if region.blocks:
+            add_span(gm, table, region)
 
 
 def _check_declared(named: GraphInputs, options: CompileOptions, *, whole: bool) -> None:

@@ -63,6 +63,18 @@ def curves(method: str) -> str:
     return "\n".join(lines)
 
 
+def adaptive() -> str:
+    """The measured points of data/adaptive.json as a Markdown table."""
+    known = json.loads((DOCS / "data" / "adaptive.json").read_text())
+    lines = ["| method | knob | computed | FLOPs, % of uncached | PSNR dB | accuracy % | cache MiB |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for p in known["points"]:
+        cells = [p["curve"], f"{p['knob']} {p['value']}", p["computed"], f"{p['flops_percent']:.1f}",
+                 f"{p['psnr_db']:.1f}", f"{p['accuracy_percent']:.1f}", f"{p['cache_bytes'] / 2**20:.1f}"]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def signature(name: str) -> str:
     """A config's fields and their defaults, as a call."""
     fields = dataclasses.fields(getattr(cachepass, name))
@@ -70,9 +82,9 @@ def signature(name: str) -> str:
     return "\n".join(["Fields and defaults:", "", "```python", f"{name}(", *lines, ")", "```"])
 
 
-def how_measured() -> str:
+def how_measured(data: str = "curves") -> str:
     """The settings of the points, as a sentence."""
-    known = json.loads((DOCS / "data" / "curves.json").read_text())
+    known = json.loads((DOCS / "data" / f"{data}.json").read_text())
     s = known["settings"]
     return (f"`{known['command']}`: {s['images']} digits, {s['steps']} steps, guidance {s['guidance']:g}, seed "
             f"{s['seed']}, torch {known['versions']['torch']}; the uncached digits' accuracy is "

@@ -11,13 +11,13 @@ crowd there; what is skipped is extrapolated from the last two outputs, ``h_0 + 
 import math
 
 from cachepass import NoMatchError
-from cachepass.config import CacheConfig, cache_config
+from cachepass.config import MethodConfig, cache_config
 from cachepass.forecast import Forecast
 from cachepass.methods import Method, Selection, Step, Target, implements
 
 
 @cache_config("chebyshev")
-class ChebyshevCacheConfig(CacheConfig):
+class ChebyshevCacheConfig(MethodConfig):
     steps: int = 50  # steps of a run
     computed: int = 20  # nodes; nodes that round to the same step are one computed step
     damping: float = 1.0  # d: 1 continues the line through the last two outputs, 0 repeats the last one

@@ -13,7 +13,7 @@ from reference import Reference, twin
 from small_models import calls, transformer
 
 import cachepass
-from cachepass.config import CacheConfig, cache_config, parse_cache
+from cachepass.config import MethodConfig, cache_config, parse_cache
 from cachepass.methods import implements, make_method
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_method.py"
@@ -122,7 +122,7 @@ def test_a_name_is_given_once():
     with pytest.raises(cachepass.OptionError, match="there is a method 'chebyshev' already"):
 
         @cache_config("chebyshev")
-        class Again(CacheConfig):
+        class Again(MethodConfig):
             pass
 
 
@@ -132,10 +132,10 @@ def test_a_config_has_one_method():
 
 
 def test_a_config_without_a_method(monkeypatch):
-    monkeypatch.setattr("cachepass.config._METHODS", dict(cachepass.config._METHODS))
+    monkeypatch.setattr("cachepass.config.base._METHODS", dict(cachepass.config.base._METHODS))
 
     @cache_config("nobody")
-    class NobodyConfig(CacheConfig):
+    class NobodyConfig(MethodConfig):
         pass
 
     with pytest.raises(cachepass.ConfigError, match=r"NobodyConfig: no method implements it"):

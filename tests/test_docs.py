@@ -99,14 +99,24 @@ def test_the_pictures_are_drawn_from_the_data(tmp_path):
     methods = {point["method"] for point in known["points"]}
     assert methods == {"taylorseer", "pab", "fastercache"}
     assert all(p["computed"] + p["predicted"] == known["settings"]["steps"] for p in known["points"])
-    (tmp_path / "data").mkdir()
-    shutil.copy(DOCS / "data" / "curves.json", tmp_path / "data")
-    command = [sys.executable, str(ROOT / "examples" / "digits" / "curves.py"), "--draw", "--out", str(tmp_path)]
+    _drawn("curves", [f"{method}-quality" for method in methods], tmp_path)
+
+
+def test_the_pictures_of_decisions_and_forecasts_are_drawn_from_the_data(tmp_path):
+    known = json.loads((DOCS / "data" / "adaptive.json").read_text())
+    assert all(0 < p["computed"] < known["settings"]["steps"] for p in known["points"])
+    _drawn("adaptive", ["adaptive-methods", "adaptive-forecasts"], tmp_path)
+
+
+def _drawn(script, pictures, folder):
+    (folder / "data").mkdir()
+    shutil.copy(DOCS / "data" / f"{script}.json", folder / "data")
+    command = [sys.executable, str(ROOT / "examples" / "digits" / f"{script}.py"), "--draw", "--out", str(folder)]
     drawn = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert drawn.returncode == 0, drawn.stderr[-2000:]
-    for method in methods:
-        assert (tmp_path / "images" / f"{method}-quality.svg").stat().st_size > 10_000
-        assert (DOCS / "images" / f"{method}-quality.svg").is_file()
+    for picture in pictures:
+        assert (folder / "images" / f"{picture}.svg").stat().st_size > 10_000
+        assert (DOCS / "images" / f"{picture}.svg").is_file()
 
 
 def test_the_site_builds_without_warnings(tmp_path):

@@ -389,7 +389,7 @@ def test_dead_slots_change_memory_and_not_a_bit_of_the_outputs(order, monkeypatc
     results, sizes = [], []
     for dead in (False, True):
         if dead:
-            monkeypatch.setattr(plan, "_live_markers", lambda _graph, group_of, _groups: set(group_of))
+            monkeypatch.setattr(plan, "live_markers", lambda _graph, group_of, _groups: set(group_of))
         torch._dynamo.reset()
         model = torch.compile(transformer(depth=6), backend="cached_inductor", fullgraph=True,
                               options={"cache": cache, "lowering": "eager", "num_inference_steps": 9})  # fmt: skip

@@ -32,14 +32,19 @@ def is_one_graph(name: str) -> bool:
     return not ZOO[name].get("graph_breaks", False)
 
 
-def build(name: str, seed: int = 0) -> torch.nn.Module:
-    """The tiny model with random weights (the same for the same seed)."""
+def build(name: str, seed: int = 0, *, layers: int | None = None) -> torch.nn.Module:
+    """The tiny model with random weights (the same for the same seed); ``layers``: at least so many blocks a list.
+
+    A model whose text encoder's layers are counted one by one (HiDream) keeps its own number of blocks.
+    """
     import diffusers
 
     entry = ZOO[name]
     torch.manual_seed(seed)
     init = {k: tuple(v) if isinstance(v, list) and v and k != "dual_attention_layers" else v
             for k, v in entry["init"].items()}  # fmt: skip
+    if layers is not None and "llama_layers" not in init:
+        init |= {k: max(layers, init[k]) for k in ("num_layers", "num_single_layers", "n_layers") if k in init}
     model = getattr(diffusers, entry["model"])(**init).eval().requires_grad_(False)
     for parameter in model.parameters():  # zero-initialised gates would hide whatever stands behind them
         if parameter.ndim == 0 or not parameter.any():

@@ -3,6 +3,7 @@
 Nothing here knows what caching is. Whatever a new torch release renames is renamed in this package and nowhere else.
 """
 
+from .collectives import default_group, is_collective, is_process_group, is_wait, sum_over
 from .dynamo import (
     Frame,
     capture,
@@ -61,6 +62,7 @@ __all__ = [
     "compile_once",
     "compile_statistics",
     "current_frame",
+    "default_group",
     "depends_on_data",
     "fake_mode_of",
     "flatten",
@@ -68,8 +70,11 @@ __all__ = [
     "inductor_keys",
     "inductor_modes",
     "input_index",
+    "is_collective",
+    "is_process_group",
     "is_resumed",
     "is_symbolic",
+    "is_wait",
     "kernels_side_by_side",
     "module_of",
     "placeholder_source",
@@ -82,6 +87,7 @@ __all__ = [
     "save_context",
     "stops_at_break",
     "storage_of",
+    "sum_over",
     "trace",
     "trace_artifact",
     "trace_only",

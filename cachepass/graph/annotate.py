@@ -9,11 +9,15 @@
 The marker makes a region a cut in the dataflow instead of a set of nodes, and it survives functionalisation,
 decompositions and autocast untouched: in the ATen graph its operand is the region's value, whatever became of the
 region. It is pure and its result never aliases its operand, so no pass may move a write across it.
+
+Where a residual is forecast, or probed, ``cachepass::enter`` marks what flows into the region too, and
+``graph/streams.py`` finds in the ATen graph which of it each output is to be compared with: the ``base`` of its marker.
+``cachepass::probe`` marks the value that a decision looks at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
@@ -24,17 +28,43 @@ from .regions import RegionTable
 
 
 @custom_op("cachepass::cut", mutates_args=())
-def cut(value: torch.Tensor, region: str, output: int) -> torch.Tensor:  # noqa: ARG001 (they name the cut)
-    """Identity; stands for "this value may be replaced by a forecast"."""
+def cut(value: torch.Tensor, region: str, output: int, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG001 (they name the cut)
+    """Identity; stands for "this value may be replaced by a forecast", or by ``base`` and a forecast."""
     return value.clone()
 
 
 @cut.register_fake
-def _fake_cut(value: torch.Tensor, region: str, output: int) -> torch.Tensor:  # noqa: ARG001
+def _fake_cut(value: torch.Tensor, region: str, output: int, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG001
+    return torch.empty_like(value)
+
+
+@custom_op("cachepass::enter", mutates_args=())
+def enter(value: torch.Tensor, region: str) -> torch.Tensor:  # noqa: ARG001
+    """Identity; the value flows into a region whose residual is asked for."""
+    return value.clone()
+
+
+@enter.register_fake
+def _fake_enter(value: torch.Tensor, region: str) -> torch.Tensor:  # noqa: ARG001
+    return torch.empty_like(value)
+
+
+@custom_op("cachepass::probe", mutates_args=())
+def probe(value: torch.Tensor, region: str, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG001
+    """Identity; a decision looks at this value, or at its difference to ``base``."""
+    return value.clone()
+
+
+@probe.register_fake
+def _fake_probe(value: torch.Tensor, region: str, base: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG001
     return torch.empty_like(value)
 
 
 CUT = torch.ops.cachepass.cut.default
+ENTER = torch.ops.cachepass.enter.default
+PROBE = torch.ops.cachepass.probe.default
+LATENTS = "(latents)"  # the region of a probe that looks at the model's input
+MODEL_OUTPUT = "(model output)"  # and of one that looks at what it returns
 OUTPUT = "(output)"  # the region of the model's own output
 
 
@@ -68,6 +98,51 @@ def annotate(gm: fx.GraphModule, targets: list[Target], table: RegionTable) -> f
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def annotate_entry(gm: fx.GraphModule, region: str, table: RegionTable, own: Collection[fx.Node]) -> fx.GraphModule:
+    """Mark the activations that flow into a region; ``own`` are the placeholders that are no parameters."""
+    members = set(table.nodes[region])
+    seen: set[fx.Node] = set()
+    for node in table.nodes[region]:
+        for value in node.all_input_nodes:
+            if value in seen or value in members or not _flows(value, own):
+                continue
+            with gm.graph.inserting_before(node):  # not earlier: it may be written in place up to here
+                marker = gm.graph.call_function(ENTER, (value, region))
+            seen |= {value, marker}
+            marker.meta = {k: v for k, v in value.meta.items() if k in ("example_value", "nn_module_stack")}
+            value.replace_all_uses_with(marker, lambda user: user in members)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def annotate_probe(gm: fx.GraphModule, region: str, values: Sequence[fx.Node]) -> fx.GraphModule:
+    """Mark values at which a decision may look."""
+    for value in values:
+        with gm.graph.inserting_before(_behind(value)):
+            marker = gm.graph.call_function(PROBE, (value, region))
+        marker.meta = {k: v for k, v in value.meta.items() if k in ("example_value", "nn_module_stack")}
+        value.replace_all_uses_with(marker, lambda user: user is not marker)  # noqa: B023
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _flows(value: fx.Node, own: Collection[fx.Node]) -> bool:
+    """An activation: a floating-point tensor that is no parameter."""
+    example = value.meta.get("example_value")
+    activation = value in own if value.op == "placeholder" else value.op != "get_attr"
+    return activation and isinstance(example, torch.Tensor) and example.is_floating_point()
+
+
+def _behind(value: fx.Node) -> fx.Node:
+    """The node in front of which a marker of the value stands: behind all placeholders, if it is one of them."""
+    after = value.next
+    while after.op == "placeholder":
+        after = after.next
+    return after
 
 
 def annotate_output(gm: fx.GraphModule, values: Sequence[fx.Node]) -> fx.GraphModule:

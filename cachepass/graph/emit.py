@@ -50,16 +50,26 @@ class Emitter:
     def strided(self, value: fx.Node, strides: Sequence[int | torch.SymInt]) -> fx.Node:
         """``value`` with exactly these dense strides, for the branches of a conditional, which must agree; dropped
         when the branch is inlined (what differs are strides that dimensions of size 1 carry)."""
+        result = self.restrided(value, strides)
+        node: Any = result
+        while node is not value:
+            node.meta["cachepass_unalias"] = True
+            node = node.args[0]
+        return result
+
+    def restrided(self, value: fx.Node, strides: Sequence[int | torch.SymInt]) -> fx.Node:
+        """``value`` with exactly these dense strides: copied where they differ."""
         own = value.meta["val"].stride()
         if tuple(own) == tuple(strides) or any(isinstance(step, torch.SymInt) for step in (*own, *strides)):
             return value
         order = sorted(range(len(strides)), key=lambda d: (-int(strides[d]), d))
         ordered = self(aten.permute.default, value, order)
         copy = self(aten.clone.default, ordered, memory_format=torch.contiguous_format)
-        result = self(aten.permute.default, copy, [order.index(d) for d in range(len(order))])
-        for node in (ordered, copy, result):
-            node.meta["cachepass_unalias"] = True
-        return result
+        return self(aten.permute.default, copy, [order.index(d) for d in range(len(order))])
+
+    def residual(self, value: fx.Node, base: fx.Node | None) -> fx.Node:
+        """What is kept of a value: all of it, or what it adds to ``base``."""
+        return value if base is None else self(aten.sub.Tensor, value, base)
 
     def held(self, value: fx.Node, strides: Sequence[int | torch.SymInt]) -> fx.Node:
         """``value``, compiled so that it has these dense strides (no copy where Inductor would choose them anyway)."""

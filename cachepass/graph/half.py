@@ -20,7 +20,7 @@ from .. import _torch
 from ..errors import BatchError, CachepassError, listing
 from ..methods import Guidance, Skip, Target
 from .inputs import Arguments, input_name
-from .plan import cut_nodes
+from .liveness import cut_nodes
 from .regions import RegionTable
 from .rewrite import halved_dimension
 

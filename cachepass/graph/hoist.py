@@ -26,8 +26,10 @@ from torch import fx
 from .. import _torch
 from .annotate import CUT, OUTPUT
 from .emit import Emitter, alias_root, aten
-from .plan import NamedSlot, is_impure, reach_back
-from .rewrite import Role, drop_marker, empty_slot
+from .liveness import is_impure, reach_back
+from .rewrite import drop_marker
+from .slots import NamedSlot
+from .state_inputs import Role, empty_slot
 
 _HEAVY_NUMEL = 4096  # elements from which a reduction or a transcendental function outweighs reading a kept value
 _PRODUCTS = {
@@ -99,6 +101,8 @@ def _is_function(node: fx.Node) -> bool:
         return False
     if node.target is CUT:
         return node.args[1] != OUTPUT
+    if _torch.is_collective(node):  # another rank's input may change while this one's stays the same
+        return False
     values = node.meta.get("val")
     if any(isinstance(v, torch.Tensor) and _torch.depends_on_data(v) for v in _leaves(values)):
         return False

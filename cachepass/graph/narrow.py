@@ -23,7 +23,7 @@ from torch import fx
 
 from .. import _torch
 from .emit import CONVERT, Emitter, alias_root, aten
-from .plan import is_impure
+from .liveness import is_impure
 
 # Two launches for two runs of columns must be worth their while: reading this much takes a GPU about as long as one.
 _GAP_BYTES = 1 << 20

@@ -9,18 +9,20 @@ the cuts that the phase predicts. A cut whose forecast no phase reads is dead; s
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
+from .. import _torch
+from ..errors import ConfigError
 from ..forecast import Forecast
 from ..frequency import Latents, wide_dtype
-from ..methods import WHOLE, Guidance, Route, Skip, Target
-from .annotate import CUT, OUTPUT
+from ..methods import WHOLE, Guidance, Probe, Route, Skip, Target
+from .liveness import base_of, cut_nodes, live_markers, output_nodes, probe_node, reach_back, subsets
+from .slots import NamedSlot, bytes_of, dense_strides
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Cut:
         slot_dtype: Dtype in which its history is kept.
         live: Some phase reads its forecast; if not, it has no slots.
         row: Which region of its group it belongs to: where weights differ by region, its row of them.
+        residual: What is kept and forecast is the value minus what the region was given.
     """
 
     index: int
@@ -57,6 +60,7 @@ class Cut:
     slot_dtype: torch.dtype
     live: bool = True
     row: int = 0
+    residual: bool = False
 
     @property
     def name(self) -> str:
@@ -70,27 +74,7 @@ class Cut:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot; 0 while a size is symbolic."""
-        return _bytes(self.shape, self.slot_dtype)
-
-
-def _bytes(shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> int:
-    known = [size for size in shape if isinstance(size, int)]
-    return math.prod(known) * dtype.itemsize if len(known) == len(shape) else 0
-
-
-@dataclass(frozen=True)
-class NamedSlot:
-    """What is kept of one value, for guidance or for a whole run: shape and dtype as of a :class:`Cut`'s slot."""
-
-    name: str
-    shape: tuple[int | torch.SymInt, ...]
-    stride: tuple[int | torch.SymInt, ...]
-    slot_dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def slot_bytes(self) -> int:
-        return _bytes(self.shape, self.slot_dtype)
+        return bytes_of(self.shape, self.slot_dtype)
 
 
 @dataclass(frozen=True)
@@ -119,6 +103,18 @@ class OutputPlan:
         return (guidance.both, guidance.half) if self.halved else (guidance.cond, guidance.uncond, guidance.answer)
 
 
+@dataclass(frozen=True)
+class ProbePlan:
+    """What a decision looks at: the method's probe, and the slot for the value that it is compared with.
+
+    ``residual``: the value is a difference, to what its region was given.
+    """
+
+    probe: Probe
+    slot: NamedSlot
+    residual: bool
+
+
 class Layout:
     """Equal for plans that keep the same: graphs of one model that were captured under different conditions go on with
     each other's history. It is looked up on every call, so its hash is computed once."""
@@ -143,6 +139,8 @@ class _GroupPlan:
     weighted: bool
     recursive: bool
     weight_regions: tuple[str, ...]
+    from_gram: bool
+    rows: int
 
 
 def _group_plan(cuts: Sequence[Cut]) -> _GroupPlan:
@@ -153,6 +151,8 @@ def _group_plan(cuts: Sequence[Cut]) -> _GroupPlan:
         weighted=any(cut.forecast.constant_weights is None for cut in live),
         recursive=any(cut.forecast.recursive for cut in live),
         weight_regions=paths if any(cut.forecast.per_region for cut in cuts) else ("",),
+        from_gram=any(cut.forecast.from_gram for cut in live),
+        rows=1 + max((cut.row for cut in live), default=0),
     )
 
 
@@ -168,6 +168,8 @@ class CachePlan:
         skips: Regions that are not cut, with the reason.
         notes: Remarks of the method.
         output: What is done with the model's output, if anything.
+        probe: What decisions are made from, if they are made from data.
+        process_group: Ranks that run one model together: what is measured, is measured over all of them.
     """
 
     cuts: tuple[Cut, ...]
@@ -177,6 +179,8 @@ class CachePlan:
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
     output: OutputPlan | None = None
+    probe: ProbePlan | None = None
+    process_group: Any = None
 
     @property
     def live_cuts(self) -> tuple[Cut, ...]:
@@ -186,7 +190,8 @@ class CachePlan:
     def cache_bytes(self) -> int:
         """Bytes of all slots for one context of one model instance (for guidance by two calls: for the pair of their
         contexts); symbolic sizes count as 0."""
-        return self.cut_bytes + (0 if self.output is None else self.output.slot_bytes)
+        probe = 0 if self.probe is None else self.probe.slot.slot_bytes
+        return self.cut_bytes + (0 if self.output is None else self.output.slot_bytes) + probe
 
     @property
     def cut_bytes(self) -> int:
@@ -195,16 +200,33 @@ class CachePlan:
 
     def layout(self, resolve: Callable[[object], int], prefix: str = "") -> Layout:
         """What the plan keeps, once the symbolic sizes have values, below the module of the path ``prefix``."""
-        return Layout((self.returns, *(
-            (c.region.removeprefix(prefix), c.output, c.group, c.forecast, tuple(map(resolve, c.shape)),
-             tuple(map(resolve, c.stride)), c.slot_dtype, c.device, c.live)
-            for c in self.cuts
-        )))  # fmt: skip
+        return Layout(
+            (
+                self.returns,
+                *(
+                    (
+                        c.region.removeprefix(prefix),
+                        c.output,
+                        c.group,
+                        c.forecast,
+                        tuple(map(resolve, c.shape)),
+                        tuple(map(resolve, c.stride)),
+                        c.slot_dtype,
+                        c.device,
+                        c.live,
+                        c.residual,
+                    )
+                    for c in self.cuts
+                ),
+                *(() if self.probe is None else (self.probe.probe.every, *map(resolve, self.probe.slot.shape))),
+            )
+        )
 
     @property
     def sizes(self) -> list[int | torch.SymInt]:
-        """All sizes and strides of the live cuts."""
-        return [size for cut in self.live_cuts for size in (*cut.shape, *cut.stride)]
+        """All sizes and strides of the live cuts, and of the probe's slot."""
+        slots = [*self.live_cuts, *(() if self.probe is None else (self.probe.slot,))]
+        return [size for slot in slots for size in (*slot.shape, *slot.stride)]
 
     def history(self, group: str) -> int:
         """Outputs kept by the group's deepest ring."""
@@ -221,6 +243,14 @@ class CachePlan:
     def weight_regions(self, group: str) -> tuple[str, ...]:
         """Paths of the regions whose weights differ, in order of their rows; one nameless one where none do."""
         return self._schedule[group].weight_regions if group in self._schedule else ("",)
+
+    def from_gram(self, group: str) -> bool:
+        """Weights of the group come of the inner products of what is kept."""
+        return group in self._schedule and self._schedule[group].from_gram
+
+    def weight_count(self, group: str) -> int:
+        """Weights of the group in all: for each row as many as its deepest ring has slots."""
+        return self.history(group) * (self._schedule[group].rows if group in self._schedule else 1)
 
     @functools.cached_property
     def _schedule(self) -> dict[str, _GroupPlan]:
@@ -245,30 +275,65 @@ def phase_name(phase: Phase, groups: Sequence[str]) -> str:
 
 def make_plan(gm: fx.GraphModule, targets: Sequence[Target], *, returns: bool = False, skips: Iterable[Skip] = (),
               notes: Iterable[str] = (), guidance: Guidance | None = None, latents: Latents | None = None,
-              halved: bool = False) -> CachePlan:  # fmt: skip
+              halved: bool = False, probe: Probe | None = None, process_group: Any = None) -> CachePlan:  # fmt: skip
     """Plan the cuts whose markers stand in ``gm``; with ``halved`` that is the graph of the conditional half."""
     target_of = {target.region.id: target for target in targets}
     markers = cut_nodes(gm.graph)
     group_of = {node: target_of[str(node.args[1])].group for node in markers}
     groups = tuple(dict.fromkeys(group_of.values()))
-    live = _live_markers(gm.graph, group_of, groups)
+    live = live_markers(gm.graph, group_of, groups)
     rows: dict[str, list[str]] = {}
     cuts = []
     for i, node in enumerate(markers):
         target = target_of[str(node.args[1])]
-        row = _row(rows.setdefault(target.group, []), target)
+        row = _row(rows.setdefault(target.group, []), target, live=node in live)
         cuts.append(_make_cut(i, node, target, node in live, row))
     groups = tuple(group for group in groups if any(cut.live and cut.group == group for cut in cuts))
+    if probe is not None:
+        groups = groups or (probe.group,)  # nothing is cut: the run is measured
+        _refuse_circle(gm.graph, group_of)
     output = None
     if guidance is not None:
         output = _plan_output(gm, guidance, latents or guidance.latents, halved)
     routes = (WHOLE,) if output is None else output.routes
-    phases = tuple(Phase(p, route) for route in routes for p in (_subsets(groups) if route.predicts else [()]))
-    return CachePlan(tuple(cuts), groups, phases, returns, tuple(skips), tuple(notes), output)
+    phases = tuple(Phase(p, route) for route in routes for p in (subsets(groups) if route.predicts else [()]))
+    return CachePlan(tuple(cuts), groups, phases, returns, tuple(skips), tuple(notes), output,
+                     _plan_probe(gm.graph, probe), process_group)  # fmt: skip
 
 
-def _row(rows: list[str], target: Target) -> int:
-    """Calls of one module share their weights."""
+def _refuse_circle(graph: fx.Graph, group_of: Mapping[fx.Node, str]) -> None:
+    """A decision is taken before what it is about.
+
+    Raises:
+        ConfigError: The probe looks at something behind a cut.
+    """
+    marker = probe_node(graph)
+    behind = [] if marker is None else [cut for cut in group_of if cut in reach_back([marker], set())]
+    if behind and marker is not None:
+        raise ConfigError(
+            f"what the probe looks at ({marker.args[1]}) depends on what it decides on ({behind[0].args[1]})",
+            where="probe", hint="look at something earlier, or cut less: Blocks(first=...) computes the first blocks",
+        )  # fmt: skip
+
+
+def _plan_probe(graph: fx.Graph, probe: Probe | None) -> ProbePlan | None:
+    marker = probe_node(graph)
+    if probe is None or marker is None:
+        return None
+    value: torch.Tensor = marker.meta["val"]
+    if probe.transform is not None:
+        with _torch.fake_mode_of([n.meta.get("val") for n in graph.find_nodes(op="placeholder")]), torch.no_grad():
+            value = probe.transform(value, torch.empty(probe.parameters, device=value.device))
+    slot = NamedSlot(str(marker.args[1]), tuple(value.shape), dense_strides(value), value.dtype, value.device)
+    return ProbePlan(probe, slot, base_of(marker) is not None)
+
+
+def _row(rows: list[str], target: Target, *, live: bool) -> int:
+    """Calls of one module share their weights; weights that come of what is kept are each cut's own."""
+    if target.forecast.from_gram:
+        if live:
+            rows.append(f"{len(rows)}")
+        return max(len(rows) - 1, 0)
     if not target.forecast.per_region:
         return 0
     if target.region.path not in rows:
@@ -291,87 +356,16 @@ def _plan_output(gm: fx.GraphModule, guidance: Guidance, latents: Latents, halve
     return OutputPlan(guidance, latents, tuple(slots), halved)
 
 
-def cut_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The cut markers of an ATen graph, in order, without those of the model's output."""
-    return [n for n in graph.find_nodes(op="call_function", target=CUT) if n.args[1] != OUTPUT]
-
-
-def output_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The markers of the model's output."""
-    return [n for n in graph.find_nodes(op="call_function", target=CUT) if n.args[1] == OUTPUT]
-
-
 def _make_cut(index: int, node: fx.Node, target: Target, live: bool, row: int) -> Cut:
     value: torch.Tensor = node.meta["val"]
-    region, output = node.args[1:]
+    region, output = node.args[1:3]
     assert isinstance(region, str) and isinstance(output, int)
     return Cut(
         index, region, output, target.group, target.forecast, tuple(value.shape), dense_strides(value),
         value.dtype, value.device, _slot_dtype(value.dtype, target.history_dtype), live, row,
+        base_of(node) is not None,
     )  # fmt: skip
-
-
-def dense_strides(value: torch.Tensor) -> tuple[int | torch.SymInt, ...]:
-    """The strides of a dense tensor, also in dimensions of size 1, where a value may carry any; symbolic ones as they
-    are."""
-    shape, strides = value.shape, value.stride()
-    if any(isinstance(size, torch.SymInt) for size in (*shape, *strides)):
-        return tuple(strides)
-    dense, step = list(strides), 1
-    for dim in sorted(range(value.ndim), key=lambda d: (strides[d] if shape[d] > 1 else 0, -d)):
-        if shape[dim] > 1:
-            dense[dim], step = step, step * shape[dim]
-    for dim in reversed(range(value.ndim)):
-        if shape[dim] == 1:
-            dense[dim] = dense[dim + 1] * shape[dim + 1] if dim + 1 < value.ndim else 1
-    return tuple(dense)
 
 
 def _slot_dtype(value: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return value if wanted is None else wanted
-
-
-def _subsets(groups: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    return tuple(p for n in range(len(groups) + 1) for p in itertools.combinations(groups, n))
-
-
-def _live_markers(graph: fx.Graph, group_of: dict[fx.Node, str], groups: Sequence[str]) -> set[fx.Node]:
-    """Cuts whose forecast is read in some phase.
-
-    A cut that is computed in a phase is itself a root of that phase once its slots are known to be read elsewhere:
-    its value must be there to be kept. So this is a fixpoint; it grows at most once per cut.
-    """
-    live: set[fx.Node] = set()
-    while True:
-        before = len(live)
-        for phase in _subsets(groups):
-            roots = [n for n in graph.nodes if n.op == "output" or is_impure(n)]
-            roots += [n for n in live if group_of[n] not in phase]
-            reached = reach_back(roots, {n for n, group in group_of.items() if group in phase})
-            live |= {n for n, group in group_of.items() if group in phase and n in reached}
-        if len(live) == before:
-            return live
-
-
-def reach_back(roots: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    """Every node that the roots depend on, not looking behind those in ``stop``."""
-    reached: set[fx.Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node in reached:
-            continue
-        reached.add(node)
-        if node not in stop:
-            stack.extend(node.all_input_nodes)
-    return reached
-
-
-def is_impure(node: fx.Node) -> bool:
-    """Nodes that dead-code elimination must keep: the graph's ends and what writes to its inputs.
-
-    fx's own notion also keeps seeded ops, among them every attention kernel, which have no effect but their value.
-    """
-    if node.op in ("placeholder", "output"):
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

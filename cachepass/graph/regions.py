@@ -57,9 +57,9 @@ def find_regions(gm: fx.GraphModule, paths: Mapping[int, str] | None = None,
     _find_outputs(table, gm)
     owners = {node: [by_key[key].id for key, _ in _stack(node, paths or {}, root)] for node in gm.graph.nodes}
     table.regions = classify(table, owners, projections_missing=rest)
-    aliases = _Aliases(gm)
+    aliases = Aliases(gm)
     for region in list(table.regions):
-        reason = _unfit(region, table, aliases)
+        reason = unfit(region, table, aliases)
         if reason is not None:
             table.regions.remove(region)
             table.skips.append(Skip(region.id, reason))
@@ -100,16 +100,16 @@ def _find_outputs(table: RegionTable, gm: fx.GraphModule) -> None:
         table.nodes[region.id] = nodes
         table.outputs[region.id] = [
             n for n in nodes
-            if _is_floating(n.meta.get("example_value")) and any(u not in members for u in n.users)
+            if is_floating(n.meta.get("example_value")) and any(u not in members for u in n.users)
         ]  # fmt: skip
 
 
-def _is_floating(value: object) -> bool:
+def is_floating(value: object) -> bool:
     """What can be forecast: integers, masks and sizes that leave a region are always computed."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _unfit(region: Region, table: RegionTable, aliases: _Aliases) -> str | None:
+def unfit(region: Region, table: RegionTable, aliases: Aliases) -> str | None:
     """Why a region cannot be cut, or None."""
     nodes, outputs = table.nodes[region.id], table.outputs[region.id]
     if not outputs:
@@ -128,7 +128,7 @@ def _unfit(region: Region, table: RegionTable, aliases: _Aliases) -> str | None:
     return None
 
 
-class _Aliases:
+class Aliases:
     """In-place writes of a Dynamo graph, by the storage that they touch."""
 
     def __init__(self, gm: fx.GraphModule) -> None:

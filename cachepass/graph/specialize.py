@@ -17,9 +17,12 @@ from torch import fx
 
 from .. import _torch
 from .emit import Emitter, alias_root, aten
+from .liveness import is_impure
 from .narrow import narrow
-from .plan import CachePlan, Phase, is_impure, phase_name
-from .rewrite import Canonical, Role, drop_unread
+from .plan import CachePlan, Phase, phase_name
+from .rewrite import Canonical, drop_unread
+from .split import hold_strides, prefix, suffix
+from .state_inputs import Role
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,41 @@ class Variant:
 
 def specialize(canonical: Canonical, plan: CachePlan, phase: Phase) -> Variant:
     """The straight-line program in which exactly the groups of ``phase`` are predicted."""
+    graph = _evaluate(canonical, plan, phase)
+    return _finish(canonical, phase_name(phase, plan.groups), graph, canonical.roles, canonical.kept)
+
+
+def specialize_rest(canonical: Canonical, plan: CachePlan, phase: Phase) -> Variant:
+    """The same, without what runs before the host decides on the phase (``graph/split.py``)."""
+    graph = _evaluate(canonical, plan, phase)
+    roles = suffix(graph, canonical.roles)
+    return _finish(canonical, phase_name(phase, plan.groups), graph, roles, canonical.kept[:-1])
+
+
+def up_to_decision(canonical: Canonical, name: str) -> Variant:
+    """The program that runs before the host decides."""
+    graph, roles, returned = prefix(canonical)
+    narrow(graph)
+    return Variant(name, fx.GraphModule(canonical.gm, graph), roles, kept=returned)
+
+
+def _finish(canonical: Canonical, name: str, graph: fx.Graph, roles: dict[str, Role],
+            kept: tuple[Role, ...]) -> Variant:  # fmt: skip
+    narrow(graph)
+    read = drop_unread(graph, roles)
+    graph.lint()
+    return Variant(name, fx.GraphModule(canonical.gm, graph), tuple(read.values()), kept=kept)
+
+
+def _evaluate(canonical: Canonical, plan: CachePlan, phase: Phase) -> fx.Graph:
+    """Fold the predicates, and drop the slot writes of groups whose predictions are not kept."""
+    predicted = set(phase.predicted)
     silent = {group for group in phase.predicted if not plan.recursive(group)}
-    return _evaluate(canonical, phase_name(phase, plan.groups), predicted=set(phase.predicted), silent=silent)
-
-
-def _evaluate(canonical: Canonical, name: str, predicted: set[str], silent: set[str]) -> Variant:
-    """Fold the predicates (true for the groups in ``predicted``) and drop the slot writes of those in ``silent``."""
     source, graph = canonical.gm, fx.Graph()
     env: dict[fx.Node, object] = {}
     for node in source.graph.nodes:
         if node.op == "call_function" and node.target is _torch.COND:
-            env[node] = _inline(source, node, graph, env, canonical.roles, predicted)
+            env[node] = _inline(source, node, graph, env, canonical.predicates, predicted)
         elif node.target is operator.getitem and isinstance(env.get(node.args[0]), tuple):
             env[node] = env[node.args[0]][node.args[1]]  # pyright: ignore
         elif _is_write_of(node, canonical.roles, silent) or _is_branch(node):
@@ -59,10 +86,7 @@ def _evaluate(canonical: Canonical, name: str, predicted: set[str], silent: set[
     fake_mode = _torch.fake_mode_of([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
     _own_outputs(graph, canonical.roles, Emitter(graph, fake_mode))
     graph.eliminate_dead_code(is_impure_node=is_impure)
-    narrow(graph)
-    roles = tuple(drop_unread(graph, canonical.roles).values())
-    graph.lint()
-    return Variant(name, fx.GraphModule(source, graph), roles)
+    return graph
 
 
 def all_phases(canonical: Canonical, name: str) -> Variant:
@@ -81,7 +105,7 @@ def all_phases(canonical: Canonical, name: str) -> Variant:
             for operand in node.args[3]:
                 is_tensor = isinstance(operand.meta.get("val"), torch.Tensor)
                 if operand not in held and operand.op != "placeholder" and is_tensor:
-                    held[operand] = _hold_strides(env[operand], emit)
+                    held[operand] = hold_strides(env[operand], emit)
             env[node] = graph.node_copy(node, lambda n: held.get(n, env[n]))
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
@@ -90,21 +114,12 @@ def all_phases(canonical: Canonical, name: str) -> Variant:
     return Variant(name, fx.GraphModule(canonical.gm, graph), roles, kept=canonical.kept)
 
 
-def _hold_strides(operand: fx.Node, emit: Emitter) -> fx.Node:
-    value: torch.Tensor = operand.meta["val"]
-    with emit.fake_mode:
-        dense = torch.empty_like(value).stride()
-    if value.stride() != dense:
-        operand = emit(aten.clone.default, operand)
-    return emit.held(operand, dense)
-
-
 def _inline(source: fx.GraphModule, cond: fx.Node, graph: fx.Graph, env: dict[fx.Node, object],
-            roles: dict[str, Role], predicted: set[str]) -> tuple[object, ...]:  # fmt: skip
+            predicates: dict[str, str], predicted: set[str]) -> tuple[object, ...]:  # fmt: skip
     """Copy the taken branch in place of the conditional; returns what stands for its results."""
     predicate, predict, compute, operands = cond.args
     assert isinstance(predicate, fx.Node) and isinstance(operands, tuple)
-    taken = predict if roles[predicate.name].group in predicted else compute
+    taken = predict if predicates[predicate.name] in predicted else compute
     assert isinstance(taken, fx.Node) and isinstance(taken.target, str)
     branch = source.get_submodule(taken.target)
     assert isinstance(branch, fx.GraphModule)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import _torch
-from ..config import CacheConfig
+from ..config import MethodConfig
 from ..errors import OptionError, TimestepError, listing
 from ..graph.inputs import find_latents, find_timestep_input
 from ..options import parse_options
@@ -61,7 +61,7 @@ class _Subject:
         return summary(self.call) if self.cached else None
 
 
-def bench(model: torch.nn.Module, inputs: Mapping[str, Any], caches: Sequence[CacheConfig], *, steps: int = 28,
+def bench(model: torch.nn.Module, inputs: Mapping[str, Any], caches: Sequence[MethodConfig], *, steps: int = 28,
           rounds: int = 5, options: Mapping[str, Any] | None = None,
           advance: Callable[[str], None] | None = None) -> list[Measured]:  # fmt: skip
     """Measure a model without and with each of the caches.

@@ -38,6 +38,8 @@ class Summary:
         warnings: All that were given for this model.
         by_context: Steps computed and predicted, by context and group.
         last_runs: What each group did in each step of a context's last run: ``"##..#"``, # computed, . predicted.
+        distances: What the probe measured in each step of a context's last run, for methods that decide by it; None:
+            it was not asked.
     """
 
     method: str
@@ -58,6 +60,7 @@ class Summary:
     warnings: tuple[str, ...] = ()
     by_context: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     last_runs: dict[str, dict[str, str]] = field(default_factory=dict)
+    distances: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     @property
     def saved(self) -> float:
@@ -143,6 +146,8 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
         )),
         by_context=_by_context(computed, predicted, [run.context for run in runs]),
         last_runs={run.context: run.marks() for run in sorted(runs, key=lambda run: run.stamp)},
+        distances={run.context: tuple(run.distances) for run in sorted(runs, key=lambda run: run.stamp)
+                   if any(distance is not None for distance in run.distances)},
     )  # fmt: skip
 
 

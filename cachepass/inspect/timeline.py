@@ -9,18 +9,19 @@ It asks the very functions that the dispatcher asks (``runtime/decide.py``), abo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import BatchError
 from ..graph.plan import CachePlan, Phase, phase_name
 from ..methods import PLAIN, Method, Route, Step
 from ..runtime.context import DEFAULT, guidance_partner
-from ..runtime.decide import allows, route_of
+from ..runtime.decide import Rehearsal, allows, route_of
 
 #: What a group does in a step. ``half``: the unconditional branch is not run, the batch is half as large; ``answered``:
-#: the call is answered without running the model; ``plain``: computed, and nothing of it is kept.
-State = Literal["computed", "predicted", "half", "answered", "plain"]
+#: the call is answered without running the model; ``plain``: computed, and nothing of it is kept; ``decided``: what the
+#: probe measures in the step decides.
+State = Literal["computed", "predicted", "half", "answered", "plain", "decided"]
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,27 @@ class Lane:
     @property
     def predicted(self) -> int:
         """Steps in which something stands in for it."""
-        return len(self.cells) - self.computed
+        return len(self.cells) - self.computed - self.decided
+
+    @property
+    def decided(self) -> int:
+        """Steps of which the data decide."""
+        return sum(cell.state == "decided" for cell in self.cells)
 
     def __str__(self) -> str:
         marks = "".join(_MARKS[cell.state] for cell in self.cells)
-        return f"{self.context} {self.group}: {marks}  {self.computed} computed, {self.predicted} predicted"
+        decided = f", {self.decided} decided by the data" if self.decided else ""
+        return f"{self.context} {self.group}: {marks}  {self.computed} computed, {self.predicted} predicted{decided}"
 
 
-_MARKS: dict[State, str] = {"computed": "#", "predicted": ".", "half": "-", "answered": "=", "plain": "+"}
+_MARKS: dict[State, str] = {
+    "computed": "#",
+    "predicted": ".",
+    "half": "-",
+    "answered": "=",
+    "plain": "+",
+    "decided": "?",
+}
 
 
 @dataclass
@@ -77,8 +91,8 @@ class _Context:
     name: str
     side: str | None
     partner: str | None
+    rehearsal: Rehearsal
     steps: int = 0
-    kept: set[str] = field(default_factory=set)
     known: bool = False  # the difference of the two branches
 
 
@@ -104,7 +118,7 @@ def simulate_calls(method: Method, plan: CachePlan, timesteps: Sequence[float],
     _check_contexts(plan, contexts)
     guided = plan.output is not None
     pairs = {name: guidance_partner(name) if guided else None for name in contexts}
-    known = {name: _Context(name, *(pair or (None, None))) for name, pair in pairs.items()}
+    known = {name: _Context(name, *(pair or (None, None)), Rehearsal(method, plan)) for name, pair in pairs.items()}
     return tuple(
         _call(method, plan, known, name, Step(index, float(timestep)))
         for index, timestep in enumerate(timesteps) for name in contexts
@@ -139,24 +153,28 @@ def _call(method: Method, plan: CachePlan, contexts: Mapping[str, _Context], nam
     """One call; what it keeps is known afterwards."""
     assert step.timestep is not None
     context = contexts[name]
-    partner = None if context.partner is None else contexts.get(context.partner, _Context(context.partner, None, None))
+    partner = None if context.partner is None else contexts.get(context.partner, _absent(context))
     follows = partner is None or partner.steps == context.steps + 1
     route = route_of(method, step, known=context.known, side=context.side, follows=follows)
     allowed = allows(method, step, route, partner_known=None if partner is None else partner.known)
     states = _guidance_state(method, route)
     predicted = []
     for group in plan.groups if route.keeps else ():
-        if allowed and group in context.kept and method.predicts(group, step):
+        answer = context.rehearsal.asks(group, step, allowed=allowed)
+        if answer:
             predicted.append(group)
-            states[group] = "predicted"
-        else:
-            context.kept.add(group)
-            states[group] = "computed"
+        states[group] = "decided" if answer is None else "predicted" if answer else "computed"
+        context.rehearsal.note(group, step, predicted=bool(answer))
     guidance = method.guidance
     if guidance is not None and route in (guidance.both, guidance.uncond):
         context.known = True
     context.steps += 1
     return SimulatedCall(name, step.index, step.timestep, Phase(tuple(predicted), route), states)
+
+
+def _absent(context: _Context) -> _Context:
+    """The other call of a step, where none is made."""
+    return _Context(context.partner or "", None, None, context.rehearsal)
 
 
 def _guidance_state(method: Method, route: Route) -> dict[str, State]:

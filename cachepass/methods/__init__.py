@@ -11,35 +11,59 @@ from typing import Any, TypeVar
 
 from ..config import (
     CacheConfig,
+    DBCacheConfig,
     FasterCacheConfig,
+    FirstBlockCacheConfig,
     InvariantConfig,
+    MagCacheConfig,
+    MethodConfig,
     PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
     TaylorSeerCacheConfig,
+    TeaCacheConfig,
 )
 from ..errors import ConfigError
-from .base import PLAIN, PLAIN_HALF, WHOLE, GroupHistory, Guidance, Method, Region, Route, Selection, Skip, Step, Target
+from ..schedule import Step
+from .base import (
+    PLAIN,
+    PLAIN_HALF,
+    WHOLE,
+    GroupHistory,
+    Guidance,
+    Method,
+    Probe,
+    Region,
+    Route,
+    Selection,
+    Skip,
+    Target,
+    span_of,
+)
 from .fastercache import FasterCache
 from .invariant import Invariant
 from .pab import PyramidAttentionBroadcast
+from .scheduled import Scheduled
 from .taylorseer import TaylorSeer
 
 _M = TypeVar("_M", bound=Method)
 
-_IMPLEMENTATIONS: dict[type[CacheConfig], Callable[[Any], Method]] = {
+_IMPLEMENTATIONS: dict[type[MethodConfig], Callable[[Any], Method]] = {
     TaylorSeerCacheConfig: TaylorSeer,
     FasterCacheConfig: FasterCache,
     InvariantConfig: Invariant,
     PyramidAttentionBroadcastConfig: PyramidAttentionBroadcast,
-}
+    **dict.fromkeys((CacheConfig, FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig, TeaCacheConfig, DBCacheConfig),
+                    Scheduled),
+}  # fmt: skip
 
 
-def implements(config: type[CacheConfig]) -> Callable[[type[_M]], type[_M]]:
+def implements(config: type[MethodConfig]) -> Callable[[type[_M]], type[_M]]:
     """Class decorator: the method that a config class configures. It is made with the config.
 
     Raises:
         ConfigError: ``config`` was not made a method's config by ``cache_config``, or has a method.
     """
-    if not (isinstance(config, type) and issubclass(config, CacheConfig) and config.method):
+    if not (isinstance(config, type) and issubclass(config, MethodConfig) and config.method):
         raise ConfigError(f"{config!r} is no method's config", where="implements",
                           hint="decorate its class with cache_config(name)")  # fmt: skip
     if config in _IMPLEMENTATIONS:
@@ -52,7 +76,7 @@ def implements(config: type[CacheConfig]) -> Callable[[type[_M]], type[_M]]:
     return register
 
 
-def make_method(config: CacheConfig) -> Method:
+def make_method(config: MethodConfig) -> Method:
     """The method that a config configures.
 
     Raises:
@@ -72,6 +96,7 @@ __all__ = [
     "GroupHistory",
     "Guidance",
     "Method",
+    "Probe",
     "Region",
     "Route",
     "Selection",
@@ -80,4 +105,5 @@ __all__ = [
     "Target",
     "implements",
     "make_method",
+    "span_of",
 ]

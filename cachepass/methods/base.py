@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from ..errors import NoMatchError, listing
 from ..forecast import Forecast
 from ..frequency import Latents
+from ..schedule import Past, Step, Threshold
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Region:
         is_cross: Its keys do not depend on the input that its queries come from (attention only).
         is_mlp: It is a feed-forward.
         is_block: It is one of a list of blocks: an entry of a ModuleList that holds attentions or feed-forwards.
+        blocks: Ids of the consecutive blocks that it spans, where it is more than one call of a module (``span_of``).
     """
 
     id: str
@@ -36,17 +39,27 @@ class Region:
     is_cross: bool = False
     is_mlp: bool = False
     is_block: bool = False
+    blocks: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         if self.is_attention:
             return "cross-attention" if self.is_cross else "attention"
+        if self.blocks:
+            return "blocks"
         return "mlp" if self.is_mlp else "block" if self.is_block else "module"
 
     def matches(self, identifier: str, match: Callable[[str, str], object] = re.fullmatch) -> bool:
         """The identifier is the region's kind (``"attention"``, ``"mlp"``, ``"block"``) or a regex for its path."""
         kinds = {"attention": self.is_attention, "mlp": self.is_mlp, "block": self.is_block}
         return kinds.get(identifier, False) or bool(match(identifier, self.path))
+
+
+def span_of(blocks: Sequence[Region]) -> Region:
+    """The region of consecutive blocks, in the order of their calls: ``blocks.1..blocks.5``."""
+    first, last = blocks[0], blocks[-1]
+    name = first.id if len(blocks) == 1 else f"{first.id}..{last.id}"
+    return Region(name, name, first.class_name, blocks=tuple(block.id for block in blocks))
 
 
 @dataclass(frozen=True)
@@ -59,12 +72,49 @@ class Skip:
 
 @dataclass(frozen=True)
 class Target:
-    """A region to cut: the group that schedules it, the forecast of its outputs and the dtype they are kept in."""
+    """A region to cut: the group that schedules it, the forecast of its outputs and the dtype they are kept in.
+
+    ``residual``: what is forecast is output minus input, for each stream that runs through the region.
+    """
 
     region: Region
     group: str
     forecast: Forecast
     history_dtype: torch.dtype | None = None
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A value computed early in a step that tells how far the step is from the last one.
+
+    Its distance from the value kept is ``mean |p - q| / mean |q|`` (relative L1), one number per step.
+
+    Attributes:
+        group: The schedule that gets the distance.
+        region: Where the value is found: the output of this region, of its main stream if it is a span of blocks.
+            None: the value is the latents, the model's input.
+        of_model: The value is the model's output.
+        output: Which of the region's outputs, where it is no span.
+        residual: The value is the span's output minus its input.
+        every: The value is kept at every step; False: at computed ones only.
+        per_sample: One distance for each sample of the batch; their mean counts.
+        metric: ``"relative_l1"``, or ``"magnitude"``: the mean growth of the norms along the last dimension.
+        transform: ``(value, parameters) -> value``, a torch function applied to it before it is compared and kept;
+            ``parameters`` is a vector of what ``Method.probe_parameters`` says in the step.
+        parameters: Their number.
+    """
+
+    group: str
+    region: Region | None = None
+    of_model: bool = False
+    output: int = 0
+    residual: bool = False
+    every: bool = False
+    per_sample: bool = False
+    metric: str = "relative_l1"
+    transform: Callable[..., Any] | None = None
+    parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,23 +124,57 @@ class Selection:
     targets: tuple[Target, ...]
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
+    probe: Probe | None = None
 
 
-@dataclass(frozen=True)
-class Step:
-    """Where a call stands within its run: step index from 0, the timestep if it is known, and the model called."""
-
-    index: int
-    timestep: float | None = None
-    model: torch.nn.Module | None = field(default=None, repr=False)
+NO_PAST = Past()
 
 
 @dataclass
 class GroupHistory:
-    """The steps at which a group's kept outputs were computed, newest first, and the last weights used since."""
+    """What is known of a group in a run.
+
+    Attributes:
+        steps: Those at which its kept outputs were computed, newest first.
+        timesteps: Those of these steps.
+        weights: The last ones used since.
+        tally: What else is counted; its ``computed`` stays empty.
+        gram: Inner products of the kept outputs, newest first, for each cut of the group, where its forecast asks for
+            them.
+    """
 
     steps: list[int] = field(default_factory=list)
+    timesteps: list[float | None] = field(default_factory=list)
     weights: tuple[float, ...] = ()
+    tally: Past = NO_PAST
+    gram: Sequence[torch.Tensor] = ()
+
+    @property
+    def past(self) -> Past:
+        """What schedules may ask."""
+        return dataclasses.replace(self.tally, computed=tuple(self.steps))
+
+    def note(self, *, predicted: bool, distance: float | None = None) -> None:
+        """The group was predicted, or computed, in a step. ``distance``: what the probe measured in it."""
+        tally = self.tally
+        measured = tally.measured + (distance if distance is not None and distance > 0 else 0.0)
+        if predicted:
+            distances = tally.distances if distance is None else (*tally.distances, distance)
+            self.tally = Past((), tally.skipped + 1, tally.streak + 1, distances, measured)
+        elif tally.streak or measured != tally.measured:
+            self.tally = Past((), tally.skipped, 0, (), measured)
+
+    def keep(self, step: Step, capacity: int) -> None:
+        """An output of this step was kept, in place of the oldest of so many."""
+        self.steps.insert(0, step.index)
+        self.timesteps.insert(0, step.timestep)
+        del self.steps[capacity:], self.timesteps[capacity:]
+
+    def clear(self) -> None:
+        """Nothing is known any more."""
+        self.steps.clear()
+        self.timesteps.clear()
+        self.weights, self.tally = (), NO_PAST
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +253,15 @@ class Method(ABC):
     #: What is done with classifier-free guidance; None: nothing.
     guidance: Guidance | None = None
 
+    #: Every step is measured, and none is predicted on purpose.
+    measures: bool = False
+
+    #: It cuts spans of blocks, or has a probe.
+    streams: bool = False
+
+    def bind(self, num_inference_steps: int | None) -> None:  # noqa: B027 (most do not ask)
+        """The steps of a run, if they are known; told once, before anything else is asked."""
+
     @abstractmethod
     def select(self, regions: Sequence[Region], model: Sequence[str] | None = None) -> Selection:
         """Choose regions, their groups and forecasts; NoMatchError if a pattern of the user's finds nothing.
@@ -186,6 +279,29 @@ class Method(ABC):
     @abstractmethod
     def predicts(self, group: str, step: Step) -> bool:
         """The schedule: True if the group is predicted at this step, given that it has a history."""
+
+    def decides(
+        self,
+        group: str,
+        step: Step,
+        history: GroupHistory,  # noqa: ARG002
+        distance: float | None = None,  # noqa: ARG002
+    ) -> bool | None:
+        """As ``predicts``, for schedules that ask what was done in the run, or what the probe says: None as long as the
+        ``distance`` of the probe is needed and not given. The history has at least one step."""
+        return self.predicts(group, step)
+
+    def forgets(self, group: str, step: Step) -> bool:  # noqa: ARG002
+        """What is kept of the group does not count from this step on."""
+        return False
+
+    def threshold(self, group: str) -> Threshold:
+        """What ``decides`` compares the distance with, where it has no answer without."""
+        raise NotImplementedError
+
+    def probe_parameters(self, step: Step) -> tuple[float, ...]:  # noqa: ARG002
+        """For the probe's ``transform``."""
+        return ()
 
     @abstractmethod
     def never_predicts(self, num_inference_steps: int | None) -> str | None:

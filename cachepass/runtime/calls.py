@@ -97,7 +97,7 @@ class Model:
             self._end_run(run)
         run.call, run.timestep = call, timestep
         run.stamp = next(_stamps)
-        run.computed, run.predicted = set(), set()
+        run.computed, run.predicted, run.distance = set(), set(), None
         call.runs.append(run)
 
     def finish(self, call: Call, *, succeeded: bool) -> None:
@@ -124,7 +124,9 @@ class Model:
                     counts[key] = counts.get(key, 0) + 1
             if run.clock.index == 0:
                 run.record.clear()
+                run.distances.clear()
             run.record.append((run.computed, run.predicted))
+            run.distances.append(run.distance)
             logger.debug("%s, step %d (timestep %s): computed %s, predicted %s", run.context, run.clock.index,
                          run.timestep, run.computed, run.predicted)  # fmt: skip
             run.predictions += bool(run.predicted)
@@ -163,7 +165,7 @@ class Model:
     def _report(self, run: Run) -> None:
         """A run is over: tell of it, and warn once if nothing was predicted in it."""
         logger.info("run in %s over after %d steps: %s", run.context, run.clock.index, run.marks())
-        if self._warned or not run.cached or run.predictions:
+        if self._warned or not run.cached or run.predictions or self.method.measures:
             return
         if run.clock.index != self.options.num_inference_steps and run.clock.index < _QUIET_STEPS:
             return

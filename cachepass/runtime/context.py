@@ -6,6 +6,8 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
+from ..errors import BatchError
+
 DEFAULT = "default"
 WARMUP = "cachepass.warmup"  # how the names of warm-up contexts begin: their runs are neither counted nor kept
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("cachepass_context", default=DEFAULT)
@@ -56,3 +58,15 @@ def guidance_partner(context: str) -> tuple[str, str] | None:
     if name not in ("cond", "uncond"):
         return None
     return name, prefix + slash + ("uncond" if name == "cond" else "cond")
+
+
+def other_guidance(context: str, *, two_calls: bool) -> BatchError:
+    """The error for a model that was captured for two calls per step (or for guidance batches) and is called as for
+    the other."""
+    ways = ("two calls per step (in the cache contexts 'cond' and 'uncond')", "guidance batches (in one call per step)")
+    captured, called = ways if two_calls else reversed(ways)
+    return BatchError(
+        f"the model was captured for {captured} at this size and is called as for {called}",
+        where=f"cache context {context!r}",
+        hint="call torch._dynamo.reset() before changing the way of calling",
+    )

@@ -17,17 +17,18 @@ from typing import Any
 import torch
 
 from .. import _torch
-from ..errors import BatchError, warn
+from ..errors import warn
 from ..graph.inputs import kind_of
 from ..graph.plan import Phase
+from ..graph.probe import numbers_of
 from ..methods import PLAIN, WHOLE, Method, Route, Step
 from ..options import CompileOptions
 from .calls import Model, model_of, step_call
-from .context import WARMUP, current_context, guidance_partner
-from .decide import allows, route_of
+from .context import WARMUP, current_context, guidance_partner, other_guidance
+from .decide import allows, asks, route_of
 from .instance import HalfRun, InputLayout, Instance, Part
 from .invariants import InvariantState
-from .program import CurrentCall, Program, StepCall
+from .program import CurrentCall, Pending, Program, StepCall
 from .reach import WARMING
 from .runs import Call, Run
 from .state import OutputState, RunState, SymbolBinder, resolve_size
@@ -124,7 +125,8 @@ class Dispatcher:
             result = self._run(decided, inputs)
         finally:
             self.current.call = None
-        state.commit(step.index, decided.computed, {g: decided.weights.get(g, ()) for g in decided.phase.predicted})
+        weights = {g: decided.weights.get(g, ()) for g in decided.phase.predicted}
+        state.commit(step, decided.computed, weights, decided.distance)
         self._note(run, decided, step)
         if not run.context.startswith(WARMUP):
             instance.count(decided.phase, 0 if invariants is None else invariants.computed - kept)
@@ -142,6 +144,8 @@ class Dispatcher:
             else:
                 predicted = (guidance.group, *predicted)
         run.note(computed, predicted)
+        if call.distance is not None:
+            run.distance = call.distance
 
     def _run(self, call: StepCall, inputs: Sequence[Any]) -> Any:
         assert self.compiled is not None
@@ -178,7 +182,7 @@ class Dispatcher:
         guidance, (output, partner) = self.method.guidance, outputs
         partner_known = None if partner is None else bool(partner.group.steps)
         allowed = allows(self.method, step, route, partner_known=partner_known)
-        difference, predicted, computed, weights = None, [], [], {}
+        difference, predicted, computed, weights, pending = None, [], [], {}, None
         if guidance is not None:
             if route.weighted:
                 difference = False
@@ -188,17 +192,38 @@ class Dispatcher:
                 difference = True
         for group, history in state.groups.items() if route.keeps else ():
             wanted = instance.groups is None or group in instance.groups
-            if allowed and wanted and history.steps and self.method.predicts(group, step):
+            if self.method.forgets(group, step):
+                state.forget_group(group)
+            known = allowed and wanted and bool(history.steps)
+            answer = known and asks(self.method, group, step, history, probed=state.probed)
+            if answer is None:
+                pending = self._pending(instance, state, group, step)
+                if state.plan.returns and state.plan.weighted(group):
+                    weights[group] = pending.weights()
+            elif answer:
                 predicted.append(group)
                 if state.plan.weighted(group):
                     weights[group] = self._weights(instance, state, group, step)
             else:
                 computed.append(group)
-        phase = Phase(tuple(predicted), route)
-        return StepCall(self.program, phase, state, tuple(computed), weights, output, partner, difference)
+        parameters = () if state.plan.probe is None else self.method.probe_parameters(step)
+        return StepCall(self.program, Phase(tuple(predicted), route), state, tuple(computed), weights, output, partner,
+                        difference, pending=pending, parameters=parameters)  # fmt: skip
+
+    def _pending(self, instance: Instance, state: RunState, group: str, step: Step) -> Pending:
+        """The probe's distance decides on a group."""
+        history, threshold = state.groups[group], self.method.threshold(group)
+
+        def decide(distance: float) -> bool:
+            return bool(self.method.decides(group, step, history, distance))
+
+        bound = numbers_of(threshold, history.past) if state.plan.returns else ()
+        return Pending(group, decide, lambda: self._weights(instance, state, group, step), bound)
 
     def _weights(self, instance: Instance, state: RunState, group: str, step: Step) -> tuple[float, ...]:
         history, regions = state.groups[group], state.plan.weight_regions(group)
+        if state.plan.from_gram(group):
+            history.gram = state.grams(group)
         regions = [self._path(instance, region) for region in regions]
         if len(regions) == 1:
             return self.method.weights(group, step, history, regions[0])
@@ -215,16 +240,7 @@ class Dispatcher:
             if pair is None:
                 return None
             return model.latest(pair[1]) or model.run(pair[1], kind)
-        ways = (
-            "two calls per step (in the cache contexts 'cond' and 'uncond')",
-            "guidance batches (in one call per step)",
-        )
-        captured, called = ways if self.half is None else reversed(ways)
-        raise BatchError(
-            f"the model was captured for {captured} at this size and is called as for {called}",
-            where=f"cache context {context!r}",
-            hint="call torch._dynamo.reset() before changing the way of calling",
-        )
+        raise other_guidance(context, two_calls=self.half is None)
 
     def _route(self, run: Run, partner: Run | None, outputs: tuple[OutputState | None, OutputState | None],
                step: Step) -> Route:  # fmt: skip

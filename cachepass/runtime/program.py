@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,10 @@ from ..graph.dump import dump
 from ..graph.flops import count_flops
 from ..graph.hoist import Hoisted
 from ..graph.plan import CachePlan, Phase
-from ..graph.rewrite import Canonical, rewrite, role_names, weights_dtype
-from ..graph.specialize import Variant, all_phases, specialize
+from ..graph.probe import BOUND_NUMBERS, quotient
+from ..graph.rewrite import Canonical, rewrite
+from ..graph.specialize import Variant, all_phases, specialize, specialize_rest, up_to_decision
+from ..graph.state_inputs import Role, role_names, weights_dtype
 from ..lower import LoweredVariant, lower
 from ..methods import WHOLE, Route
 from .invariants import InvariantState
@@ -34,6 +36,23 @@ _RESTLESS = 3  # computed anew so often in a row, within a run: worth a warning
 _TRUE_FALSE = (torch.tensor(False), torch.tensor(True))
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A decision that waits for the probe's distance.
+
+    Attributes:
+        group: Whether it is predicted.
+        decide: Distance -> predict?
+        weights: Of its forecast, if it is.
+        bound: The decision as numbers, for a program that takes it by itself.
+    """
+
+    group: str
+    decide: Callable[[float], bool]
+    weights: Callable[[], tuple[float, ...]]
+    bound: tuple[float, ...]
+
+
 @dataclass
 class StepCall:
     """One call of a program: its phase, the state it runs on, and weights.
@@ -41,7 +60,8 @@ class StepCall:
     ``computed`` are the groups whose outputs are kept. ``output`` is what is kept for guidance, ``partner`` that of the
     other call of a two-call guidance step; both are None where there is none. ``difference``: whether this call writes
     the difference of the two branches (True) or uses it (False); None: neither. ``invariants`` is what is kept for the
-    run ``epoch``.
+    run ``epoch``. ``pending``: of one group it is not known yet whether it is predicted; ``settle`` says so.
+    ``parameters`` are those of the probe, ``distance`` is what it measured.
     """
 
     program: Program
@@ -54,6 +74,22 @@ class StepCall:
     difference: bool | None = None
     invariants: InvariantState | None = None
     epoch: int = 0
+    pending: Pending | None = None
+    parameters: tuple[float, ...] = ()
+    distance: float | None = None
+
+    def settle(self, *, predict: bool, distance: float | None) -> None:
+        """The pending decision is taken."""
+        pending = self.pending
+        assert pending is not None
+        self.pending, self.distance = None, distance
+        if not predict:
+            self.computed = (*self.computed, pending.group)
+            return
+        chosen = {*self.phase.predicted, pending.group}
+        self.phase = Phase(tuple(g for g in self.program.plan.groups if g in chosen), self.phase.route)
+        if self.program.plan.weighted(pending.group) and pending.group not in self.weights:
+            self.weights[pending.group] = pending.weights()
 
     def output_slot(self, name: str) -> torch.Tensor:
         """A slot for what is kept of the model's output: the partner's, if it wrote one of this name."""
@@ -117,31 +153,98 @@ class Program:
 
     def run(self, inputs: list[Any], call: StepCall) -> Any:
         """Run the variant of the call's phase on the model's inputs (flat, as AOTAutograd gives them)."""
+        carried = self._decide(inputs, call) if self.splits(call.phase.route) else {}
         phase = call.phase
         variant = self._by_phase.get((phase.route, phase.predicted)) or self.compile(phase)
         if call.state is not None:
             call.state.begin(call.computed, phase.predicted, writes=not variant.kept)
         if call.output is not None and call.difference:
             call.output.begin()
+        self._add_state(inputs, variant, call)
+        inputs.extend(carried[role.slot] for role in variant.carried)
+        carried.clear()
+        results = variant.run(inputs)
+        if not variant.kept:
+            return results
+        own = len(results) - len(variant.kept)
+        self._take(variant.kept, results[own:], call)
+        return results[:own]
+
+    def _add_state(self, inputs: list[Any], variant: LoweredVariant, call: StepCall) -> None:
+        """Everything that a variant takes behind the model's inputs, but what is carried."""
         if variant.invariants:
             self._add_invariants(inputs, variant, call)
         for role in variant.scalars:
             if role.kind == "predicate":
-                inputs.append(_TRUE_FALSE[role.group in phase.predicted])
-            else:
+                inputs.append(_TRUE_FALSE[role.group in call.phase.predicted])
+            elif role.kind == "weights":
                 inputs.append(self._weights_tensor(role.group, call.weights.get(role.group)))
+            else:
+                inputs.append(self._numbers(role, call))
+        for _ in variant.probes:
+            assert call.state is not None, "a variant with a probe runs on a state"
+            inputs.append(call.state.probe_slot())
         if variant.slots:
             assert call.state is not None, "a variant with slots runs on a state"
             inputs.extend(call.state.slot_list(variant.slots))
         for role in variant.outputs:
             inputs.append(call.output_slot(role.slot))
-        results = variant.run(inputs)
-        if not variant.kept:
-            return results
-        assert call.state is not None
-        own = len(results) - len(variant.kept)
-        call.state.receive(variant.kept, results[own:])
-        return results[:own]
+
+    # ---- decisions --------------------------------------------------------------------------------------------------
+
+    def splits(self, route: Route) -> bool:
+        """The host decides in the middle of a call on this route."""
+        return self.plan.probe is not None and not self.plan.returns and route.predicts
+
+    def _decide(self, inputs: Sequence[Any], call: StepCall) -> dict[str, torch.Tensor]:
+        """Run up to the decision, and take it if it is pending: one number comes from the device. What is carried."""
+        variant = self.compile_decision(call.phase.route)
+        own = [*inputs]
+        self._add_state(own, variant, call)
+        *values, told = variant.run(own)
+        if call.pending is not None:
+            distance = self._distance(told)
+            call.settle(predict=call.pending.decide(distance), distance=distance)
+        return {role.slot: value for role, value in zip(variant.kept, values, strict=False)}
+
+    def _distance(self, told: torch.Tensor) -> float:
+        group = self.plan.process_group
+        if group is None:
+            return float(told)
+        total = told.clone()  # a CUDA graph's output stays as it is
+        torch.distributed.all_reduce(total, group=group)
+        return float(quotient(total.cpu()))
+
+    def compile_decision(self, route: Route) -> LoweredVariant:
+        """The program up to the decision, compiled once."""
+        with self._lock:
+            if "decide" not in self.variants:
+                self._lower(up_to_decision(self.canonical(route), "decide"), self.traced(route))
+            return self.variants["decide"]
+
+    def _take(self, roles: Sequence[Role], values: Sequence[Any], call: StepCall) -> None:
+        """What a program returned beside the model's outputs: values to keep, and the decision that it took."""
+        state = call.state
+        assert state is not None
+        if roles[-1].kind == "verdict":
+            *values, told = values
+            roles = roles[:-1]
+            if call.pending is not None:
+                predict, distance = told.tolist()
+                call.settle(predict=predict > 0.5, distance=distance)
+        kept = [(role, value) for role, value in zip(roles, values, strict=True)
+                if role.group not in call.phase.predicted or self.plan.recursive(role.group)]  # fmt: skip
+        state.receive(*zip(*kept, strict=True)) if kept else None
+
+    def _numbers(self, role: Role, call: StepCall) -> torch.Tensor:
+        """The probe's parameters, or the bound of a decision."""
+        probe = self.plan.probe
+        assert probe is not None
+        if role.kind == "parameters":
+            return self._device_tensor(role.kind, call.parameters, torch.float32, probe.slot.device)
+        forced = (1.0 if role.group in call.phase.predicted else -1.0, *(0.0,) * (BOUND_NUMBERS - 1))
+        bound = forced if call.pending is None else call.pending.bound
+        return self._device_tensor(role.kind, bound, torch.float64, probe.slot.device)
 
     def _add_invariants(self, inputs: list[Any], variant: LoweredVariant, call: StepCall) -> None:
         """What is kept for the run, computed first if it does not hold for these inputs."""
@@ -209,6 +312,8 @@ class Program:
         if self.lowering == "cond" and phase.route.predicts:
             name = "/".join(part for part in (phase.route.name, "cond") if part)
             return all_phases(self.canonical(phase.route), name)
+        if self.splits(phase.route):
+            return specialize_rest(self.canonical(phase.route), self.plan, phase)
         return self.specialized(phase)
 
     def specialized(self, phase: Phase) -> Variant:
@@ -244,12 +349,16 @@ class Program:
         """
         dtype, device = self._weights_at[group]
         if weights is None:  # the cond program takes them in every phase and reads them in none but predicted ones
-            weights = (0.0,) * (self.plan.history(group) * len(self.plan.weight_regions(group)))
-        key = (group, weights)
+            weights = (0.0,) * self.plan.weight_count(group)
+        return self._device_tensor(group, weights, dtype, device)
+
+    def _device_tensor(self, name: str, numbers: tuple[float, ...], dtype: torch.dtype,
+                       device: torch.device) -> torch.Tensor:  # fmt: skip
+        key = (name, numbers)
         tensor = self._weights.get(key)
         if tensor is None:
             with torch.inference_mode(False):
-                tensor = torch.tensor(weights, dtype=dtype)
+                tensor = torch.tensor(numbers, dtype=dtype)
                 if device.type == "cuda":
                     tensor = tensor.pin_memory()
                 tensor = tensor.to(device, non_blocking=True)
@@ -277,4 +386,4 @@ def step_runner(current: CurrentCall) -> Callable[[list[Any]], Any]:
     return run
 
 
-__all__ = ["CurrentCall", "Program", "StepCall", "Traced", "step_runner"]
+__all__ = ["CurrentCall", "Pending", "Program", "StepCall", "Traced", "step_runner"]

@@ -12,7 +12,7 @@ from .. import _torch
 from ..graph.plan import CachePlan, Phase, phase_name
 from ..methods import Method, Step
 from ..options import CompileOptions
-from .decide import allows, route_of
+from .decide import Rehearsal, allows, route_of
 from .program import Program
 
 
@@ -32,6 +32,8 @@ class WarmUp:
                 self.bar.update(task, description=f"compiling {phase_name(phase, program.plan.groups)}")
                 program.compile(phase)
                 program.compile_once(phase.route)
+                if program.splits(phase.route):
+                    program.compile_decision(phase.route)
                 self.bar.advance(task)
             self.bar.update(task, description="compiling kernels")
 
@@ -50,18 +52,23 @@ def reachable(plan: CachePlan, method: Method, steps: Sequence[Step] | None) -> 
     """The phases of a plan that a run with these steps is in, in the plan's order; None: all of them."""
     if steps is None:
         return list(plan.phases)
-    seen = {(phase.route, phase.predicted) for step in steps for phase in _phases_at(plan, method, step)}
+    rehearsal = Rehearsal(method, plan)
+    seen = {(phase.route, phase.predicted) for step in steps for phase in _phases_at(rehearsal, step)}
     return [phase for phase in plan.phases if (phase.route, phase.predicted) in seen]
 
 
-def _phases_at(plan: CachePlan, method: Method, step: Step) -> list[Phase]:
+def _phases_at(rehearsal: Rehearsal, step: Step) -> list[Phase]:
     """What one step may be: the first one of a run has no history."""
-    known = bool(step.index)
-    predicted = tuple(group for group in plan.groups if known and method.predicts(group, step))
+    method, plan, known = rehearsal.method, rehearsal.plan, bool(step.index)
+    answers = {group: rehearsal.asks(group, step) for group in plan.groups}
+    for group, answer in answers.items():
+        rehearsal.note(group, step, predicted=bool(answer))
+    sure = tuple(group for group in plan.groups if answers[group])
+    likely = tuple(group for group in plan.groups if answers[group] is not False)
     two_calls = plan.output is not None and not plan.output.halved
     phases = []
     for side in ("cond", "uncond") if two_calls else (None,):
         route = route_of(method, step, known=known, side=side)
         allowed = allows(method, step, route, partner_known=known if two_calls else None)
-        phases.append(Phase(predicted if allowed else (), route))
+        phases += [Phase(predicted if allowed else (), route) for predicted in dict.fromkeys((sure, likely))]
     return phases

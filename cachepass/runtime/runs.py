@@ -66,6 +66,8 @@ class Run:
         cached: Some graph of this run may predict.
         stamp: Rises with every step of any run.
         record: What computed and what predicted, in each of its (last) steps.
+        distance: What the probe measured in this call.
+        distances: And in each of the (last) steps; None: it was not asked.
     """
 
     def __init__(self, context: str, kind: Hashable, num_inference_steps: int | None) -> None:
@@ -80,6 +82,8 @@ class Run:
         self.cached = False
         self.stamp = 0
         self.record: deque[tuple[set[str], set[str]]] = deque(maxlen=_RECORDED)
+        self.distance: float | None = None
+        self.distances: deque[float | None] = deque(maxlen=_RECORDED)
         self.states: dict[Hashable, RunState] = {}
         self.outputs: dict[Hashable, OutputState] = {}
         self.invariants: dict[Hashable, InvariantState] = {}

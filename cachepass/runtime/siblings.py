@@ -47,7 +47,8 @@ class Siblings:
             moved = self.under(prefix)
             captured = {region.id: own for region, own in zip(moved, self.regions, strict=True)}
             selection = self.method.select(moved, self.model)
-            targets = [dataclasses.replace(target, region=captured[target.region.id]) for target in selection.targets]
+            targets = [dataclasses.replace(target, region=captured.get(target.region.id, target.region))
+                       for target in selection.targets]  # fmt: skip
             self._chosen[prefix] = dataclasses.replace(selection, targets=tuple(targets))
         return self._chosen[prefix]
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
-from ..graph.plan import CachePlan, Cut, NamedSlot, OutputPlan
-from ..graph.rewrite import Role
+from ..graph.plan import CachePlan, Cut, OutputPlan
+from ..graph.slots import NamedSlot
+from ..graph.state_inputs import Role
 from ..methods import GroupHistory
+from ..schedule import Step
 
 
 @dataclass
@@ -36,6 +38,10 @@ class RunState:
         self._slot_lists: dict[tuple[object, ...], tuple[Sequence[Role], list[torch.Tensor]]] = {}
         self._received: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self._stale = False
+        self._probe: torch.Tensor | None = None
+        self._looked: torch.Tensor | None = None  # what the probe's value of this step is, where the program returns it
+        self._grams: tuple[tuple[object, ...], list[torch.Tensor]] = (), []
+        self.probed = False  # the probe's slot holds the value of a step of this run
 
     def follow(self, epoch: int, index: int) -> None:
         """Step ``index`` of the run ``epoch`` comes: what was kept in another run is over, and what a step kept that
@@ -45,7 +51,7 @@ class RunState:
             self.epoch = epoch
         for group, state in self.groups.items():
             if state.steps and state.steps[0] == index:
-                del state.steps[0]
+                del state.steps[0], state.timesteps[0]
                 state.head = (state.head + 1) % self._ring(group)
                 self._stale = True
 
@@ -67,12 +73,17 @@ class RunState:
     def planned_bytes(self) -> int:
         """Bytes of the slots that the plan has; they are made when a program first asks for them."""
         live = [(cut, math.prod(map(self.resolve, cut.shape))) for cut in self.plan.live_cuts]
-        return sum(cut.history * numel * cut.slot_dtype.itemsize for cut, numel in live)
+        total = sum(cut.history * numel * cut.slot_dtype.itemsize for cut, numel in live)
+        if self.plan.probe is not None:
+            slot = self.plan.probe.slot
+            total += math.prod(map(self.resolve, slot.shape)) * slot.slot_dtype.itemsize
+        return total
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the slots that are allocated."""
-        return sum(slot.untyped_storage().nbytes() for ring in self.rings.values() for slot in ring)
+        probe = 0 if self._probe is None else self._probe.untyped_storage().nbytes()
+        return probe + sum(slot.untyped_storage().nbytes() for ring in self.rings.values() for slot in ring)
 
     def slot_list(self, inputs: Sequence[Role]) -> list[torch.Tensor]:
         """The slots for a variant's history and next placeholders (``inputs``), as the rings stand now."""
@@ -90,6 +101,26 @@ class RunState:
             ring = self.rings[role.cut] = [allocate(cut, self.resolve) for _ in range(cut.history)]
         return ring[(self.groups[role.group].head + (role.age if role.kind == "history" else -1)) % len(ring)]
 
+    def grams(self, group: str) -> list[torch.Tensor]:
+        """Inner products of what is kept, newest first, for each cut of a group, in fp64 on the host: one transfer,
+        and none while nothing new is kept."""
+        state = self.groups[group]
+        key = (group, *state.steps)
+        if self._grams[0] != key:
+            found = []
+            for cut in self.plan.live_cuts:
+                if cut.group == group and cut.history:
+                    ring = self.rings[cut.index]
+                    kept = [ring[(state.head + age) % len(ring)].flatten() for age in range(len(state.steps))]
+                    # The smallest modes that count are 1e-4 of the largest: 1e-8 here, below what fp32 sums hold.
+                    found.append(torch.stack([(a.double() * b.double()).sum() for a in kept for b in kept]))
+            grams = torch.stack(found)
+            if self.plan.process_group is not None:  # of values that ranks hold parts of
+                torch.distributed.all_reduce(grams, group=self.plan.process_group)
+            host = grams.cpu()
+            self._grams = key, [gram.view(len(state.steps), -1) for gram in host]
+        return self._grams[1]
+
     def _ring(self, group: str) -> int:
         """Slots of a group's rings."""
         return max(self.plan.history(group), 1)
@@ -99,9 +130,16 @@ class RunState:
     def forget_history(self) -> None:
         """Nothing kept counts any more; the memory stays."""
         for state in self.groups.values():
-            state.steps.clear()
-            state.weights = ()
+            state.clear()
         self._stale = True
+        self.probed = False
+        self._grams = (), []
+
+    def forget_group(self, group: str) -> None:
+        """Nothing kept of one group counts any more."""
+        self.groups[group].clear()
+        self._stale = True
+        self._grams = (), []
 
     def begin(self, computed: Sequence[str], predicted: Sequence[str], *, writes: bool = True) -> None:
         """A step is about to run. If it ``writes`` slots, the oldest output of what it keeps is gone from now on."""
@@ -109,34 +147,57 @@ class RunState:
             self._clear_slots()
         self._stale = True  # until the step is committed
         self._received.clear()
+        probe = None if self.plan.probe is None else self.plan.probe.probe
+        if writes and probe is not None and (probe.every or probe.group in computed):
+            self.probed = False
         written = [*computed, *[group for group in predicted if self.plan.recursive(group)]]
         for group in written if writes else ():
             history = self.plan.history(group)
             if history:
                 del self.groups[group].steps[history - 1 :]
+                del self.groups[group].timesteps[history - 1 :]
 
     def receive(self, roles: Sequence[Role], values: Sequence[torch.Tensor]) -> None:
         """What the program of the step returned: kept in place of the oldest outputs, once the step is committed."""
         for role, value in zip(roles, values, strict=True):
+            if role.kind == "probe":
+                self._looked = value
+                continue
             own = value.clone() if role.slot == "shared" else value
             self._received.setdefault(role.group, []).append((role.cut, own))
 
-    def commit(self, index: int, computed: Sequence[str], predicted: Mapping[str, tuple[float, ...]]) -> None:
-        """The graph ran in step ``index``: turn the rings of what was kept. ``predicted``: groups and their weights."""
+    def commit(self, step: Step, computed: Sequence[str], predicted: Mapping[str, tuple[float, ...]],
+               distance: float | None = None) -> None:  # fmt: skip
+        """The graph ran in a step: turn the rings of what was kept. ``predicted``: groups and their weights;
+        ``distance``: what the probe measured, if it was asked."""
         self._stale = False
+        probe = None if self.plan.probe is None else self.plan.probe.probe
         for group in computed:
-            self._keep(group, index)
+            self._keep(group, step)
             self.groups[group].weights = ()
+            self.groups[group].note(predicted=False, distance=distance)
         for group, weights in predicted.items():
             self.groups[group].weights = weights
+            self.groups[group].note(predicted=True, distance=distance)
             if self.plan.recursive(group):
-                self._keep(group, index)
+                self._keep(group, step)
+        if probe is not None and (probe.every or probe.group in computed):
+            self.probed = True
+            if self._looked is not None:
+                self.probe_slot().copy_(self._looked)
+        self._looked = None
         self._received.clear()
 
-    def _keep(self, group: str, index: int) -> None:
+    def probe_slot(self) -> torch.Tensor:
+        """What the probe's value is compared with; anything, until one of a step of the run is kept (``probed``)."""
+        if self._probe is None:
+            assert self.plan.probe is not None
+            self._probe = allocate(self.plan.probe.slot, self.resolve)
+        return self._probe
+
+    def _keep(self, group: str, step: Step) -> None:
         state = self.groups[group]
-        state.steps.insert(0, index)
-        del state.steps[max(self.plan.history(group), 1) :]
+        state.keep(step, max(self.plan.history(group), 1))
         state.head = (state.head - 1) % self._ring(group)
         for cut, value in self._received.pop(group, ()):
             self.rings[cut][state.head] = value

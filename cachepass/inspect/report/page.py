@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from ...graph.plan import Cut, NamedSlot
+from ...graph.plan import Cut
+from ...graph.slots import NamedSlot
 from ..tables import human_bytes, human_flops
 from ..timeline import SimulatedCall, lanes
 from .align import align

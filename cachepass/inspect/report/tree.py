@@ -61,8 +61,11 @@ class Module:
 def module_tree(explanation: Explanation, plain: fx.Graph, least: fx.Graph) -> list[Module]:
     """The modules of a model; ``plain`` and ``least``: graphs of which operations are counted."""
     regions = {region.id: region for region in explanation.regions}
-    ids = list(dict.fromkeys([*regions, *(skip.region for skip in explanation.skips)]))
     fates = _fates(explanation)
+    for span in [region for region in regions.values() if len(region.blocks) > 1]:  # no module: its blocks are
+        fates |= dict.fromkeys(span.blocks, fates.pop(span.id, ("left", "")))
+        del regions[span.id]
+    ids = list(dict.fromkeys([*regions, *(skip.region for skip in explanation.skips)]))
     counts = _operations(plain), _operations(least)
     roots: list[Module] = []
     known: dict[str, Module] = {}
@@ -75,7 +78,7 @@ def module_tree(explanation: Explanation, plain: fx.Graph, least: fx.Graph) -> l
     return roots
 
 
-def _fates(explanation: Explanation) -> Mapping[str, tuple[Fate, str]]:
+def _fates(explanation: Explanation) -> dict[str, tuple[Fate, str]]:
     """What becomes of the regions that the plan speaks of."""
     fates: dict[str, tuple[Fate, str]] = {}
     once = () if explanation.hoisted is None else explanation.hoisted.regions
@@ -91,7 +94,8 @@ def _fates(explanation: Explanation) -> Mapping[str, tuple[Fate, str]]:
             continue
         slots = sum(cut.history for cut in live)
         kept = f"{slots} slot{'s' * (slots > 1)}, {human_bytes(sum(cut.history * cut.slot_bytes for cut in live))}"
-        fates[region] = "cut", f"{live[0].group}: {live[0].forecast}, {kept if slots else 'nothing is kept'}"
+        span = f" of {region}" if ".." in region else ""
+        fates[region] = "cut", f"{live[0].group}: {live[0].forecast}{span}, {kept if slots else 'nothing is kept'}"
     return fates
 
 

@@ -1,87 +1,18 @@
-"""What the user says about a method: one config class for each.
-
-The configs carry diffusers' class and field names, defaults and meaning, so ``diffusers.TaylorSeerCacheConfig(...)``
-itself, ``{"method": "taylorseer", ...}`` and ``"taylorseer"`` all parse to the same object. Everything is checked when
-the object is made, before any model is traced.
-"""
+"""The configs of methods that follow a plan made before the run."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Callable
 
 import torch
 
-from .errors import ConfigError, OptionError, closest
-
-if TYPE_CHECKING:
-    from typing_extensions import dataclass_transform
-else:
-
-    def dataclass_transform(**_: Any) -> Callable[[_T], _T]:
-        """For type checkers: what is decorated makes dataclasses."""
-        return lambda function: function
-
-
-_ALIASES = {"pyramid_attention_broadcast": "pab", "faster_cache": "fastercache"}
-_METHODS: dict[str, type[CacheConfig]] = {}
-_T = TypeVar("_T", bound="CacheConfig")
-
-
-class CacheConfig:
-    """Base of the method configs: classes decorated with ``cache_config``."""
-
-    method: ClassVar[str] = ""
-
-    def check(self) -> None:
-        """Raise a ConfigError for values that make no sense; runs at construction."""
-
-    @classmethod
-    def fail(cls, name: str, what: str, hint: str | None = None) -> ConfigError:
-        """The error for a field's value: ``raise self.fail("interval", f"{self.interval} is out of range")``."""
-        return ConfigError(what, where=f"{cls.__name__}.{name}", hint=hint)
-
-
-@dataclass_transform(frozen_default=True)
-def cache_config(name: str) -> Callable[[type[_T]], type[_T]]:
-    """Class decorator for a method's config: makes it a frozen dataclass, and ``name`` an ``options["cache"]``.
-
-    A wrong field raises a ConfigError that names the closest one.
-
-    Raises:
-        OptionError: There is a method of this name already.
-    """
-    if name in _METHODS or name in _ALIASES:
-        raise OptionError(f"there is a method {name!r} already", where="cache_config", hint="choose another name")
-
-    def wrap(cls: type[_T]) -> type[_T]:
-        cls = dataclass(frozen=True)(cls)
-        known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
-        plain = cls.__init__
-
-        @functools.wraps(plain)
-        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-            for key in kwargs:
-                if key not in known:
-                    raise ConfigError(f"unknown field {key!r}", where=cls.__name__, hint=closest(key, known))
-            plain(self, *args, **kwargs)
-            self.check()
-
-        cls.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
-        cls.method = name
-        _METHODS[name] = cls
-        return cls
-
-    return wrap
+from ..errors import closest
+from .base import MethodConfig, cache_config, check_identifiers, check_int, check_range
 
 
 @cache_config("taylorseer")
-class TaylorSeerCacheConfig(CacheConfig):
+class TaylorSeerCacheConfig(MethodConfig):
     """TaylorSeer (https://arxiv.org/abs/2503.06923): module outputs forecast by a Taylor series in the step index.
 
     Attributes:
@@ -107,12 +38,12 @@ class TaylorSeerCacheConfig(CacheConfig):
     use_lite_mode: bool = False
 
     def check(self) -> None:
-        _check_int(self, "cache_interval", 1)
-        _check_int(self, "disable_cache_before_step", 0)
-        _check_int(self, "disable_cache_after_step", 0, optional=True)
-        _check_int(self, "max_order", 0, 4)
-        _check_identifiers(self, "skip_predict_identifiers")
-        _check_identifiers(self, "cache_identifiers")
+        check_int(self, "cache_interval", 1)
+        check_int(self, "disable_cache_before_step", 0)
+        check_int(self, "disable_cache_after_step", 0, optional=True)
+        check_int(self, "max_order", 0, 4)
+        check_identifiers(self, "skip_predict_identifiers")
+        check_identifiers(self, "cache_identifiers")
         if not isinstance(self.use_lite_mode, bool):
             raise self.fail("use_lite_mode", f"expected a bool, got {self.use_lite_mode!r}")
         dtype = self.taylor_factors_dtype
@@ -133,7 +64,7 @@ class TaylorSeerCacheConfig(CacheConfig):
 
 
 @cache_config("invariant")
-class InvariantConfig(CacheConfig):
+class InvariantConfig(MethodConfig):
     """Nothing is forecast: what stays the same within a run is computed once, and results are exact.
 
     Text projections, keys and values of cross-attentions, rotary tables, text refiners. Every other method does this
@@ -147,7 +78,7 @@ ATTENTION_KINDS = ("spatial", "temporal", "cross")
 
 
 @cache_config("pab")
-class PyramidAttentionBroadcastConfig(CacheConfig):
+class PyramidAttentionBroadcastConfig(MethodConfig):
     """Pyramid Attention Broadcast (https://arxiv.org/abs/2408.12588): attention outputs reused over several steps.
 
     Each kind (spatial, temporal, cross; and the paper's MLP) has a skip range ``N``: of ``N`` steps one is computed
@@ -174,9 +105,9 @@ class PyramidAttentionBroadcastConfig(CacheConfig):
 
     def check(self) -> None:
         for prefix in [f"{kind}_attention" for kind in ATTENTION_KINDS] + ["mlp"]:
-            _check_int(self, f"{prefix}_block_skip_range", 1, optional=True)
-            _check_range(self, f"{prefix}_timestep_skip_range")
-            _check_identifiers(self, f"{prefix}_block_identifiers", optional=False)
+            check_int(self, f"{prefix}_block_skip_range", 1, optional=True)
+            check_range(self, f"{prefix}_timestep_skip_range")
+            check_identifiers(self, f"{prefix}_block_identifiers", optional=False)
         callback = self.current_timestep_callback
         if callback is not None and not callable(callback):
             raise self.fail("current_timestep_callback", f"expected a function without arguments, got {callback!r}")
@@ -199,7 +130,7 @@ TENSOR_FORMATS = ("BCFHW", "BFCHW", "BCHW", "BSC")
 
 
 @cache_config("fastercache")
-class FasterCacheConfig(CacheConfig):
+class FasterCacheConfig(MethodConfig):
     """FasterCache (https://arxiv.org/abs/2410.19355): attention outputs extrapolated, unconditional branch estimated.
 
     A step whose unconditional half is skipped runs the transformer on the conditional half of the batch. The
@@ -260,13 +191,13 @@ class FasterCacheConfig(CacheConfig):
 
     def check(self) -> None:
         for prefix in ("spatial_attention", "temporal_attention", "mlp"):
-            _check_int(self, f"{prefix}_block_skip_range", 1, optional=True)
-            _check_range(self, f"{prefix}_timestep_skip_range")
-            _check_identifiers(self, f"{prefix}_block_identifiers", optional=False)
-        _check_int(self, "unconditional_batch_skip_range", 1)
-        _check_range(self, "unconditional_batch_timestep_skip_range")
+            check_int(self, f"{prefix}_block_skip_range", 1, optional=True)
+            check_range(self, f"{prefix}_timestep_skip_range")
+            check_identifiers(self, f"{prefix}_block_identifiers", optional=False)
+        check_int(self, "unconditional_batch_skip_range", 1)
+        check_range(self, "unconditional_batch_timestep_skip_range")
         for kind in ("low", "high"):
-            _check_range(self, f"{kind}_frequency_weight_update_timestep_range")
+            check_range(self, f"{kind}_frequency_weight_update_timestep_range")
             alpha = getattr(self, f"alpha_{kind}_frequency")
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
                 raise self.fail(f"alpha_{kind}_frequency", f"expected a positive number, got {alpha!r}")
@@ -312,7 +243,7 @@ class FasterCacheConfig(CacheConfig):
         return (*names, *_MORE_GUIDED_INPUTS) if names == _GUIDED_INPUTS else names
 
 
-def _kind_of(config: CacheConfig, name: str) -> tuple[int | None, tuple[float, float], tuple[str, ...]]:
+def _kind_of(config: MethodConfig, name: str) -> tuple[int | None, tuple[float, float], tuple[str, ...]]:
     prefix = "mlp" if name == "mlp" else f"{name}_attention"
     return (
         getattr(config, f"{prefix}_block_skip_range"),
@@ -321,76 +252,7 @@ def _kind_of(config: CacheConfig, name: str) -> tuple[int | None, tuple[float, f
     )
 
 
-def _check_names(config: CacheConfig, name: str) -> None:
+def _check_names(config: MethodConfig, name: str) -> None:
     value = getattr(config, name)
     if not isinstance(value, (list, tuple)) or not value or any(not isinstance(v, str) for v in value):
         raise config.fail(name, f"expected a list of input names, got {value!r}", "such as ['hidden_states', ...]")
-
-
-def _check_int(config: CacheConfig, name: str, low: int, high: float = math.inf, *, optional: bool = False) -> None:
-    value = getattr(config, name)
-    if optional and value is None:
-        return
-    bound = f">= {low}" if high == math.inf else f"{low} to {high:.0f}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise config.fail(name, f"expected an int ({bound}), got {value!r} ({type(value).__name__})")
-    if not low <= value <= high:
-        raise config.fail(name, f"{value} is out of range", f"allowed: {bound}")
-
-
-def _check_range(config: CacheConfig, name: str) -> None:
-    value = getattr(config, name)
-    pair = isinstance(value, (tuple, list)) and len(value) == 2
-    if not pair or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
-        raise config.fail(name, f"expected two numbers (lo, hi), got {value!r}")
-    if not value[0] < value[1]:
-        raise config.fail(name, f"the range {tuple(value)} is empty or reversed", "give (lo, hi) with lo < hi")
-
-
-def _check_identifiers(config: CacheConfig, name: str, *, optional: bool = True) -> None:
-    value = getattr(config, name)
-    if optional and value is None:
-        return
-    if isinstance(value, str) or not isinstance(value, (list, tuple)) or any(not isinstance(v, str) for v in value):
-        raise config.fail(name, f"expected a list of regex strings, got {value!r}", f"write [{value!r}] for one")
-    for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise config.fail(name, f"{pattern!r} is not a regex: {error}") from None
-
-
-def method_names() -> list[str]:
-    return sorted(_METHODS)
-
-
-def parse_cache(value: object) -> CacheConfig:
-    """A config from what ``options["cache"]`` may hold: ours, diffusers', a dict with ``"method"``, or a name."""
-    if isinstance(value, CacheConfig):
-        return value
-    if isinstance(value, str):
-        return _config_class(value)()
-    if isinstance(value, Mapping):
-        fields = dict(value)
-        name = fields.pop("method", None)
-        if not isinstance(name, str):
-            raise OptionError('a dict needs the key "method"', where='options["cache"]', hint=_methods_hint())
-        return _config_class(name)(**fields)
-    ours = {cls.__name__: cls for cls in _METHODS.values()}.get(type(value).__name__)
-    if ours is not None and dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return ours(**{f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    raise OptionError(
-        f"cannot be read as a cache config: {value!r} ({type(value).__name__})",
-        where='options["cache"]', hint="give a config object, a dict or a method's name. " + _methods_hint(),
-    )  # fmt: skip
-
-
-def _config_class(name: str) -> Callable[..., CacheConfig]:
-    key = _ALIASES.get(name, name)
-    if key not in _METHODS:
-        raise OptionError(f"there is no method {name!r}", where='options["cache"]', hint=closest(name, _METHODS))
-    return _METHODS[key]
-
-
-def _methods_hint() -> str:
-    return "methods: " + ", ".join(method_names())

@@ -1,0 +1,179 @@
+"""What the user says about a method: one config class for each.
+
+The configs carry diffusers' class and field names, defaults and meaning, so ``diffusers.TaylorSeerCacheConfig(...)``
+itself, ``{"method": "taylorseer", ...}`` and ``"taylorseer"`` all parse to the same object. Everything is checked when
+the object is made, before any model is traced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+
+from ..errors import ConfigError, OptionError, closest
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_: Any) -> Callable[[_T], _T]:
+        """For type checkers: what is decorated makes dataclasses."""
+        return lambda function: function
+
+
+_ALIASES = {"pyramid_attention_broadcast": "pab", "faster_cache": "fastercache"}
+_METHODS: dict[str, type[MethodConfig]] = {}
+_T = TypeVar("_T", bound="MethodConfig")
+
+
+class MethodConfig:
+    """Base of the method configs: classes decorated with ``cache_config``."""
+
+    method: ClassVar[str] = ""
+
+    def check(self) -> None:
+        """Raise a ConfigError for values that make no sense; runs at construction."""
+
+    @classmethod
+    def fail(cls, name: str, what: str, hint: str | None = None) -> ConfigError:
+        """The error for a field's value: ``raise self.fail("interval", f"{self.interval} is out of range")``."""
+        return ConfigError(what, where=f"{cls.__name__}.{name}", hint=hint)
+
+
+@dataclass_transform(frozen_default=True)
+def cache_config(name: str) -> Callable[[type[_T]], type[_T]]:
+    """Class decorator for a method's config: makes it a frozen dataclass, and ``name`` an ``options["cache"]``.
+
+    A wrong field raises a ConfigError that names the closest one.
+
+    Raises:
+        OptionError: There is a method of this name already.
+    """
+    if name in _METHODS or name in _ALIASES:
+        raise OptionError(f"there is a method {name!r} already", where="cache_config", hint="choose another name")
+
+    def wrap(cls: type[_T]) -> type[_T]:
+        cls = dataclass(frozen=True)(cls)
+        known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+        plain = cls.__init__
+
+        @functools.wraps(plain)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+            for key in kwargs:
+                if key not in known:
+                    raise ConfigError(f"unknown field {key!r}", where=cls.__name__, hint=closest(key, known))
+            plain(self, *args, **kwargs)
+            self.check()
+
+        cls.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
+        cls.method = name
+        _METHODS[name] = cls
+        return cls
+
+    return wrap
+
+
+def check_int(config: MethodConfig, name: str, low: int, high: float = math.inf, *, optional: bool = False) -> None:
+    value = getattr(config, name)
+    if optional and value is None:
+        return
+    bound = f">= {low}" if high == math.inf else f"{low} to {high:.0f}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise config.fail(name, f"expected an int ({bound}), got {value!r} ({type(value).__name__})")
+    if not low <= value <= high:
+        raise config.fail(name, f"{value} is out of range", f"allowed: {bound}")
+
+
+def check_number(config: MethodConfig, name: str, low: float = -math.inf, high: float = math.inf, *,
+                 above: bool = False) -> None:  # fmt: skip
+    """A finite number from ``low`` to ``high``; ``above``: ``low`` itself is none."""
+    value = getattr(config, name)
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+        object.__setattr__(config, name, value)
+    bound = f"{'>' if above else '>='} {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise config.fail(name, f"expected a finite number, got {value!r}")
+    if not low <= value <= high or (above and value == low):
+        raise config.fail(name, f"{value} is out of range", f"allowed: {bound}")
+
+
+def check_range(config: MethodConfig, name: str) -> None:
+    value = getattr(config, name)
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not pair or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
+        raise config.fail(name, f"expected two numbers (lo, hi), got {value!r}")
+    if not value[0] < value[1]:
+        raise config.fail(name, f"the range {tuple(value)} is empty or reversed", "give (lo, hi) with lo < hi")
+
+
+def check_identifiers(config: MethodConfig, name: str, *, optional: bool = True) -> None:
+    value = getattr(config, name)
+    if optional and value is None:
+        return
+    if isinstance(value, str) or not isinstance(value, (list, tuple)) or any(not isinstance(v, str) for v in value):
+        raise config.fail(name, f"expected a list of regex strings, got {value!r}", f"write [{value!r}] for one")
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise config.fail(name, f"{pattern!r} is not a regex: {error}") from None
+
+
+def method_names() -> list[str]:
+    return sorted(_METHODS)
+
+
+def parse_cache(value: object) -> MethodConfig:
+    """A config from what ``options["cache"]`` may hold: ours, diffusers' or cache-dit's, a dict with ``"method"``, or a
+    name."""
+    if isinstance(value, MethodConfig):
+        return value
+    if isinstance(value, str):
+        return _config_class(value)()
+    if isinstance(value, Mapping):
+        fields = dict(value)
+        name = fields.pop("method", None)
+        if not isinstance(name, str):
+            raise OptionError('a dict needs the key "method"', where='options["cache"]', hint=_methods_hint())
+        return _config_class(name)(**fields)
+    ours = {cls.__name__: cls for cls in _METHODS.values()}.get(type(value).__name__)
+    if ours is not None and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return ours(**_shared_fields(ours, value))
+    raise OptionError(
+        f"cannot be read as a cache config: {value!r} ({type(value).__name__})",
+        where='options["cache"]', hint="give a config object, a dict or a method's name. " + _methods_hint(),
+    )  # fmt: skip
+
+
+def _shared_fields(ours: type[MethodConfig], value: Any) -> dict[str, Any]:
+    """The fields of another library's config that ours has too. Others mean nothing here, and must have their defaults
+    (cache-dit's ``cache_type``)."""
+    known = {f.name for f in dataclasses.fields(ours)}  # pyright: ignore[reportArgumentType]
+    fields: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        given = getattr(value, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if f.name in known:
+            fields[f.name] = given
+        elif given is not default and given != default:
+            raise ours.fail(f.name, f"{given!r} has no equivalent here", "leave it at its default")
+    return fields
+
+
+def _config_class(name: str) -> Callable[..., MethodConfig]:
+    key = _ALIASES.get(name, name)
+    if key not in _METHODS:
+        raise OptionError(f"there is no method {name!r}", where='options["cache"]', hint=closest(name, _METHODS))
+    return _METHODS[key]
+
+
+def _methods_hint() -> str:
+    return "methods: " + ", ".join(method_names())
