@@ -24,19 +24,20 @@ import torch
 from report import STEP_COLUMNS, markdown, write
 from rich.progress import Progress
 from shapes import SHAPES, SMALL
-from subjects import FORMATS, METHODS, STEPS, Case
+from subjects import DECIDING, FORMATS, METHODS, STEPS, Case
 from worker import Measured, measure
 
 
 def row(case: Case, subject: Measured, subjects: list[Measured]) -> dict[str, Any]:
     """One line of the table: medians in ms, and ratios: the medians of those of each round."""
     base = subjects[0]
-    hooks = [s for s in subjects if s.name.startswith("diffusers")]
-    hooked = next((s for s in hooks if "torch.compile" in s.name), None)
+    hooks = [s for s in subjects if s.name.startswith(("diffusers", "cache-dit"))]
+    hooked = next((s for s in hooks if "torch.compile" in s.name), hooks[0] if hooks else None)
     best = min(hooks, key=lambda s: statistics.median(s.run_times), default=None)
     is_ours = subject.name.startswith("cachepass")
-    # Which of cache-dit's steps are computed is not visible from outside.
-    phases = () if subject.name.startswith("cache-dit") else ("compute", "skip", "predict")
+    # Which of cache-dit's steps are computed is not visible from outside, but for steps that anyone can foretell.
+    hidden = subject.name.startswith("cache-dit") and case.method not in DECIDING
+    phases = () if hidden else ("compute", "skip", "predict")
     times = {phase: subject.phase_times(phase) for phase in phases}
     result: dict[str, Any] = {
         "subject": subject.name, "run_ms": _ms(subject.run_times), "cache_bytes": subject.cache_bytes,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from bounds import Cost, cost_of
+from decisions import STEPS, Decisions, decisions
 from shapes import SHAPES, build, step_inputs, timestep_of
 
 import cachepass
+from cachepass.forecast import Taylor
 from cachepass.inspect.summary import programs_of
 
-STEPS = 28
 TAYLOR: dict[str, Any] = {"cache_interval": 4, "disable_cache_before_step": 2, "max_order": 1}
 PAB: dict[str, Any] = {"spatial_attention_block_skip_range": 3}
 ALWAYS = (-1, 1001)
@@ -21,6 +23,7 @@ FASTER: dict[str, Any] = {
     "unconditional_batch_skip_range": 5, "unconditional_batch_timestep_skip_range": ALWAYS,
     "spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 681),
 }  # fmt: skip
+DECIDING = {"first-block": 1, "dbcache": 2}  # methods that decide by what they measure, behind so many steps
 FORMATS = {"cogvideox": "BFCHW", "dit": "BCHW"}  # shapes that carry a guidance batch
 
 
@@ -45,7 +48,14 @@ class Case:
 
     def phase(self, step: int) -> str:
         """``"compute"``, ``"predict"`` or, for guidance, ``"skip"``."""
+        if self.method in DECIDING:
+            return "compute" if self.decisions.computed[step] else "predict"
         return _PHASES[self.method](step)
+
+    @property
+    def decisions(self) -> Decisions:
+        """Those of methods that decide by the first block's residual."""
+        return decisions(self.shape, self.device, self.dtype, DECIDING[self.method])
 
 
 @dataclass
@@ -161,7 +171,17 @@ def _cache(case: Case) -> dict[str, Any]:
         return {"method": "pab", **PAB}
     if case.method == "fastercache":
         return {"method": "fastercache", **FASTER, "tensor_format": FORMATS[case.shape]}
+    if case.method == "first-block":
+        return {"method": "first_block_cache", "threshold": case.decisions.threshold}
+    if case.method == "dbcache":
+        return {"method": "dbcache", **_deciding(case), "calibrator": Taylor(TAYLOR["max_order"], since=3)}
     return {"method": case.method}
+
+
+def _deciding(case: Case) -> dict[str, Any]:
+    """Of DBCache."""
+    return {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": DECIDING["dbcache"],
+            "residual_diff_threshold": case.decisions.threshold}  # fmt: skip
 
 
 def hooks(how: str) -> Callable[[Case], Subject]:
@@ -183,6 +203,9 @@ def hooks(how: str) -> Callable[[Case], Subject]:
         if case.method == "fastercache":
             apply_faster_cache(model, diffusers.FasterCacheConfig(
                 **FASTER, tensor_format=FORMATS[case.shape], current_timestep_callback=clock))  # fmt: skip
+        elif case.method == "first-block":
+            diffusers.hooks.apply_first_block_cache(
+                model, diffusers.FirstBlockCacheConfig(threshold=case.decisions.threshold))  # fmt: skip
         elif case.method == "pab":
             config = diffusers.PyramidAttentionBroadcastConfig(**PAB, current_timestep_callback=clock)
             apply_pyramid_attention_broadcast(model, config)
@@ -244,14 +267,21 @@ def cache_dit(case: Case) -> Subject | None:
     except ImportError:
         return None
     model = case.build()
-    mask = [1 if case.phase(step) == "compute" else 0 for step in range(STEPS)]
-    config = package.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, num_inference_steps=STEPS,
-                                   steps_computation_mask=mask, steps_computation_policy="static")  # fmt: skip
+    if case.method == "dbcache":
+        settings = _deciding(case)
+    else:
+        mask = [1 if case.phase(step) == "compute" else 0 for step in range(STEPS)]
+        settings = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "steps_computation_mask": mask,
+                    "steps_computation_policy": "static"}  # fmt: skip
+    config = package.DBCacheConfig(num_inference_steps=STEPS, enable_separate_cfg=False, **settings)
     calibrator = package.TaylorSeerCalibratorConfig(taylorseer_order=TAYLOR["max_order"])
     package.enable_cache(model, cache_config=config, calibrator_config=calibrator)
     model.compile_repeated_blocks()  # pyright: ignore[reportCallIssue]
-    # It begins a new run by itself after num_inference_steps calls.
-    return Subject("cache-dit, compile_repeated_blocks", model, phased=False)
+
+    def reset() -> None:  # by itself it begins a new run one call late, seen in 1.5.3
+        package.refresh_context(model, cache_config=copy.deepcopy(config), calibrator_config=copy.deepcopy(calibrator))
+
+    return Subject("cache-dit, compile_repeated_blocks", model, reset, phased=case.method == "dbcache")
 
 
 def by_blocks(make: Callable[[Case], Subject | None]) -> Callable[[Case], Subject | None]:
@@ -272,8 +302,10 @@ SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "pab": [plain, ours("specialize"), ours("cond"), hooks("torch.compile")],
     "taylorseer-blocks": [plain, ours("specialize"), *_HOOKS, by_blocks(cache_dit)],
     "fastercache": [plain, ours("specialize"), *_HOOKS],
+    "first-block": [plain, ours("specialize"), ours("cond"), *_HOOKS],
+    "dbcache": [plain, ours("specialize"), ours("cond"), by_blocks(cache_dit)],
     "invariant": [plain, ours("specialize")],
     "compile time": [plain, by_blocks(plain_regional), ours("specialize"), ours("cond"), by_blocks(ours_regional),
                      *_HOOKS],
 }  # fmt: skip
-METHODS = list(_PHASES)
+METHODS = [*_PHASES, *DECIDING]

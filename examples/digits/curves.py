@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,10 @@ CURVES: dict[str, tuple[str, range, dict[str, Callable[[int], dict[str, Any]]]]]
     "fastercache": ("unconditional_batch_skip_range", range(2, 9),
                     {"branch": fastercache(None), "branch and attention": fastercache(2)}),
 }  # fmt: skip
-_COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, which colour-blind people tell apart
-_MARKERS = ("o", "s", "^")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")  # Okabe and Ito's,
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "d")  # which colour-blind people tell apart, and a grey
+STYLE: Any = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "cachepass",
+              "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e2e2e2"}  # fmt: skip
 
 
 @functools.cache
@@ -141,12 +143,10 @@ def draw(points: list[Point], reference_accuracy: float, images: int, steps: int
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "cachepass",
-             "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e2e2e2"}  # fmt: skip
     for method in dict.fromkeys(point.method for point in points):
         chosen = [point for point in points if point.method == method]
         kept = all(point.accuracy_percent == reference_accuracy for point in chosen)
-        with pyplot.rc_context(style):
+        with pyplot.rc_context(STYLE):
             figure, axes = pyplot.subplots(1, 1 if kept else 2, figsize=(7.2 if kept else 11, 4.5), squeeze=False)
             figure.set_facecolor("white")
             _lines(axes[0][0], chosen, "psnr_db", "PSNR against the uncached images, dB")
@@ -169,8 +169,8 @@ def _lines(axis: Any, points: list[Point], field: str, label: str) -> None:
     axis.set(xlabel="FLOPs per run, % of uncached", ylabel=label)
     for index, curve in enumerate(dict.fromkeys(point.curve for point in points)):
         own = sorted((p for p in points if p.curve == curve), key=lambda p: -p.knob)
-        x, y, colour = [p.flops_percent for p in own], [getattr(p, field) for p in own], _COLOURS[index]
-        axis.plot(x, y, color=colour, marker=_MARKERS[index], linewidth=1.8)
+        x, y, colour = [p.flops_percent for p in own], [getattr(p, field) for p in own], COLOURS[index]
+        axis.plot(x, y, color=colour, marker=MARKERS[index], linewidth=1.8)
         crossed = max(p.flops_percent for p in points) > x[-1] + 1  # another line goes on to the right
         axis.annotate(curve, (x[-1], y[-1]), xytext=(-20 if crossed else 9, 0), textcoords="offset points",
                       ha="right" if crossed else "left", va="center", color=colour)  # fmt: skip
@@ -195,39 +195,69 @@ def show(console: Console, points: list[Point]) -> None:
     console.print(table)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--images", default=40, show_default=True, type=click.IntRange(1), help="Digits per point.")
-@click.option("--steps", default=50, show_default=True, type=click.IntRange(8), help="Denoising steps.")
-@click.option("--guidance", default=2.0, show_default=True, help="Scale of classifier-free guidance.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
-@click.option("--method", "methods", multiple=True, type=click.Choice(list(CURVES)), help="Only these.")
-@click.option("--draw", "draw_only", is_flag=True, help="Draw the pictures from the JSON, sample nothing.")
-@click.option("--out", default=DOCS, type=click.Path(path_type=Path), help="The folder docs, or another.")
+def command(methods: Sequence[str]) -> Callable[[Callable[..., Any]], Any]:
+    """A command with the options of a measurement; its methods are these."""
+    options = (
+        click.command(context_settings={"help_option_names": ["-h", "--help"]}),
+        click.option("--images", default=40, show_default=True, type=click.IntRange(1), help="Digits per point."),
+        click.option("--steps", default=50, show_default=True, type=click.IntRange(8), help="Denoising steps."),
+        click.option("--guidance", default=2.0, show_default=True, help="Scale of classifier-free guidance."),
+        click.option("--seed", default=0, show_default=True, help="Seed of the noise."),
+        click.option("--method", "methods", multiple=True, type=click.Choice(list(methods)), help="Only these."),
+        click.option("--draw", "draw_only", is_flag=True, help="Draw the pictures from the JSON, sample nothing."),
+        click.option("--out", default=DOCS, type=click.Path(path_type=Path), help="The folder docs, or another."),
+    )
+    return lambda function: functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
+
+
+def known_points(path: Path, settings: dict[str, Any], methods: Sequence[str], draw_only: bool) -> dict[str, Any]:
+    """What the JSON has, for points to be kept from it: empty where all are to be measured."""
+    if not (draw_only or methods):
+        return {}
+    if not path.is_file():
+        raise click.ClickException(f"{path} is not there: run without --draw and --method first")
+    known = json.loads(path.read_text())
+    if not draw_only and known["settings"] != settings:
+        raise click.ClickException(f"{path} was made with {known['settings']}: give the same, or all methods")
+    return known
+
+
+def write_json(path: Path, command: str, settings: dict[str, Any], reference_accuracy: float, points: Sequence[Any],
+               **more: Any) -> None:  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({
+        "command": command, "settings": settings,
+        "versions": {"torch": torch.__version__, "cachepass": cachepass.__version__},
+        "uncached_accuracy_percent": reference_accuracy, **more, "points": [asdict(point) for point in points],
+    }, indent=1) + "\n")  # fmt: skip
+
+
+def noise_and_labels(images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for every point."""
+    return torch.randn(images, 1, 28, 28, generator=torch.Generator().manual_seed(seed)), torch.arange(images) % 10
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:36s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+@command(list(CURVES))
 def main(images: int, steps: int, guidance: float, seed: int, methods: tuple[str, ...], draw_only: bool,
          out: Path) -> None:  # fmt: skip
     """Measure quality against FLOPs over each method's main knob; print the table, write JSON and pictures."""
     console, path = Console(width=max(110, Console().width)), out / "data" / "curves.json"
     settings = {"images": images, "steps": steps, "guidance": guidance, "seed": seed}
     chosen = () if draw_only else methods or tuple(CURVES)
-    kept: list[Point] = []
-    reference_accuracy = 0.0
-    if draw_only or methods:
-        if not path.is_file():
-            raise click.ClickException(f"{path} is not there: run without --draw and --method first")
-        known = json.loads(path.read_text())
-        if draw_only:
-            settings = known["settings"]
-        elif known["settings"] != settings:
-            raise click.ClickException(f"{path} was made with {known['settings']}: give the same, or all methods")
-        kept = [Point(**point) for point in known["points"] if point["method"] not in chosen]
-        reference_accuracy = known["uncached_accuracy_percent"]
+    known = known_points(path, settings, methods, draw_only)
+    settings = known.get("settings", settings)
+    kept = [Point(**point) for point in known.get("points", ()) if point["method"] not in chosen]
+    reference_accuracy = known.get("uncached_accuracy_percent", 0.0)
     fresh: list[Point] = []
     if chosen:
-        noise = torch.randn(images, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-        labels = torch.arange(images) % 10
+        noise, labels = noise_and_labels(images, seed)
         jobs = [(m, curve, knob) for m in chosen for curve in CURVES[m][2] for knob in CURVES[m][1]]
-        columns = (TextColumn("{task.description:36s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with torch.no_grad(), Progress(*columns, console=console) as progress, warnings.catch_warnings():
+        with torch.no_grad(), progress_bar(console) as progress, warnings.catch_warnings():
             task = progress.add_task("uncached", total=steps * (1 + len(jobs)))
 
             def advance() -> None:
@@ -243,12 +273,7 @@ def main(images: int, steps: int, guidance: float, seed: int, methods: tuple[str
     show(console, points)
     console.print(f"uncached: accuracy {reference_accuracy:.0f} %")
     if chosen:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "cachepass": cachepass.__version__}
-        path.write_text(json.dumps({
-            "command": "python examples/digits/curves.py", "settings": settings, "versions": versions,
-            "uncached_accuracy_percent": reference_accuracy, "points": [asdict(point) for point in points],
-        }, indent=1) + "\n")  # fmt: skip
+        write_json(path, "python examples/digits/curves.py", settings, reference_accuracy, points)
     draw(points, reference_accuracy, settings["images"], settings["steps"], out / "images")
 
 
