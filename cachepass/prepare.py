@@ -112,8 +112,10 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     latents = tuple(i for i in (named.own[k] for k in found) if isinstance(inputs[i], torch.Tensor))
     static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
     layout = InputLayout(named.identity, latents, timestep, static)
-    return Prepared(method, table, tuple(targets), skips, selection.notes, named.names, layout, tuple(named.own),
-                    selection.probe, siblings)  # fmt: skip
+    notes, probe = selection.notes, selection.probe
+    if probe is not None and probe.region is None and not probe.of_model:
+        notes = (*notes, f"the probe looks at the input {listing([named.names[i] for i in latents[:1]])}")
+    return Prepared(method, table, tuple(targets), skips, notes, named.names, layout, tuple(named.own), probe, siblings)
 
 
 def _add_spans(gm: fx.GraphModule, table: RegionTable, selection: Selection) -> None:

@@ -51,4 +51,4 @@ def _vision(latents: torch.Tensor, grid: tuple[int, ...] | None) -> torch.Tensor
 
 def _named(latents: torch.Tensor) -> dict[str, torch.Tensor]:
     """The latents under the names that models give them."""
-    return dict.fromkeys(("hidden_states", "x"), latents)
+    return dict.fromkeys(("hidden_states", "x", "sample", "latents"), latents)

@@ -8,11 +8,11 @@ import warnings
 import pytest
 import torch
 from blocks import BlockCache
-from small_models import calls, transformer
+from small_models import Transformer, calls, transformer
 from torch._dynamo.utils import counters
 
 import cachepass
-from cachepass import CacheConfig, DBCacheConfig, FirstBlockCacheConfig, MagCacheConfig, TeaCacheConfig
+from cachepass import CacheConfig, DBCacheConfig, FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig, TeaCacheConfig
 from cachepass.cut import BlockOutput, BlockResidual, Blocks, ModelOutput, ModuleOutput, Modules
 from cachepass.forecast import DMD, Chebyshev, Hermite, Lagrange, Linear, Newton, Reuse, Taylor, Zeros
 from cachepass.schedule import (
@@ -320,6 +320,19 @@ def test_the_timeline_says_what_only_the_data_decide():
     fixed = cachepass.explain(model, *call, cache=CacheConfig(schedule=MaxSkips(consecutive=2)))
     (lane,) = fixed.timeline(7)
     assert "#..#..#" in str(lane)
+
+
+def test_the_latents_are_found_by_name_and_said():
+    class Named(Transformer):
+        """Its text comes first in the graph."""
+
+        def forward(self, latents, timestep, text):
+            return super().forward(torch.cat([text, latents], 1), timestep)
+
+    x, timestep = calls(1)[0]
+    explanation = cachepass.explain(Named().eval(), x, timestep, x + 1, cache=SeaCacheConfig(cache_end_steps=0),
+                                    options={"num_inference_steps": STEPS})  # fmt: skip
+    assert "the probe looks at the input latents" in explanation.notes
 
 
 def test_a_warm_up_compiles_what_the_data_may_decide():

@@ -149,13 +149,13 @@ def find_timestep_input(inputs: Mapping[str, Any], wanted: str | None, *, per_to
     return None
 
 
-_LATENTS = ("hidden_states", "x", "sample")
+LATENT_NAMES = ("hidden_states", "x", "sample", "latents", "latent", "latent_model_input", "noisy_latents")
 
 
 def find_latents(names: Sequence[str], values: Sequence[Any]) -> list[int]:
     """Which of the inputs hold the latents, whose shape tells runs at different sizes apart: those of a usual name
     (a list of samples is many inputs of a graph), or the first floating-point tensor of two dimensions or more."""
-    for name in _LATENTS:
+    for name in LATENT_NAMES:
         found = [i for i, own in enumerate(names) if name in own.split(".")]
         if found:
             return found
