@@ -70,6 +70,7 @@ class Run:
         failed: That call raised: it was no step.
         memories: What the last call was given, for each kind of latents (shape, dtype, device).
         doubts: Inputs that were other tensors in the last call, where it is not known yet what that means.
+        beside: Another call of its steps is given the same latents.
         unsure: It is not known yet whether timesteps ascend, or two runs began one after the other.
         computed, predicted: Schedules that did so in this call.
         predictions: Steps of this run in which something was predicted.
@@ -90,7 +91,7 @@ class Run:
         self.failed = False
         self.memories: dict[Hashable, Memory] = {}
         self.doubts: tuple[str, ...] = ()
-        self.unsure = False
+        self.beside = self.unsure = False
         self.schedule: Callable[[], Any] | None = None
         self.computed: set[str] = set()
         self.predicted: set[str] = set()
