@@ -125,14 +125,16 @@ class Model:
             self._warn_untold(trajectories.context, timestep)
 
     def make_room(self, needed: int, device: torch.device, own: Run) -> None:
-        """A step of a run is about to keep so many bytes more on a device."""
+        """A step of a run is about to keep so many bytes more on a device, as far as sizes are known ahead, or has done
+        so (0)."""
         with self._lock:
-            lost = self.room.make(needed, device, self.runs, own)
-        if lost:
+            self.room.make(needed, device, self.runs, own)
+        own.grew = True
+        if own.dropped and own.clock.index:
             self.warn_once(
-                "room", f"what is kept would take more than {self.room.limit} bytes, so the history of "
-                f"{listing(run.context for run in lost)} was dropped in the middle of a run, which computes until it "
-                'has one again: run fewer at a time, or give options["max_cache_bytes"]', stacklevel=7,
+                "room", f"what is kept would take more than {self.room.limit} bytes, so the history of {own.context!r} "
+                "was dropped in the middle of its run, which computes until it has one again: run fewer at a time, or "
+                'give options["max_cache_bytes"]', stacklevel=7,
             )  # fmt: skip
 
     def latest(self, context: str) -> Run | None:

@@ -137,6 +137,9 @@ class Dispatcher:
         weights = {g: decided.weights.get(g, ()) for g in decided.phase.predicted}
         state.commit(step, decided.computed, weights, decided.distance)
         self._note(run, decided, step)
+        if run.grew:
+            model.make_room(0, self._device(inputs), run)
+            run.grew = False
         if not run.warms_up:
             instance.count(decided.phase, 0 if invariants is None else invariants.computed - kept)
         return result

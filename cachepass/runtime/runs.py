@@ -79,6 +79,7 @@ class Run:
         record: What computed and what predicted, in each of its (last) steps.
         distance: What the probe measured in this call.
         distances: And in each of the (last) steps; None: it was not asked.
+        grew: It began to keep more in this step.
         dropped: What was kept in the middle of this run had to make room for others.
     """
 
@@ -96,7 +97,7 @@ class Run:
         self.computed: set[str] = set()
         self.predicted: set[str] = set()
         self.predictions = 0
-        self.cached = self.dropped = False
+        self.cached = self.dropped = self.grew = False
         self.stamp = 0
         self.record: deque[tuple[set[str], set[str]]] = deque(maxlen=_RECORDED)
         self.distance: float | None = None
