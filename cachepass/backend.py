@@ -29,7 +29,14 @@ from . import _torch
 from .config import method_names
 from .errors import BatchError, CachepassError, hearing, warn
 from .frequency import Latents
-from .graph.annotate import LATENTS, MODEL_OUTPUT, annotate, annotate_entry, annotate_output, annotate_probe
+from .graph.annotate import (
+    annotate,
+    annotate_entry,
+    annotate_output,
+    annotate_probe,
+    annotate_probe_of_input,
+    annotate_probe_of_output,
+)
 from .graph.dump import dump
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
 from .graph.hoist import hoist, invariant_regions
@@ -181,13 +188,15 @@ def _annotate_streams(gm: fx.GraphModule, prepared: Prepared) -> None:
     if probe is None:
         return
     if probe.of_model:
-        annotate_probe(gm, MODEL_OUTPUT, returned(gm)[:1])
+        for value in returned(gm)[:1]:
+            annotate_probe_of_output(gm, value)
     elif probe.region is None:
-        annotate_probe(gm, LATENTS, [placeholders[i] for i in prepared.layout.latents[:1]])
-    elif probe.region.blocks:
-        annotate_probe(gm, probe.region.id, table.outputs[probe.region.id])
+        for i in prepared.layout.latents[:1]:
+            annotate_probe_of_input(gm, placeholders[i])
     else:
-        annotate_probe(gm, probe.region.id, table.outputs[probe.region.id][probe.output :][:1])
+        outputs = table.outputs[probe.region.id]
+        looked = outputs if probe.region.blocks else outputs[probe.output :][:1]
+        annotate_probe(gm, probe.region.id, looked, table)
 
 
 def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], varying: set[str],

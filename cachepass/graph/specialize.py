@@ -186,5 +186,6 @@ def _own_outputs(graph: fx.Graph, roles: dict[str, Role], emit: Emitter, kept: i
 
 def _is_of_slot(value: object, roles: dict[str, Role]) -> bool:
     """A tensor that lies in memory which is kept."""
-    is_tensor = isinstance(value, fx.Node) and isinstance(value.meta.get("val"), (torch.Tensor, tuple, list))
-    return is_tensor and alias_root(value).name in roles
+    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), (torch.Tensor, tuple, list)):
+        return False
+    return alias_root(value).name in roles
