@@ -46,7 +46,7 @@ from .graph.outputs import paired_outputs, returned, sample_output
 from .graph.plan import make_plan
 from .graph.regions import find_regions
 from .graph.streams import resolve
-from .methods import Skip, Target
+from .methods import Method, Skip, Target
 from .options import CompileOptions, is_declared, parse_options
 from .prepare import Prepared, prepare
 from .runtime.context import current_context, guidance_partner
@@ -157,6 +157,7 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
         notes = (*notes, *resolve(full.gm, full.varying, probe is not None and probe.residual, full.context.fake_mode))
         dump("streams", full.gm.graph, full.names)
     traced = [full] if half is None else [full, half.traced]
+    _warn_of_ranks(full.gm.graph, method, prepared.probe is not None, options)
     if options.invariants and prepared.siblings is None:
         traced, once = _hoist(traced)
         skips = (*skips, *once)
@@ -283,6 +284,17 @@ def _build_half(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, o
     capture_half(gm, inputs, guidance, trace_half)
     logger.info("captured once more at half batch, for steps that skip the unconditional branch")
     return built[0]
+
+
+def _warn_of_ranks(graph: fx.Graph, method: Method, probes: bool, options: CompileOptions) -> None:
+    """Ranks that decide by what each of them measures may decide differently, and then wait for each other for ever."""
+    decides = probes and not method.measures and options.process_group is None
+    if decides and any(map(_torch.is_collective, graph.nodes)) and _torch.world_size() > 1:
+        warn(
+            "the model has collectives and the method decides by a distance that each rank measures by itself: ranks "
+            'may decide differently and wait for each other for ever. Give options["process_group"] = "world", or the '
+            "group of the ranks that run the model together", stacklevel=4,
+        )  # fmt: skip
 
 
 def _position(gm: fx.GraphModule, value: fx.Node) -> int:

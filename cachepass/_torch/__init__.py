@@ -3,7 +3,7 @@
 Nothing here knows what caching is. Whatever a new torch release renames is renamed in this package and nowhere else.
 """
 
-from .collectives import default_group, is_collective, is_process_group, is_wait, sum_over
+from .collectives import default_group, is_collective, is_process_group, is_wait, sum_over, world_size
 from .dynamo import (
     Frame,
     capture,
@@ -93,4 +93,5 @@ __all__ = [
     "trace_only",
     "traced_from",
     "unflatten",
+    "world_size",
 ]

@@ -24,6 +24,7 @@ from ..graph.probe import numbers_of
 from ..methods import PLAIN, WHOLE, Method, Route, Step
 from ..options import CompileOptions
 from .calls import Model, model_of, step_call
+from .capture import refuse_capture
 from .context import WARMUP, current_context, guidance_partner, other_guidance
 from .decide import allows, asks, route_of
 from .instance import HalfRun, InputLayout, Instance, Part
@@ -61,6 +62,7 @@ class Dispatcher:
 
     def __call__(self, *inputs: Any) -> Any:
         assert self.compiled is not None
+        refuse_capture(self.program)
         if self.part is not None and self.program is None and not self.idle_groups:
             return self.compiled(*inputs)  # nothing in it is cached
         instance = self._instance_of_part() if self.part is not None else self._instance(inputs)
