@@ -28,7 +28,7 @@ from torch import fx
 from .. import _torch
 from ..methods import WHOLE, Route
 from .branches import make_cond
-from .emit import Emitter, alias_root, aten
+from .emit import EMITTED, Emitter, alias_root, aten
 from .liveness import base_of, cut_nodes, is_impure, output_nodes
 from .plan import CachePlan, Cut, OutputPlan
 from .probe import Decision, look, tag_prefix
@@ -130,7 +130,8 @@ def last_reads(graph: fx.Graph) -> fx.Node:
 
 
 def _is_write_to_input(node: fx.Node) -> bool:
-    return node.target is aten.copy_.default and node.args[0].op == "placeholder"  # pyright: ignore
+    """What the model writes, not what is kept."""
+    return node.target is aten.copy_.default and not node.name.startswith(EMITTED)
 
 
 def drop_unread(graph: fx.Graph, roles: dict[str, Role]) -> dict[str, Role]:
