@@ -42,6 +42,7 @@ from .inductor import (
     trace_artifact,
     unflatten,
 )
+from .memory import HeldStorage, addresses, has_trace, versions
 from .stack import (
     ModuleCall,
     calling_module,
@@ -53,8 +54,10 @@ __all__ = [
     "COND",
     "FORCE_STRIDES",
     "Frame",
+    "HeldStorage",
     "ModuleCall",
     "SavedContext",
+    "addresses",
     "cache_folder",
     "calling_module",
     "calling_modules",
@@ -67,6 +70,7 @@ __all__ = [
     "fake_mode_of",
     "flatten",
     "flops",
+    "has_trace",
     "inductor_keys",
     "inductor_modes",
     "input_index",
@@ -93,5 +97,6 @@ __all__ = [
     "trace_only",
     "traced_from",
     "unflatten",
+    "versions",
     "world_size",
 ]
