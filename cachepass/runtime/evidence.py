@@ -123,6 +123,10 @@ class Memory:
         """The latents are those of that call, or another part of the same tensor: it is the same step."""
         return self._latents is not None and self._latents.is_part_with(given.latents)
 
+    def repeats_latents(self, given: Given) -> bool:
+        """The latents are those of that call, all of them."""
+        return self._latents is not None and self._latents.is_same(given.latents)
+
     def gone(self, names: Mapping[str, object]) -> bool:
         """One of these inputs does not exist any more, so this call cannot come again."""
         return any(seen.is_gone for name, seen in zip(self._names, self._seen, strict=True) if name in names)
