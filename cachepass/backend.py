@@ -47,7 +47,7 @@ from .runtime.dispatch import Dispatcher
 from .runtime.instance import HalfRun
 from .runtime.place import locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
-from .runtime.state import SymbolBinder
+from .runtime.sizes import SymbolBinder
 
 logger = logging.getLogger(__name__)
 
