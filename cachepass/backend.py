@@ -57,7 +57,7 @@ from .runtime.instance import HalfRun
 from .runtime.live import reset_around
 from .runtime.place import locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
-from .runtime.state import SymbolBinder
+from .runtime.sizes import SymbolBinder
 
 logger = logging.getLogger(__name__)
 listen(on_context=hear, on_end=reset_around)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._C._functorch import get_unwrapped, is_batchedtensor  # pyright: ignore[reportMissingImports]
@@ -25,7 +26,10 @@ from torch._logging import trace_structured
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 COND = cond_op
@@ -132,6 +136,34 @@ def input_index(placeholder: fx.Node) -> int | None:
 def depends_on_data(value: torch.Tensor) -> bool:
     """A (fake) tensor has a size that only running the graph can tell."""
     return bool(free_unbacked_symbols(value))
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as it was in the call of the capture; 1 where only running the graph tells."""
+    return size if isinstance(size, int) else int(size.node.hint or 1)
+
+
+class _ValuedTracer(GraphAppendingTracer):
+    """Gives every node that it writes its fake value."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        given = fx.map_arg(node.args, lambda source: source.meta["val"])
+        node.meta["val"] = node.target(*given)  # pyright: ignore[reportCallIssue]
+        return node
+
+
+def emit_number(graph: fx.Graph, number: torch.SymInt | torch.SymFloat,
+                symbols: Mapping[sympy.Symbol, fx.Node]) -> fx.Node:  # fmt: skip
+    """The nodes that compute a symbolic number from its symbols, at the place where the graph inserts; the last one.
+
+    Raises:
+        KeyError: A symbol of it is not among ``symbols``.
+    """
+    tracer = _ValuedTracer(graph)
+    known = {symbol: fx.Proxy(node, tracer) for symbol, node in symbols.items()}
+    result: Any = sympy_interp(PythonReferenceAnalysis, known, number.node.expr)  # pyright: ignore[reportArgumentType]
+    return result.node
 
 
 def storage_of(value: torch.Tensor) -> int:

@@ -118,7 +118,7 @@ def _predict_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cuts: Sequ
     values = []
     for marker, cut in cuts:
         weights = env.get(added.weights[cut.group]) if cut.group in added.weights else None
-        value = emit.forecast(cut, [env[h] for h in added.history[cut.index]], weights, graph)
+        value = emit.forecast(cut, [env[h] for h in added.history[cut.index]], weights)
         base = bases[cut.index]
         if base is not None:
             value = emit.restrided(emit(aten.add.Tensor, env[base], value), marker.meta["val"].stride())

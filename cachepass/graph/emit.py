@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -26,6 +27,7 @@ class Emitter:
         self.graph, self.fake_mode = graph, fake_mode
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self.number)  # pyright: ignore
         # A stem of their own: the model's nodes keep their names, so prints differ only where something changed.
         name = EMITTED + getattr(getattr(target, "overloadpacket", target), "__name__", "node").strip("_")
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
@@ -73,7 +75,7 @@ class Emitter:
 
     def held(self, value: fx.Node, strides: Sequence[int | torch.SymInt]) -> fx.Node:
         """``value``, compiled so that it has these dense strides (no copy where Inductor would choose them anyway)."""
-        node = self.graph.call_function(_torch.FORCE_STRIDES, (value, tuple(strides)))
+        node = self.graph.call_function(_torch.FORCE_STRIDES, (value, tuple(map(self.number, strides))))
         with self.fake_mode:
             like = value.meta["val"]
             node.meta["val"] = torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
@@ -85,13 +87,10 @@ class Emitter:
         node.meta["cachepass_unalias"] = True
         return node
 
-    def forecast(self, cut: Cut, history: Sequence[fx.Node], weights: fx.Node | None, sizes: fx.Graph) -> fx.Node:
-        """``sum_j w_j * h_j`` in the cut's dtype, accumulated in fp32 (fp64 for fp64 values).
-
-        ``sizes`` is a graph whose nodes may be asked for symbolic sizes.
-        """
+    def forecast(self, cut: Cut, history: Sequence[fx.Node], weights: fx.Node | None) -> fx.Node:
+        """``sum_j w_j * h_j`` in the cut's dtype, accumulated in fp32 (fp64 for fp64 values)."""
         if cut.forecast.history == 0:
-            return self._zeros(cut, sizes)
+            return self._zeros(cut)
         if cut.forecast.constant_weights == (1.0,):
             return self.to(history[0], cut.dtype)
         wide = wide_dtype(cut.dtype)
@@ -123,27 +122,38 @@ class Emitter:
         results = [env[node] for node in returned]
         return _torch.unflatten(results, result_spec)
 
-    def _zeros(self, cut: Cut, sizes: fx.Graph) -> fx.Node:
+    def _zeros(self, cut: Cut) -> fx.Node:
         """Zeros in the cut's own memory layout: made in stride order, then permuted."""
-        order = sorted(range(len(cut.shape)), key=lambda d: (-int(cut.stride[d]), d))
-        shape = [self._size(cut.shape[d], sizes) for d in order]
+        order = sorted(range(len(cut.shape)), key=lambda d: (-_torch.hint(cut.stride[d]), d))
+        shape = [cut.shape[d] for d in order]
         zeros = self(aten.full.default, shape, 0, dtype=cut.dtype, device=cut.device, pin_memory=False)
         if order == sorted(order):
             return zeros
         return self(aten.permute.default, zeros, [order.index(d) for d in range(len(order))])
 
-    def _size(self, size: int | torch.SymInt, sizes: fx.Graph) -> int | fx.Node:
-        if isinstance(size, int):
-            return size
-        for node in sizes.nodes:
+    def number(self, number: Any) -> Any:
+        """A number as an argument of a node: a symbolic one as a node too, because what runs the graph as Python code
+        knows no symbols."""
+        if not isinstance(number, (torch.SymInt, torch.SymFloat)):
+            return number
+        wanted, placeholders = number.node.expr, self.graph.find_nodes(op="placeholder")
+        carried: dict[sympy.Expr, tuple[fx.Node, int]] = {}
+        symbols: dict[sympy.Symbol, fx.Node] = {}
+        for node in placeholders:
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
-                return node
-            if node.op == "placeholder" and isinstance(value, torch.Tensor):
-                for d, s in enumerate(value.shape):
-                    if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr:
-                        return self(aten.sym_size.int, node, d)
-        raise NotImplementedError(f"no input of the graph has the symbolic size {size}")
+            if isinstance(value, (torch.SymInt, torch.SymFloat)):
+                if value.node.expr == wanted:
+                    return node
+                symbols[value.node.expr] = node
+            elif isinstance(value, torch.Tensor):
+                sizes = [(size, d) for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+                carried |= {size.node.expr: (node, d) for size, d in sizes if size.node.expr not in carried}
+        if wanted in carried:
+            return self(aten.sym_size.int, *carried[wanted])
+        for symbol in wanted.free_symbols - symbols.keys():
+            if symbol in carried:
+                symbols[symbol] = self(aten.sym_size.int, *carried[symbol])
+        return _torch.emit_number(self.graph, number, symbols)
 
 
 def alias_root(node: fx.Node) -> fx.Node:

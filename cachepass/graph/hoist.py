@@ -75,6 +75,11 @@ class Hoisted:
     def slot_bytes(self) -> int:
         return sum(slot.slot_bytes for slot in self.slots)
 
+    @property
+    def sizes(self) -> list[int | torch.SymInt]:
+        """All sizes and strides of what is kept."""
+        return [size for slot in self.slots for size in (*slot.shape, *slot.stride)]
+
 
 def invariant_nodes(graph: fx.Graph, varying: Collection[int], *, through_cuts: bool) -> set[fx.Node]:
     """All nodes that depend on nothing that varies; ``varying`` are indices of placeholders. ``through_cuts``: what is
@@ -202,11 +207,7 @@ def _keepable(value: Any) -> bool:
 
 def _bytes(value: Any) -> int:
     tensors = [v for v in _leaves(value) if isinstance(v, torch.Tensor)]
-    return sum(math.prod(_hint(size) for size in v.shape) * v.dtype.itemsize for v in tensors)
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint or 1)
+    return sum(math.prod(map(_torch.hint, v.shape)) * v.dtype.itemsize for v in tensors)
 
 
 def _is_heavy(node: fx.Node) -> bool:
@@ -220,7 +221,8 @@ def _is_heavy(node: fx.Node) -> bool:
     if torch.Tag.pointwise in node.target.tags and name not in _TRANSCENDENTAL:
         return False
     read = [source.meta.get("val") for source in node.all_input_nodes]
-    sizes = [math.prod(map(_hint, v.shape)) for value in read for v in _leaves(value) if isinstance(v, torch.Tensor)]
+    tensors = [v for value in read for v in _leaves(value) if isinstance(v, torch.Tensor)]
+    sizes = [math.prod(map(_torch.hint, v.shape)) for v in tensors]
     return max(sizes, default=0) >= _HEAVY_NUMEL
 
 

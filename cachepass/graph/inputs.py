@@ -132,8 +132,12 @@ def read_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphInputs:
 
 
 def named_inputs(call: _torch.ModuleCall) -> dict[str, Any]:
-    """The arguments of a module's call by name."""
-    names = list(inspect.signature(call.module.forward).parameters)
+    """The arguments of a module's call by name. A hook in front of ``forward`` that takes anything names nothing: then
+    the names are those of the class's."""
+    parameters = list(inspect.signature(call.module.forward).parameters.values())
+    if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        parameters = list(inspect.signature(type(call.module).forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters]
     return {**dict(zip(names, call.args, strict=False)), **call.kwargs}
 
 

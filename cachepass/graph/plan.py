@@ -209,8 +209,9 @@ class CachePlan:
                         c.output,
                         c.group,
                         c.forecast,
-                        tuple(map(resolve, c.shape)),
-                        tuple(map(resolve, c.stride)),
+                        # Of a dead cut nothing is kept: its sizes are asked of no input.
+                        tuple(map(resolve, c.shape)) if c.live else (),
+                        tuple(map(resolve, c.stride)) if c.live else (),
                         c.slot_dtype,
                         c.device,
                         c.live,

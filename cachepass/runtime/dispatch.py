@@ -8,7 +8,6 @@ the calls of modules that it runs in or, where a function was captured, from the
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -33,7 +32,8 @@ from .program import CurrentCall, Pending, Program, StepCall
 from .reach import WARMING
 from .registry import model_of, step_call
 from .runs import Call, Run
-from .state import OutputState, RunState, SymbolBinder, resolve_size
+from .sizes import SymbolBinder
+from .state import OutputState, RunState
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 _MOST_LAYOUTS = 64  # of sizes that were seen; made anew in a moment
@@ -52,7 +52,7 @@ class Dispatcher:
         self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
         self.compiled: Callable[..., Any] | None = None
         self.half: HalfRun | None = None  # for guidance batches
-        self.binder = SymbolBinder()  # of the sizes in the plan, from the inputs
+        self.binder = SymbolBinder.of((), ())  # of the sizes in the plan, from the inputs
         self.current = CurrentCall()
         self.warnings: list[str] = []  # of its capture, and of calls outside of the model
         self._layouts: dict[tuple[int, ...], tuple[Hashable, Callable[[object], int]]] = {}
@@ -304,12 +304,11 @@ class Dispatcher:
 
     def _state(self, instance: Instance, run: Run, call: Call, inputs: Sequence[Any]) -> RunState:
         assert self.program is not None
-        bound = self.binder.bind(inputs)
-        sizes = tuple(bound.values())
+        sizes = self.binder.key(inputs)
         if sizes not in self._layouts:
             if len(self._layouts) >= _MOST_LAYOUTS:
                 self._layouts.clear()
-            resolve = functools.partial(resolve_size, bound=bound)
+            resolve = self.binder.resolver(inputs)
             prefix = "" if self.part is None else self.part.siblings.prefix
             self._layouts[sizes] = self.program.plan.layout(resolve, prefix), resolve
         layout, resolve = self._layouts[sizes]

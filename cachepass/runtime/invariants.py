@@ -16,6 +16,7 @@ import torch
 
 from .. import _torch
 from ..graph.hoist import Hoisted
+from .sizes import SymbolBinder
 from .state import allocate
 
 
@@ -104,13 +105,15 @@ class InvariantState:
     def cache_bytes(self) -> int:
         return sum(slot.untyped_storage().nbytes() for slot in self.slots.values())
 
-    def refresh(self, inputs: Sequence[Any], epoch: int, sizes: tuple[int, ...], resolve: Callable[[object], int],
+    def refresh(self, inputs: Sequence[Any], epoch: int, binder: SymbolBinder,
                 run: Callable[[list[Any]], Any]) -> None:  # fmt: skip
         """Compute the values, unless they hold for ``inputs``: the model's own, in front of what ``run`` writes.
 
-        ``sizes`` are the values of the symbols in the slots' sizes, which ``resolve`` puts in.
+        ``binder`` knows the slots' sizes.
         """
+        sizes = binder.key(inputs)
         if sizes != self._sizes or not self.slots:
+            resolve = binder.resolver(inputs)
             self.slots = {slot.name: allocate(slot, resolve) for slot in self.hoisted.slots}
             self._sizes, self._seen = sizes, None
         self.changed = None

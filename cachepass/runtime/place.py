@@ -10,9 +10,8 @@ by their paths in the model, and one graph may be called for many of them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -81,7 +80,8 @@ def locate(gm: fx.GraphModule, options: CompileOptions) -> Place | None:
         return None  # a function was compiled, and no module is called in it: they were all inlined
     inner = calls[0].module
     whole = not _torch.stops_at_break(gm) and not _torch.is_resumed(frame)
-    forward = _torch.traced_from() == "module" or frame.code in _codes(inner.forward)
+    # Below the hooks of offloading the class's ``forward`` is compiled, of which the module's own has no trace.
+    forward = _torch.traced_from() in ("module", "compile") or frame.code in _torch.codes_of(inner.forward)
     step = step_call(calls[compiled:], options.timestep_input)
     if whole and forward and step.module is inner:
         return None
@@ -91,15 +91,6 @@ def locate(gm: fx.GraphModule, options: CompileOptions) -> Place | None:
     why = "the graph breaks" if root is None or rest else f"{type(inner).__name__} is compiled by itself"
     timestep = find_timestep_input(named_inputs(step), options.timestep_input)
     return Place(step, prefix, siblings, root, rest, why, timestep)
-
-
-def _codes(function: Callable[..., Any] | None) -> list[object]:
-    """The code of a function, and of all that it wraps."""
-    found: list[object] = []
-    while function is not None:
-        found.append(getattr(function, "__code__", None))
-        function = getattr(function, "__wrapped__", None)
-    return found
 
 
 def _is_rest_of(frame: _torch.Frame, module: torch.nn.Module) -> bool:

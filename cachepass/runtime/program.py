@@ -6,7 +6,6 @@ groups are predicted, with which weights, on which state.
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -29,7 +28,8 @@ from ..graph.state_inputs import Role, role_names, weights_dtype
 from ..lower import LoweredVariant, lower
 from ..methods import WHOLE, Route
 from .invariants import InvariantState
-from .state import OutputState, RunState, SymbolBinder, resolve_size
+from .sizes import SymbolBinder
+from .state import OutputState, RunState
 
 logger = logging.getLogger(__name__)
 _RESTLESS = 3  # computed anew so often in a row, within a run: worth a warning
@@ -256,9 +256,7 @@ class Program:
         state = call.invariants or InvariantState(traced.hoisted, traced.declared)
         self.compile_once(route)
         once, binder = self._once[traced]
-        bound = binder.bind(inputs)
-        resolve = functools.partial(resolve_size, bound=bound)
-        state.refresh(inputs, call.epoch, tuple(bound.values()), resolve, once.run)
+        state.refresh(inputs, call.epoch, binder, once.run)
         if state.changes == _RESTLESS and state.changed is not None:
             self._warn_restless(traced, state.changed)
         inputs.extend([state.slots[role.slot] for role in variant.invariants])
@@ -272,9 +270,8 @@ class Program:
                 return
             name = "half/once" if route.half else "once"
             lowered = self._lower(Variant(name, hoisted.once, tuple(hoisted.roles.values()), repeated=False), traced)
-            sizes = [size for slot in hoisted.slots for size in (*slot.shape, *slot.stride)]
             values = [node.meta.get("val") for node in traced.gm.graph.find_nodes(op="placeholder")]
-            self._once[traced] = lowered, SymbolBinder.of(values[: len(traced.inputs)], sizes)
+            self._once[traced] = lowered, SymbolBinder.of(values[: len(traced.inputs)], hoisted.sizes)
 
     def _warn_restless(self, traced: Traced, index: int) -> None:
         placeholder = traced.gm.graph.find_nodes(op="placeholder")[index]

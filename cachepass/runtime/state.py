@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import sympy
 import torch
 
 from ..graph.plan import CachePlan, Cut, OutputPlan
@@ -248,43 +247,3 @@ def allocate(slot: Cut | NamedSlot, resolve: Callable[[object], int]) -> torch.T
     shape, stride = [resolve(s) for s in slot.shape], [resolve(s) for s in slot.stride]
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty_strided(shape, stride, dtype=slot.slot_dtype, device=slot.device).zero_()
-
-
-@dataclass(frozen=True)
-class SymbolBinder:
-    """Finds the values of the symbols in given sizes from the inputs of a call.
-
-    ``symbols`` maps a symbol to where it stands: an input index, and a dimension of it (None: the input itself).
-    """
-
-    symbols: dict[sympy.Symbol, tuple[int, int | None]] = field(default_factory=dict)
-
-    @staticmethod
-    def of(values: Sequence[object], sizes: Sequence[object]) -> SymbolBinder:
-        needed = {symbol for s in sizes if isinstance(s, torch.SymInt) for symbol in s.node.expr.free_symbols}
-        symbols: dict[sympy.Symbol, tuple[int, int | None]] = {}
-
-        def add(size: object, index: int, dim: int | None) -> None:
-            if isinstance(size, torch.SymInt) and size.node.expr in needed:
-                symbols.setdefault(size.node.expr, (index, dim))
-
-        for index, value in enumerate(values):
-            add(value, index, None)
-            if isinstance(value, torch.Tensor):
-                for dim, size in enumerate(value.shape):
-                    add(size, index, dim)
-        return SymbolBinder(symbols)
-
-    def bind(self, inputs: Sequence[object]) -> dict[sympy.Symbol, int]:
-        """The symbols' values for the inputs of a call."""
-        if not self.symbols:
-            return {}
-        return {s: int(inputs[i] if d is None else inputs[i].shape[d])  # pyright: ignore
-                for s, (i, d) in self.symbols.items()}  # fmt: skip
-
-
-def resolve_size(size: object, bound: Mapping[sympy.Symbol, int]) -> int:
-    if isinstance(size, torch.SymInt):
-        return int(size.node.expr.xreplace(bound))
-    assert isinstance(size, int)
-    return size

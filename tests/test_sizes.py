@@ -1,0 +1,234 @@
+"""Sizes that change from run to run: prompts and images of other sizes through one graph (eager lowering).
+
+Expected is what the same model gives, compiled for each size by itself (``dynamic=False``).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import Attention, FeedForward
+from test_calling import settings
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from zoo import build, first_tensor, is_one_graph, relative_error, timestep_scale, trajectory
+
+import cachepass
+from cachepass.runtime.sizes import SymbolBinder
+from cachepass.testing import count_compiles
+
+STEPS, TOLERANCE = 6, 1e-5
+SCHEDULE = {"cache_interval": 3, "disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32}
+CACHES = {
+    "attentions": {"method": "taylorseer", **SCHEDULE},
+    "blocks": {"method": "taylorseer", **SCHEDULE, "cache_identifiers": ["block"]},
+    "pab": {"method": "pab", "spatial_attention_block_skip_range": 2},
+    "first_block": cachepass.FirstBlockCacheConfig(threshold=0.4),
+}
+
+# ---- models of diffusers --------------------------------------------------------------------------------------------
+
+# The inputs that carry the prompt, and in which dimension its tokens are.
+PROMPTS = {
+    "FluxTransformer2DModel": {"encoder_hidden_states": 1, "txt_ids": 0},
+    "Flux2Transformer2DModel": {"encoder_hidden_states": 1, "txt_ids": 1},
+    "SD3Transformer2DModel": {"encoder_hidden_states": 1},
+    "SD3Transformer2DModel:SD35": {"encoder_hidden_states": 1},
+    "QwenImageTransformer2DModel": {"encoder_hidden_states": 1, "encoder_hidden_states_mask": 1},
+    "CogVideoXTransformer3DModel:CogVideoX15": {"encoder_hidden_states": 1},
+    "HunyuanVideoTransformer3DModel": {"encoder_hidden_states": 1, "encoder_attention_mask": 1},
+    "HunyuanVideoTransformer3DModel:HunyuanVideoI2V": {"encoder_hidden_states": 1, "encoder_attention_mask": 1},
+    "HunyuanVideoTransformer3DModel:HunyuanVideoTokenReplace": {"encoder_hidden_states": 1,
+                                                                "encoder_attention_mask": 1},
+    "HunyuanVideo15Transformer3DModel": {"encoder_hidden_states": 1, "encoder_attention_mask": 1},
+    "HiDreamImageTransformer2DModel": {"encoder_hidden_states_t5": 1, "encoder_hidden_states_llama3": 2},
+    "Lumina2Transformer2DModel": {"encoder_hidden_states": 1, "encoder_attention_mask": 1},
+    "MochiTransformer3DModel": {"encoder_hidden_states": 1, "encoder_attention_mask": 1},
+    "ZImageTransformer2DModel": {"cap_feats": 0},
+}  # fmt: skip
+
+
+def resized(value, dim, size):
+    """A prompt of another length."""
+    if isinstance(value, list):
+        return [resized(v, dim, size) for v in value]
+    times = [1] * value.ndim
+    times[dim] = -(-size // value.shape[dim])
+    return value.repeat(times).narrow(dim, 0, size).clone()
+
+
+def run_of(name, length):
+    """The calls of a run with a prompt of this length."""
+    calls = [call for _, call in trajectory(name, STEPS)]
+    prompt = {key: resized(calls[0][key], dim, length) for key, dim in PROMPTS[name].items()}
+    return [call | prompt for call in calls]
+
+
+def compiled(name, cache, dynamic=None):
+    options = {"cache": cache, "lowering": "eager", "timestep_scale": timestep_scale(name)}
+    return torch.compile(build(name), backend="cached_inductor", fullgraph=is_one_graph(name), dynamic=dynamic,
+                         options=options)  # fmt: skip
+
+
+def counts_of(model):
+    summary = cachepass.summary(model)
+    return sum(summary.predicted.values()), summary.runs, summary.steps
+
+
+MANY = ("FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer2DModel")
+
+
+@pytest.mark.parametrize(("name", "cache"), [
+    *((name, "blocks") for name in PROMPTS if is_one_graph(name)),
+    *((name, "attentions") for name in PROMPTS if not is_one_graph(name)),
+    *((name, cache) for name in MANY for cache in CACHES if cache != "blocks"),
+])  # fmt: skip
+def test_prompts_of_other_lengths(name, cache):
+    """The second length makes the sizes symbolic; the third needs no graph more."""
+    model = compiled(name, CACHES[cache])
+    for length in (9, 17, 13):
+        with count_compiles() as counts:
+            results = [first_tensor(model(**call)) for call in run_of(name, length)]
+    assert (counts.graphs, counts.recompiles) == (0, 0)
+    expected = compiled(name, CACHES[cache], dynamic=False)
+    for step, (call, result) in enumerate(zip(run_of(name, 13), results, strict=True)):
+        error = relative_error(result, first_tensor(expected(**call)))
+        assert error < TOLERANCE, f"step {step}: {error:.1e}"
+    fired, runs, steps = counts_of(expected)
+    assert fired > 0 and counts_of(model) == (3 * fired, 3 * runs, 3 * steps)
+
+
+# ---- sizes that inputs carry in expressions --------------------------------------------------------------------------
+
+
+class JointBlock(nn.Module):
+    """Two streams with one attention."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.attn, self.ff, self.ff_context = Attention(width), FeedForward(width), FeedForward(width)
+
+    def forward(self, x, prompt):
+        both = self.attn(torch.cat([prompt, x], 1))
+        prompt, x = prompt + both[:, : prompt.shape[1]], x + both[:, prompt.shape[1] :]
+        return prompt + self.ff_context(prompt), x + self.ff(x)
+
+
+class Joint(nn.Module):
+    """Nothing reads the last block's prompt: what is cut of it is dead."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([JointBlock(width) for _ in range(2)])
+        self.proj_out = nn.Linear(width, width)
+
+    def forward(self, hidden_states, prompt, timestep):
+        x = hidden_states * torch.cos(timestep / 1000)[:, None, None]
+        for block in self.transformer_blocks:
+            prompt, x = block(x, prompt)
+        return self.proj_out(x)
+
+
+class TwoPrompts(Joint):
+    """The prompt is a sum of two, of which the second is as long as a mask says twice."""
+
+    def forward(self, hidden_states, prompt, timestep, other=None, mask=None):
+        if other is None:
+            other, mask = prompt[:, :2], prompt.new_ones(1, 4)
+        mask = mask.view(1, other.shape[1], 2).sum(-1, keepdim=True)
+        return super().forward(hidden_states, torch.cat([prompt, other * mask], 1), timestep)
+
+
+class Pairs(Joint):
+    """Tokens that are merged two by two: half as many as the input has."""
+
+    def forward(self, hidden_states, prompt, timestep):
+        merged = prompt.unflatten(1, (-1, 2)).mean(2)
+        return super().forward(hidden_states, merged, timestep)
+
+
+def joint(kind=Joint):
+    torch.manual_seed(0)
+    return kind().eval().requires_grad_(False)
+
+
+def joint_run(length, tokens=6, kind=Joint):
+    generator = torch.Generator().manual_seed(1)
+    x, prompt = (torch.randn(2, n, 8, generator=generator) for n in (tokens, length))
+    more = {}
+    if kind is TwoPrompts:
+        more = {"other": torch.randn(2, length // 2, 8, generator=generator), "mask": torch.ones(1, 2 * (length // 2))}
+    for step in range(STEPS):
+        x = x + 0.05 * torch.randn(x.shape, generator=generator)
+        yield {"hidden_states": x, "prompt": prompt, "timestep": torch.full((2,), 900.0 - 100 * step), **more}
+
+
+ALL = CACHES | {
+    "attentions": {"method": "taylorseer", **SCHEDULE, "cache_identifiers": ["attention"]},
+    "lite": {"method": "taylorseer", **SCHEDULE, "use_lite_mode": True},
+    "submodules": {"method": "taylorseer", **SCHEDULE, "cache_identifiers": ["attention", "mlp"]},
+    "zeros": {"method": "taylorseer", **SCHEDULE, "skip_predict_identifiers": ["mlp"], "cache_identifiers": ["block"]},
+    "first_blocks": cachepass.DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0.4, max_warmup_steps=2),
+}
+
+
+@pytest.mark.parametrize(("cache", "kind"), [
+    *((cache, Joint) for cache in ALL),
+    *((cache, kind) for cache in ("blocks", "first_block") for kind in (TwoPrompts, Pairs)),
+])  # fmt: skip
+def test_every_method_on_sizes_that_follow_from_others(cache, kind):
+    assert_as_static(cache, kind)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("cache", ["blocks", "first_block"])
+def test_lowered_with_inductor(cache, lowering):
+    assert_as_static(cache, Joint, lowering=lowering)
+
+
+def assert_as_static(cache, kind, **options):
+    model = torch.compile(joint(kind), fullgraph=True, **settings(ALL[cache], **options))
+    expected = torch.compile(joint(kind), fullgraph=True, **settings(ALL[cache], dynamic=False))
+    for length, tokens in ((4, 6), (8, 6), (12, 10)):
+        for step, call in enumerate(joint_run(length, tokens, kind)):
+            error = relative_error(model(**call), expected(**call))
+            assert error < TOLERANCE, f"{length} and {tokens}, step {step}: {error:.1e}"
+    assert counts_of(model) == counts_of(expected)
+    assert counts_of(model)[0] > 0
+
+
+def symbolic(*shapes):
+    """Fake tensors whose sizes are factors of two symbols and a constant: (2, 1, 0) is ``2 * a + b``; ``"a * b"``."""
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    a, b = mode.from_tensor(torch.empty(5, 7), symbolic_context=context).shape
+
+    def size(factors):
+        return a * b if factors == "a * b" else factors[0] * a + factors[1] * b + factors[2]
+
+    with mode:
+        return [torch.empty([size(factors) for factors in shape]) for shape in shapes]
+
+
+@pytest.mark.parametrize(("inputs", "values"), [
+    ([[(1, 0, 0)], [(0, 1, 0)]], [(3,), (4,)]),
+    ([[(2, 0, 0)], [(1, 1, 0)]], [(6,), (7,)]),
+    ([[(1, 1, 0)], [(0, 3, 1)]], [(7,), (13,)]),
+    ([["a * b"], [(0, 1, 0)]], [(12,), (4,)]),
+    ([[(0, 0, 8), (2, 0, 2)], [(1, 1, 0)]], [(8, 8), (7,)]),
+])  # fmt: skip
+def test_symbols_that_stand_in_expressions(inputs, values):
+    """In all of these, a is 3 and b is 4."""
+    *fakes, slot = symbolic(*inputs, [(1, 2, 0), (1, 0, 0)])
+    binder, given = SymbolBinder.of(fakes, slot.shape), [torch.empty(shape) for shape in values]
+    assert list(map(binder.resolver(given), slot.shape)) == [11, 3]
+    assert binder.key(given) == binder.key(given) != binder.key([torch.empty([24] * v.ndim) for v in given])
+
+
+def test_a_size_that_no_input_tells():
+    fake, slot = symbolic(["a * b"], [(1, 0, 0)])
+    with pytest.raises(cachepass.CachepassError, match=r"no input tells the size s\d+.*\n.*dynamic=False"):
+        SymbolBinder.of([fake], slot.shape)
