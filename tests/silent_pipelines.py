@@ -77,8 +77,7 @@ def _skipping() -> Any:
 
 
 def _embeddings() -> dict[str, Any]:
-    # Dynamo cannot trace the wrapper for adapters around ``forward`` where it is given None.
-    return {**_prompts(8, 16, masks=True, suffix="embeds_mask"), "height": 64, "width": 64, "attention_kwargs": {}}
+    return {**_prompts(8, 16, masks=True, suffix="embeds_mask"), "height": 64, "width": 64}
 
 
 def shorter(inputs: Callable[[], dict[str, Any]], by: int) -> Callable[[], dict[str, Any]]:
