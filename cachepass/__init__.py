@@ -33,9 +33,10 @@ from .errors import (
     TrainingError,
 )
 from .inspect.explain import Explanation, explain
-from .inspect.summary import Summary, reset, summary
+from .inspect.summary import Summary, summary
 from .options import CompileOptions
 from .runtime.context import cache_context
+from .runtime.live import reset
 from .warmup import warmup
 
 __version__ = "0.2.0"

@@ -10,7 +10,8 @@
       Program           rewrite (the canonical form) -> specialize -> lower: one variant per phase, when first needed
       Dispatcher        clock -> schedule -> phase and weights -> variant -> commit, on each call
 
-torch finds this backend by its entry point, so ``import cachepass`` is not needed to use it.
+torch finds this backend by its entry point, so ``import cachepass`` is not needed to use it. From then on is heard what
+diffusers says of calls (``integrations/listening.py``).
 """
 
 from __future__ import annotations
@@ -39,17 +40,20 @@ from .graph.outputs import paired_outputs, returned, sample_output
 from .graph.plan import make_plan
 from .graph.regions import find_regions
 from .graph.streams import resolve
+from .integrations.listening import listen
 from .methods import Skip, Target
 from .options import CompileOptions, is_declared, parse_options
 from .prepare import Prepared, prepare
-from .runtime.context import current_context, guidance_partner
+from .runtime.context import current_context, guidance_partner, hear
 from .runtime.dispatch import Dispatcher
 from .runtime.instance import HalfRun
+from .runtime.live import reset_around
 from .runtime.place import locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
 from .runtime.state import SymbolBinder
 
 logger = logging.getLogger(__name__)
+listen(on_context=hear, on_end=reset_around)
 
 
 def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
@@ -224,7 +228,8 @@ class _Input(enum.Enum):
         if any(is_declared(name, given) for given in options.invariant_inputs):
             return _Input.DECLARED
         traceless = isinstance(value, torch.Tensor) and value.is_inference()
-        return _Input.VARYING if name in varying or traceless else _Input.CHECKED
+        changes = name in varying or any(is_declared(name, given) for given in options.varying_inputs)
+        return _Input.VARYING if changes or traceless else _Input.CHECKED
 
 
 def _hoist(traced: Sequence[Traced]) -> tuple[list[Traced], list[Skip]]:

@@ -27,11 +27,17 @@ class CompileOptions:
         timestep_input: Name of the graph input that holds the timestep; None: found by name.
         timestep_scale: Factor from the input's unit to the unit of the config's ranges (1000 for FLUX-like models,
             whose input runs from 1 to 0).
-        num_inference_steps: Calls per run. When given, runs are told apart by counting alone.
+        num_inference_steps: Calls per run, in each context. A run ends when they were made, or when the timestep rises.
+            Without it, and for methods that need the timestep, that is read in every call, for which an accelerator is
+            waited for.
         invariants: Compute once per run what depends only on parameters and on inputs that stay the same in it. Checked
             at every call by the tensors' identity: an input that changed is seen, and results are exact.
         invariant_inputs: Names of inputs whose values stay the same within a run although each call brings another
             tensor, or tensors made under ``torch.inference_mode``, which cannot be checked.
+        varying_inputs: Names of inputs that change within a trajectory (besides latents and timestep, which are known):
+            another tensor there does not mean another trajectory.
+        max_cache_bytes: The most that is kept from step to step, over all runs of the model; None: a quarter of the
+            device's memory. Least recently used states make room, those of runs that are over first.
         process_group: Ranks that run one model together (tensor or context parallel): a method that decides by what it
             measures gets the distance over all of them, so all decide alike. A ``ProcessGroup``; ``"world"``: the
             default one.
@@ -45,6 +51,8 @@ class CompileOptions:
     num_inference_steps: int | None = None
     invariants: bool = True
     invariant_inputs: tuple[str, ...] = ()
+    varying_inputs: tuple[str, ...] = ()
+    max_cache_bytes: int | None = None
     process_group: Any = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -84,8 +92,9 @@ def parse_options(
             )  # fmt: skip
     if ours.get("cache") is not None:
         ours["cache"] = parse_cache(ours["cache"])
-    if isinstance(ours.get("invariant_inputs"), list):
-        ours["invariant_inputs"] = tuple(ours["invariant_inputs"])
+    for key in ("invariant_inputs", "varying_inputs"):
+        if isinstance(ours.get(key), list):
+            ours[key] = tuple(ours[key])
     if ours.get("process_group") is not None:
         ours["process_group"] = _process_group(ours["process_group"])
     parsed = CompileOptions(**ours, inductor=patches)
@@ -132,10 +141,18 @@ def _check_options(options: CompileOptions) -> None:
         raise fail("timestep_input", f"expected the name of a model input, got {name!r}")
     if not isinstance(options.invariants, bool):
         raise fail("invariants", f"expected a bool, got {options.invariants!r}")
-    names = options.invariant_inputs
-    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-        raise fail("invariant_inputs", f"expected a list of names of model inputs, got {names!r}")
-    if not options.invariants and (names or (options.cache is not None and options.cache.method == "invariant")):
+    for key in ("invariant_inputs", "varying_inputs"):
+        names = getattr(options, key)
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise fail(key, f"expected a list of names of model inputs, got {names!r}")
+    for name in options.varying_inputs:
+        if name in options.invariant_inputs:
+            raise fail("varying_inputs", f"{name!r} is among the invariant_inputs too", "leave out one of the two")
+    most = options.max_cache_bytes
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise fail("max_cache_bytes", f"expected a number of bytes or None, got {most!r}")
+    kept = options.invariant_inputs or (options.cache is not None and options.cache.method == "invariant")
+    if not options.invariants and kept:
         raise fail("invariants", "False, and yet there are things to keep: invariant_inputs, or the method 'invariant'")
     scale = options.timestep_scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:

@@ -26,7 +26,16 @@ from .errors import (
     warn,
 )
 from .graph.annotate import outermost
-from .graph.inputs import Arguments, GraphInputs, find_latents, find_timestep, find_timestep_input, kind_of, read_inputs
+from .graph.inputs import (
+    Arguments,
+    GraphInputs,
+    find_latents,
+    find_timestep,
+    find_timestep_input,
+    kind_of,
+    read_inputs,
+    tells,
+)
 from .graph.numbers import keep_numbers
 from .graph.regions import RegionTable, find_regions
 from .graph.spans import add_span
@@ -111,7 +120,9 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     found = find_latents([named.names[i] for i in named.own], [inputs[i] for i in named.own])
     latents = tuple(i for i in (named.own[k] for k in found) if isinstance(inputs[i], torch.Tensor))
     static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
-    layout = InputLayout(named.identity, latents, timestep, static)
+    telling = _telling(named, inputs, {*latents, timestep}, options)
+    names = tuple(named.names[i] for i in telling)
+    layout = InputLayout(named.identity, latents, timestep, static, telling, names)
     notes, probe = selection.notes, selection.probe
     if probe is not None and probe.region is None and not probe.of_model:
         notes = (*notes, f"the probe looks at the input {listing([named.names[i] for i in latents[:1]])}")
@@ -128,14 +139,23 @@ def _add_spans(gm: fx.GraphModule, table: RegionTable, selection: Selection) -> 
             add_span(gm, table, region)
 
 
+def _telling(named: GraphInputs, inputs: Sequence[Any], varying: set[int | None],
+             options: CompileOptions) -> tuple[int, ...]:  # fmt: skip
+    """Indices of the inputs that tell one conditioning from another: tensors that are neither latents nor timestep, nor
+    declared to change within a trajectory, or to come as another tensor every time."""
+    declared = (*options.varying_inputs, *options.invariant_inputs)
+    return tuple(i for i in named.own if i not in varying and tells(inputs[i])
+                 and not any(is_declared(named.names[i], given) for given in declared))  # fmt: skip
+
+
 def _check_declared(named: GraphInputs, options: CompileOptions, *, whole: bool) -> None:
     """Inputs declared by the user are inputs of the model."""
     names = [named.names[i] for i in named.own]
-    unknown = [given for given in options.invariant_inputs
-               if not any(is_declared(name, given) for name in names)]  # fmt: skip
-    if unknown and whole:
-        raise OptionError(f"the model has no tensor input {unknown[0]!r}", where='options["invariant_inputs"]',
-                          hint=f"inputs: {listing(names)}")  # fmt: skip
+    for option in ("invariant_inputs", "varying_inputs") if whole else ():
+        for given in getattr(options, option):
+            if not any(is_declared(name, given) for name in names):
+                raise OptionError(f"the model has no tensor input {given!r}", where=f'options["{option}"]',
+                                  hint=f"inputs: {listing(names)}")  # fmt: skip
 
 
 def _find_timestep(named: GraphInputs, inputs: Sequence[Any], options: CompileOptions) -> int | None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from .inspect.summary import Summary, programs_of, summary
-from .runtime.context import WARMUP, cache_context, current_context
+from .inspect.summary import Summary, summary
+from .runtime.context import warming_up
+from .runtime.live import programs_of
 from .runtime.reach import WARMING, WarmUp
 
 
@@ -38,7 +39,7 @@ def warmup(model: Callable[..., Any], *args: Any, timesteps: Sequence[float] | N
     with Progress(disable=not progress, transient=True) as bar, torch.no_grad():
         token = WARMING.set(WarmUp(None if timesteps is None else tuple(map(float, timesteps)), bar))
         try:
-            with cache_context(f"{WARMUP}/{current_context()}"):
+            with warming_up():
                 model(*args, **kwargs)
         finally:
             WARMING.reset(token)

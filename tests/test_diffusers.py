@@ -15,8 +15,8 @@ from reference import FasterCache
 from zoo import relative_error
 
 import cachepass
-from cachepass.inspect.summary import programs_of
 from cachepass.integrations.diffusers import disable_cache, enable_cache
+from cachepass.runtime.live import programs_of
 from cachepass.testing import count_compiles
 
 STEPS = 9
@@ -346,7 +346,7 @@ def test_timesteps_come_from_the_pipeline():
     fields = fields_of("Flux", "pab")
     enable_cache(pipe, fields | {"method": "pab"}, lowering="eager")
     case.run(pipe, STEPS)
-    seen = next(iter(model_of_pipe(pipe).runs.values())).clock.highest
+    seen = next(iter(model_of_pipe(pipe).runs)).clock.highest
     assert seen is None  # the run is over
     assert cachepass.summary(pipe.transformer).predicted["spatial"] > 0
     disable_cache(pipe)

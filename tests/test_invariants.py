@@ -9,7 +9,7 @@ from torch import nn
 from zoo import ZOO, build, first_tensor, is_one_graph, relative_error, timestep_scale, trajectory
 
 import cachepass
-from cachepass.inspect.summary import programs_of
+from cachepass.runtime.live import programs_of
 from cachepass.testing import count_compiles
 
 OPTIONS = {"cache": "invariant", "lowering": "eager", "num_inference_steps": 4}
@@ -48,7 +48,7 @@ class Counting:
     @property
     def states(self):
         (_, instance), *_ = programs_of(self.compiled)
-        return [state for run in instance.model.runs.values() for state in run.invariants.values()]
+        return [state for run in instance.model.runs for state in run.invariants.values()]
 
     @property
     def computed(self) -> int:
@@ -309,6 +309,6 @@ def test_every_model_is_exact(name, sweep):
                     worst = max(worst, relative_error(first_tensor(result), first_tensor(model(**inputs))))
     assert worst < 1e-6
     (_, instance), *_ = programs_of(compiled)
-    states = [state for run in instance.model.runs.values() for state in run.invariants.values()]
+    states = [state for run in instance.model.runs for state in run.invariants.values()]
     assert [state.computed for state in states] == ([] if name in NOTHING else [2])
     sweep("invariant", worst)

@@ -20,7 +20,7 @@ from zoo import relative_error
 
 import cachepass
 from cachepass import cache_context
-from cachepass.inspect.summary import programs_of
+from cachepass.runtime.live import programs_of
 from cachepass.testing import CompileCounts, count_compiles
 
 # ---- blocks compiled one by one -------------------------------------------------------------------------------------
@@ -378,17 +378,18 @@ def test_one_context_in_two_threads():
     model.inside, model.release = inside, release = threading.Event(), threading.Event()
 
     def work():
-        with torch.no_grad():
+        with torch.no_grad(), cache_context("shared"):
             results.extend(model(*call) for call in run[:4])
 
     thread = threading.Thread(target=work)
     thread.start()
     assert inside.wait(60)
-    with pytest.raises(cachepass.ConcurrencyError, match="cache_context"):
+    with cache_context("shared"), pytest.raises(cachepass.ConcurrencyError, match="cache_context"):
         model(*run[0])
     release.set()
     thread.join()
-    results.extend(model(*call) for call in run[4:])
+    with cache_context("shared"):
+        results.extend(model(*call) for call in run[4:])
     for result, call in zip(results, run, strict=True):
         assert relative_error(result, expected(*call)) < 1e-5
     summary = cachepass.summary(model)
@@ -397,7 +398,7 @@ def test_one_context_in_two_threads():
 
 
 def slots_of(model):
-    runs = {run for _, instance in programs_of(model) for run in instance.model.runs.values()}
+    runs = {run for _, instance in programs_of(model) for run in instance.model.runs}
     rings = [ring for run in runs for state in run.states.values() for ring in state.rings.values()]
     return [slot for ring in rings for slot in ring]
 

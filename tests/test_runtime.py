@@ -70,12 +70,35 @@ def test_reset_takes_the_original_module_or_nothing():
     assert cachepass.summary(original).runs == cachepass.summary(model).runs == 3
 
 
-def test_num_inference_steps_ends_a_run_without_a_falling_timestep():
-    model = compiled(transformer(), num_inference_steps=9)
-    constant = [(x, torch.full_like(t, 500.0)) for x, t in calls(9)]
-    first = [model(*call) for call in constant]
-    assert_same([model(*call) for call in constant], first)
+def test_num_inference_steps_ends_a_run_without_a_timestep():
+    class Blind(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = transformer()
+
+        def forward(self, x):
+            return self.inner(x, torch.full(x.shape[:1], 500.0))
+
+    model = compiled(Blind().eval(), num_inference_steps=9)
+    first = [model(x) for x, _ in calls(9)]
+    assert_same([model(x) for x, _ in calls(9)], first)
     assert cachepass.summary(model).predicted == {"taylorseer": 10}
+
+
+def test_num_inference_steps_and_a_timestep_that_stands_still():
+    """Steps of one run and images of a model of one step look alike: computed, and said."""
+    original = transformer()
+    model = compiled(original, num_inference_steps=9)
+    constant = [(x, torch.full_like(t, 500.0)) for x, t in calls(9)]
+    with pytest.warns(cachepass.CachepassWarning, match="more than 8 times at the timestep 500: .*cache_context"):
+        results = [model(*call) for call in constant]
+    for result, call in zip(results, constant, strict=True):
+        torch.testing.assert_close(result, original(*call))
+    results = []
+    for call, (_, t) in zip(constant, calls(9), strict=True):
+        with cache_context("told", timestep=float(t[0])):
+            results.append(model(*call))
+    assert cachepass.summary(model).predicted == {"taylorseer": 5}
 
 
 def test_ascending_timesteps_are_one_run():
@@ -100,8 +123,9 @@ def test_clock():
     assert not clock.starts_run(300.0)  # the same step again, as in two calls per step
     counted = Clock(num_inference_steps=2)
     counted.commit(10.0)
-    assert not counted.starts_run(900.0)
-    counted.commit(900.0)
+    assert counted.starts_run(900.0)  # whichever comes first
+    assert not counted.starts_run(5.0)
+    counted.commit(9.0)
     assert counted.starts_run(5.0)
 
 
@@ -186,13 +210,13 @@ def test_same_context_in_two_threads_raises_and_separate_contexts_work():
 
 
 def _dispatcher(model):
-    from cachepass.inspect.summary import programs_of
+    from cachepass.runtime.live import programs_of
 
     return next(programs_of(model))[0]
 
 
 def _run(model, context="default"):
-    from cachepass.inspect.summary import programs_of
+    from cachepass.runtime.live import programs_of
 
     return next(programs_of(model))[1].model.latest(context)
 

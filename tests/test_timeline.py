@@ -8,8 +8,8 @@ from small_models import calls, transformer
 from torch import nn
 
 import cachepass
-from cachepass.inspect.summary import programs_of
 from cachepass.inspect.timeline import even_timesteps
+from cachepass.runtime.live import programs_of
 
 X, T = calls(1)[0]
 STEPS = 20

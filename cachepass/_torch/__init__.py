@@ -21,6 +21,7 @@ from .dynamo import (
     stops_at_break,
     trace_only,
 )
+from .identity import WeakStorage, is_rewritten, weak_storage
 from .inductor import (
     COND,
     FORCE_STRIDES,
@@ -55,6 +56,7 @@ __all__ = [
     "Frame",
     "ModuleCall",
     "SavedContext",
+    "WeakStorage",
     "cache_folder",
     "calling_module",
     "calling_modules",
@@ -73,6 +75,7 @@ __all__ = [
     "is_collective",
     "is_process_group",
     "is_resumed",
+    "is_rewritten",
     "is_symbolic",
     "is_wait",
     "kernels_side_by_side",
@@ -93,4 +96,5 @@ __all__ = [
     "trace_only",
     "traced_from",
     "unflatten",
+    "weak_storage",
 ]

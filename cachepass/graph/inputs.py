@@ -149,6 +149,28 @@ def find_timestep_input(inputs: Mapping[str, Any], wanted: str | None, *, per_to
     return None
 
 
+def conditioning_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the arguments of a module's call hold that may tell one conditioning from another, by path: tensors, and
+    flags. Numbers are left out: many change from step to step."""
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            if tells(value):
+                found[name] = value
+        elif isinstance(value, (list, tuple)):
+            found.update(conditioning_of({f"{name}.{i}": item for i, item in enumerate(value)}))
+        elif isinstance(value, dict):
+            found.update(conditioning_of({f"{name}.{key}": item for key, item in value.items()}))
+        elif isinstance(value, (bool, str)):
+            found[name] = value
+    return found
+
+
+def tells(value: object) -> bool:
+    """A tensor that is no number of the caller's."""
+    return isinstance(value, torch.Tensor) and (value.ndim > 0 or value.device.type != "cpu")
+
+
 LATENT_NAMES = ("hidden_states", "x", "sample", "latents", "latent", "latent_model_input", "noisy_latents")
 
 

@@ -19,7 +19,8 @@ from ..config import MethodConfig
 from ..errors import OptionError, TimestepError, listing
 from ..graph.inputs import find_latents, find_timestep_input
 from ..options import parse_options
-from .summary import Summary, reset, summary
+from ..runtime.live import reset
+from .summary import Summary, summary
 from .tables import human_bytes, table
 
 PLAIN = "plain Inductor"

@@ -1,8 +1,8 @@
-"""After the fact: what the cache of a compiled model did, and the way to end its runs."""
+"""After the fact: what the cache of a compiled model did."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..graph.plan import Phase
 from ..methods import PLAIN
 from ..runtime.dispatch import LIVE, Dispatcher
 from ..runtime.instance import Instance
+from ..runtime.live import original_of, programs_of
 from .tables import human_bytes, human_flops, table
 
 
@@ -103,10 +104,10 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
     found = list(programs_of(model))
     if not found:
         for dispatcher in list(LIVE):
-            if dispatcher.part is not None and dispatcher.part.model.module is _original(model):
+            if dispatcher.part is not None and dispatcher.part.model.module is original_of(model):
                 dispatcher.part.model.require_match()
         raise NotCompiledError(
-            f"no cached_inductor program belongs to this {type(_original(model)).__name__}",
+            f"no cached_inductor program belongs to this {type(original_of(model)).__name__}",
             where="summary", hint='call the model compiled with backend="cached_inductor" and a cache at least once',
         )  # fmt: skip
     variants: dict[str, float] = {}
@@ -117,9 +118,9 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
     models = list(dict.fromkeys(instance.model for _, instance in found))
     for record in models:
         record.settle()
-    runs = [run for record in models for run in record.runs.values() if run.call is not None]
-    cuts = {(run.kind, key): state for run in runs for key, state in run.states.items()}
-    outputs = {(run.kind, slots): state for run in runs for slots, state in run.outputs.items()}
+    runs = [run for record in models for run in record.runs if run.call is not None]
+    cuts = {key: state for run in runs for key, state in run.states.items()}
+    outputs = {slots: state for run in runs for slots, state in run.outputs.items()}
     computed, predicted = _total(m.computed for m in models), _total(m.predicted for m in models)
     flops, plain_flops = _flops(found)
     return Summary(
@@ -192,40 +193,3 @@ def _by_context(computed: _Counts, predicted: _Counts, order: Iterable[str]) -> 
         name: {group: (computed.get((name, group), 0), predicted.get((name, group), 0)) for group in found}
         for name, found in groups.items() if found
     }  # fmt: skip
-
-
-def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:
-    """End the current run: the next call of ``model`` is step 0 of a new one, in every context.
-
-    ``model`` is the compiled or the original module; None: every model compiled with ``cached_inductor``. Without a
-    program (nothing was called yet) there is nothing to end.
-    """
-    if model is None:
-        found = [instance for dispatcher in list(LIVE) for instance in list(dispatcher.instances.values())]
-    else:
-        found = [instance for _, instance in programs_of(model)]
-    for record in dict.fromkeys(instance.model for instance in found):
-        record.reset()
-
-
-def forget(model: torch.nn.Module | Callable[..., Any]) -> None:
-    """Free all slots of a model, and know nothing of its runs any more; its programs stay."""
-    for dispatcher, instance in list(programs_of(model)):
-        instance.model.forget()
-        dispatcher.forget(instance)
-
-
-def _original(model: object) -> object:
-    """The module behind a compiled module or function."""
-    model = getattr(model, "_orig_mod", model)
-    original = getattr(model, "_torchdynamo_orig_callable", model)
-    return getattr(original, "__self__", original)
-
-
-def programs_of(model: object) -> Iterator[tuple[Dispatcher, Instance]]:
-    module = _original(model)
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"expected a module or a compiled module, got {type(model).__name__}")
-    for dispatcher in list(LIVE):
-        for instance in dispatcher.belongs_to(module):
-            yield dispatcher, instance

@@ -6,11 +6,9 @@
     image = pipe(prompt).images[0]
 
 The pipeline's denoisers are compiled in place, innermost: below the hooks of accelerate and diffusers (offloading), and
-whether these come first or later. What the cache must know of a step is taken from the pipeline:
-
-    contexts    from ``transformer.cache_context``, which pipelines open; calls beyond the first one in a step get one
-    timesteps   from the pipeline and its scheduler, in the unit of the configs, without reading from the device
-    ends        from ``maybe_free_model_hooks``, which pipelines call at their end
+whether these come first or later. The timesteps are those of the pipeline that calls, and of its scheduler: in the unit
+of the configs, without reading from the device. Contexts and the ends of runs are heard as for every model of diffusers
+(``integrations/listening.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +16,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -28,9 +28,9 @@ import torch
 
 from .. import _torch
 from ..errors import ConfigError, NotCompiledError, listing
-from ..inspect.summary import forget, reset
 from ..options import parse_options
-from ..runtime.context import DEFAULT, cache_context, current_context
+from ..runtime.context import telling
+from ..runtime.live import forget
 
 _DENOISERS = re.compile(r"(transformer|unet)(_\d+)?")
 _STATE = "_cachepass"  # the attribute of a module whose cache is on
@@ -42,8 +42,8 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
 
     Args:
         target: A ``DiffusionPipeline`` (all of its transformers: Wan 2.2 has two) or a model. A model alone is cached
-            as ``torch.compile`` does it: timesteps are read from its input (``timestep_scale``), and calls in one step
-            are told apart by ``cache_context`` only.
+            as ``torch.compile`` does it, and timesteps are read from its input (``timestep_scale``) where no pipeline
+            calls it.
         cache: As ``options["cache"]`` of ``torch.compile``: a config of ours or of diffusers, a dict, or a name.
         fullgraph: As for ``torch.compile``.
         dynamic: As for ``torch.compile``.
@@ -69,8 +69,6 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
         compiled = torch.compile(type(module).forward, backend="cached_inductor", fullgraph=fullgraph, dynamic=dynamic,
                                  options=given)  # fmt: skip
         _replace(module, _forward(compiled, type(module).forward, enabled))
-        for attribute, function in (("cache_context", _cache_context), ("_reset_stateful_cache", _end_of_run)):
-            module.__dict__[attribute] = types.MethodType(function, module)
         module.__dict__[_STATE] = enabled
 
 
@@ -86,8 +84,7 @@ def disable_cache(target: Any) -> None:
             raise NotCompiledError("its cache is not on", where=name, hint="enable_cache comes first")
     for module in modules.values():
         _replace(module, None)
-        for attribute in ("cache_context", "_reset_stateful_cache", _STATE):
-            del module.__dict__[attribute]
+        del module.__dict__[_STATE]
         forget(module)
 
 
@@ -110,36 +107,47 @@ def _denoisers(target: Any) -> dict[str, torch.nn.Module]:
 
 
 class _Enabled:
-    """What a cached module knows of the pipeline that calls it."""
+    """What a cached module knows of the pipelines that call it.
+
+    The pipeline that it was enabled in is held weakly, and asked where the caller is none: in loops that are written by
+    hand around its scheduler.
+    """
 
     def __init__(self, pipeline: weakref.ref[Any] | None) -> None:
         self._pipeline = pipeline
-        self._schedule: tuple[torch.Tensor, list[float]] | None = None
-        self._step: object = None
-        self._calls = 0
+        self._before = _timesteps(getattr(None if pipeline is None else pipeline(), "scheduler", None))
+        self._local = threading.local()  # each thread has a pipeline of its own
 
     def __deepcopy__(self, memo: object) -> _Enabled:
         return _Enabled(self._pipeline)
 
     def step(self) -> AbstractContextManager[None]:
-        """Around one call: its context and timestep."""
-        pipeline = None if self._pipeline is None else self._pipeline()
-        now = getattr(pipeline, "_current_timestep", None)
-        # Every turn of a pipeline's loop has another tensor for its timestep: the same one is the same step.
-        self._calls = self._calls + 1 if now is not None and now is self._step else 0
-        self._step = now
-        name = current_context()
-        if name == DEFAULT and self._calls:
-            name = f"call {self._calls + 1}"
-        return cache_context(name, timestep=None if pipeline is None else self._timestep(pipeline, now))
+        """Around one call: what its pipeline says of the step."""
+        scheduler, now = self._caller()
+        timesteps = _timesteps(scheduler)
+        return telling(timestep=self._timestep(scheduler, timesteps, now), schedule=timesteps)
 
-    def _timestep(self, pipeline: Any, now: Any) -> float | None:
+    def _caller(self) -> tuple[Any, Any]:
+        """The scheduler of the pipeline that calls, and its current timestep."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            names = frame.f_code.co_varnames
+            if "components" in names or names[:1] == ("self",):
+                scope = frame.f_locals
+                pipeline: Any = scope.get("components", scope.get("self"))
+                if hasattr(type(pipeline), "components") and hasattr(pipeline, "scheduler"):
+                    return pipeline.scheduler, getattr(pipeline, "_current_timestep", scope.get("t"))
+            frame = frame.f_back
+        pipeline = None if self._pipeline is None else self._pipeline()
+        scheduler = getattr(pipeline, "scheduler", None)
+        used = _timesteps(scheduler) is not self._before or getattr(scheduler, "step_index", None) is not None
+        return (scheduler if used else None), getattr(pipeline, "_current_timestep", None)
+
+    def _timestep(self, scheduler: Any, timesteps: torch.Tensor | None, now: Any) -> float | None:
         """In 0..1000; None: where it cannot be had without waiting for the device."""
         if now is not None and (not torch.is_tensor(now) or (now.numel() == 1 and now.device.type == "cpu")):
             return float(now)
-        scheduler = getattr(pipeline, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1:
+        if timesteps is None:
             return None
         if now is not None:
             if now.numel() != 1 or now.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
@@ -151,10 +159,17 @@ class _Enabled:
                 index = getattr(scheduler, "begin_index", None) or 0
         else:
             return None
-        if self._schedule is None or self._schedule[0] is not timesteps:
-            self._schedule = timesteps, timesteps.tolist()  # one wait for the device in each run
-        values = self._schedule[1]
+        known, values = getattr(self._local, "schedule", (None, ()))
+        if known is not timesteps:
+            values = timesteps.tolist()  # one wait for the device in each run
+            self._local.schedule = timesteps, values
         return float(values[index]) if 0 <= index < len(values) else None
+
+
+def _timesteps(scheduler: Any) -> torch.Tensor | None:
+    """The timesteps of a scheduler's current run."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 else None
 
 
 def _forward(compiled: Callable[..., Any], original: Callable[..., Any], enabled: _Enabled) -> Callable[..., Any]:
@@ -164,17 +179,6 @@ def _forward(compiled: Callable[..., Any], original: Callable[..., Any], enabled
             return compiled(self, *args, **kwargs)
 
     return forward
-
-
-def _cache_context(self: torch.nn.Module, name: str, **_: Any) -> AbstractContextManager[None]:  # noqa: ARG001
-    return cache_context(name)
-
-
-def _end_of_run(self: torch.nn.Module, recurse: bool = True) -> None:
-    reset(self)
-    original = getattr(type(self), "_reset_stateful_cache", None)
-    if original is not None:
-        original(self, recurse)
 
 
 # ---- in place -------------------------------------------------------------------------------------------------------

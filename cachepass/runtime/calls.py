@@ -13,22 +13,26 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from .. import _torch
 from ..errors import NoMatchError, listing, warn
-from ..graph.inputs import find_latents, find_timestep_input, kind_of, named_inputs
+from ..graph.inputs import conditioning_of, find_latents, find_timestep_input, kind_of, named_inputs
 from ..methods import Method, Region
 from ..options import CompileOptions
-from .context import WARMUP, given_timestep, guidance_partner
+from .context import DEFAULT, Told, guidance_partner, told
+from .evidence import Given, Habits, schedule_of
 from .hooks import watch_calls
+from .room import Room
 from .runs import Call, Run
+from .trajectories import MOST_CALLS, Trajectories
 
 logger = logging.getLogger(__name__)
-_KEPT_KINDS = 4  # of inputs, per context, whose slots stay allocated: a server of many resolutions must not fill up
+_MOST_CONTEXTS = 256  # that are remembered: a server may name one for each request
+_EARLIER = "earlier contexts"  # what was counted in the others
 _QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
 _stamps = itertools.count(1)
 
@@ -39,19 +43,21 @@ class Model:
     def __init__(self, module: torch.nn.Module | None, method: Method, options: CompileOptions) -> None:
         self._module = None if module is None else weakref.ref(module)
         self.method, self.options = method, options
-        self.runs: dict[tuple[str, Hashable], Run] = {}
         self.steps = self.begun = 0
         self.computed: dict[tuple[str, str], int] = {}  # by context and group
         self.predicted: dict[tuple[str, str], int] = {}
         self.warnings: list[str] = []
         self.regions: dict[str, Region] = {}  # of all graphs, where it is many
         self.broken: set[str] = set()  # paths of modules with a graph break inside
+        self.room = Room(options.max_cache_bytes)
         self._checked = False
-        self._warned = False
+        self._warned: set[str] = set()
         self._watched = options.num_inference_steps is None or method.needs_timestep
         self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
+        self._trajectories: dict[tuple[int | None, str], Trajectories] = {}
+        self._habits = Habits()
         self._local = threading.local()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._hooks: tuple[Any, ...] = ()
 
     @property
@@ -60,32 +66,99 @@ class Model:
 
     # ---- runs -------------------------------------------------------------------------------------------------------
 
-    def run(self, context: str, kind: Hashable) -> Run:
-        """The run of a context with inputs of a kind; a run of a new kind may cost the oldest one its memory."""
-        key = context, kind
-        run = self.runs.get(key)
+    @property
+    def runs(self) -> list[Run]:
+        """Of all contexts."""
+        with self._lock:
+            return [run for trajectories in self._trajectories.values() for run in trajectories.runs]
+
+    def trajectories(self, said: Told) -> Trajectories:
+        """The trajectories of a context. Without the user's word for it they belong to this thread: a library's names
+        are the same in all of them."""
+        context = said.context
+        key = (None if said.names else threading.get_ident()), context
+        found = self._trajectories.get(key)
+        thread = threading.current_thread()
+        if found is not None and (said.names or found.is_of(thread)):
+            found.adopt(thread)
+            return found
+        with self._lock:
+            for other, known in list(self._trajectories.items()) if not said.names else ():
+                if other[0] is not None and other[1] == context and known.is_of(thread):  # of a thread that is over
+                    found = self._trajectories.pop(other)
+            if found is None:
+                self._forget_contexts()
+                steps = self.options.num_inference_steps
+                found = Trajectories(context, said.names, self._habits, steps, self._end_run)
+            found.adopt(thread)
+            return self._trajectories.setdefault(key, found)
+
+    def _forget_contexts(self) -> None:
+        """Make room for another context: what the least recently used ones keep, and their names in the counts."""
+        free = [(key, t) for key, t in self._trajectories.items() if not any(run.in_step for run in t.runs)]
+        free.sort(key=lambda item: max((run.stamp for run in item[1].runs), default=0))
+        for key, trajectories in free[: max(len(self._trajectories) - _MOST_CONTEXTS + 1, 0)]:
+            del self._trajectories[key]
+            names = {run.context for run in trajectories.runs}
+            for counts in (self.computed, self.predicted):
+                for context, group in [known for known in counts if known[0] in names]:
+                    total = counts.get((_EARLIER, group), 0) + counts.pop((context, group))
+                    counts[_EARLIER, group] = total
+
+    def find_run(self, call: Call, given: Given) -> None:
+        """Find out which run a call is a step of, from its context and from what it is given."""
+        said = told()
+        trajectories = self.trajectories(said)
+        timestep = call.read_timestep(self.read_timestep)
+        given.step_index = said.step_index
+        given.schedule = schedule_of(call.timestep) if said.schedule is None else said.schedule
+        with self._lock:
+            run = call.run = trajectories.find(call, given, timestep)
+            if run is not None:
+                if run.schedule is None or run.schedule() is not given.schedule:
+                    run.schedule = None if given.schedule is None else weakref.ref(given.schedule)
+                if said.num_inference_steps is not None:
+                    run.clock.num_inference_steps = said.num_inference_steps
+                if said.step_index is not None:
+                    run.clock.tell(said.step_index)
         if run is None:
-            with self._lock:
-                over = [r for r in self.runs.values() if r.context == context and (r.call is None or r.call.finished)]
-                for old in sorted(over, key=lambda r: r.stamp)[: 1 - _KEPT_KINDS]:
-                    del self.runs[context, old.kind]
-                run = self.runs.setdefault(key, Run(context, kind, self.options.num_inference_steps))
-        return run
+            self._warn_untold(trajectories.context, timestep)
+
+    def make_room(self, needed: int, device: torch.device, own: Run) -> None:
+        """A step of a run is about to keep so many bytes more on a device."""
+        with self._lock:
+            lost = self.room.make(needed, device, self.runs, own)
+        if lost:
+            self.warn_once(
+                "room", f"what is kept would take more than {self.room.limit} bytes, so the history of "
+                f"{listing(run.context for run in lost)} was dropped in the middle of a run, which computes until it "
+                'has one again: run fewer at a time, or give options["max_cache_bytes"]', stacklevel=7,
+            )  # fmt: skip
 
     def latest(self, context: str) -> Run | None:
         """The run of a context that made the last step."""
-        runs = [run for run in self.runs.values() if run.context == context and run.call is not None]
+        runs = [run for run in self.runs if run.context == context and run.call is not None]
         return max(runs, key=lambda run: run.stamp, default=None)
 
-    def enter(self, run: Run, call: Call) -> None:
-        """A graph of ``call`` is about to run in a context: the first one in it decides whether a new run begins.
+    def partner(self, context: str) -> Run:
+        """The run of the other call of a guidance step."""
+        said = told()
+        names, library = said.names, context.rpartition("/")[2]
+        if said.library is None:
+            names, library = (*names[:-1], library), None
+        with self._lock:
+            return self.trajectories(Told(names, library)).first()
+
+    def enter(self, call: Call) -> None:
+        """A graph of ``call`` is about to run; the first one of the call enters its run.
 
         Raises:
             ConcurrencyError: Another thread's call of the model is in the middle of a step of this run.
         """
-        previous = run.call
-        if previous is call:
+        run = call.run
+        if call.joined or run is None:
             return
+        previous = run.call
         timestep = call.read_timestep(self.read_timestep)
         if previous is not None and not previous.finished:
             if previous.hooked and previous.thread != call.thread:
@@ -93,26 +166,27 @@ class Model:
             # The end of the first call could not be seen: it failed if this one repeats it.
             repeated = timestep is not None and timestep == run.timestep
             self.finish(previous, succeeded=not previous.hooked and not repeated)
-        if run.clock.starts_run(timestep):
-            self._end_run(run)
-        run.call, run.timestep = call, timestep
+        call.joined = True
+        run.call, run.timestep, run.failed = call, timestep, False
         run.stamp = next(_stamps)
         run.computed, run.predicted, run.distance = set(), set(), None
-        call.runs.append(run)
 
     def finish(self, call: Call, *, succeeded: bool) -> None:
-        """A call is over. If it succeeded, every run that it is a step of goes on by one."""
+        """A call is over. If it succeeded, the run that it is a step of goes on by one."""
         if call.finished:
             return
         call.finished = True
-        runs, call.runs = call.runs, []  # no cycle is left: slots are freed with their model, not by a collector
-        for run in runs if succeeded else ():
-            if run.context.startswith(WARMUP):
-                continue
-            self._count(run)
-            run.clock.commit(run.timestep)
-            if run.clock.index == self.options.num_inference_steps:
-                self._report(run)
+        run = call.run if call.joined else None
+        call.run = None  # no cycle is left: slots are freed with their model, not by a collector
+        if run is None:
+            return
+        run.failed = not succeeded
+        if not succeeded or run.warms_up:
+            return
+        self._count(run)
+        run.clock.commit(run.timestep)
+        if run.clock.is_over:
+            self._report(run)
 
     def _count(self, run: Run) -> None:
         with self._lock:
@@ -133,64 +207,94 @@ class Model:
 
     def settle(self) -> None:
         """Call the calls over whose end could not be seen."""
-        for run in self.runs.values():
+        for run in self.runs:
             if run.call is not None and not run.call.hooked:
                 self.finish(run.call, succeeded=True)
 
     def forget_warmup(self) -> None:
         """Drop the runs of warm-up calls, with all that they keep."""
         self.settle()
-        for key in [key for key in self.runs if key[0].startswith(WARMUP)]:
-            del self.runs[key]
+        with self._lock:
+            for key, trajectories in list(self._trajectories.items()):
+                if trajectories.warms_up:
+                    del self._trajectories[key]
 
     def forget(self) -> None:
         """Drop all runs, with all that they keep."""
         self.settle()
         with self._lock:
-            self.runs.clear()
+            self._trajectories.clear()
 
     def reset(self) -> None:
-        """End the current run in every context."""
+        """End the runs of the caller: those of the contexts that it stands in or, where it stands in none, all that
+        this thread made, or a thread that is over.
+
+        Raises:
+            ConcurrencyError: One of them is in the middle of a step.
+        """
         self.settle()
-        for run in list(self.runs.values()):
+        names, thread = told().names, threading.current_thread()
+        with self._lock:
+            own = [t for t in self._trajectories.values()
+                   if t.names[: len(names)] == names and (names or t.is_of(thread))]  # fmt: skip
+        for run in [run for trajectories in own for run in trajectories.runs]:
             with run.exclusively():
                 self._end_run(run)
-                run.clock.forget()
+                run.forget()
 
     def _end_run(self, run: Run) -> None:
-        if run.clock.index and run.clock.index != self.options.num_inference_steps:
+        if run.clock.index and not run.clock.is_over:
             self._report(run)
         run.end()
 
     def _report(self, run: Run) -> None:
         """A run is over: tell of it, and warn once if nothing was predicted in it."""
         logger.info("run in %s over after %d steps: %s", run.context, run.clock.index, run.marks())
-        if self._warned or not run.cached or run.predictions or self.method.measures:
+        if "idle" in self._warned or not run.cached or run.predictions or self.method.measures:
             return
-        if run.clock.index != self.options.num_inference_steps and run.clock.index < _QUIET_STEPS:
+        if not run.clock.is_over and run.clock.index < _QUIET_STEPS:
             return
         pair = guidance_partner(run.context) if self.method.guidance is not None else None
         partner = None if pair is None else self.latest(pair[1])
         if partner is None or partner.predictions == 0:
-            self._warned = True
-            warn(
-                f"the cache never fired in a run of {run.clock.index} steps: "
-                + self.method.why_idle(run.clock.seen), self.warnings, stacklevel=2,
+            self.warn_once(
+                "idle", f"the cache never fired in a run of {run.clock.index} steps: "
+                + self.method.why_idle(run.clock.seen), stacklevel=3,
             )  # fmt: skip
+
+    def warn_once(self, about: str, message: str, *, stacklevel: int = 2) -> None:
+        """Say something of this model that the user should know, once."""
+        if about not in self._warned:
+            self._warned.add(about)
+            warn(message, self.warnings, stacklevel=stacklevel + 1)
+
+    def _warn_untold(self, context: str, timestep: float | None) -> None:
+        name = type(self.module).__name__ if self.module is not None else "the model"
+        where = "" if context == DEFAULT else f" in the cache context {context!r}"
+        if timestep is None:
+            why = ("is given other tensors in every call, and its timestep, if it has one, is not read from the "
+                   "device: nothing tells the calls of a step apart.")  # fmt: skip
+        else:
+            why = f"was called more than {MOST_CALLS} times at the timestep {timestep:g}: calls of one step, or images?"
+        self.warn_once(
+            "untold", f"{name} {why} Such calls are computed without a cache{where}; give each trajectory a name, with "
+            'cachepass.cache_context("image-1"): ..., or call cachepass.reset(model) between images', stacklevel=6,
+        )  # fmt: skip
 
     def read_timestep(self, value: Any) -> float | None:
         """The timestep in the unit of the config's ranges; of a tensor of many, the highest (tokens or samples that
-        are clean already have 0). On an accelerator reading it waits for the device once."""
-        if not self._watched:
-            return None
+        are clean already have 0). None: it lies on a device that would have to be waited for, and no schedule asks."""
         if self._callback is not None:
             return float(self._callback())
-        given = given_timestep()
-        if given is not None:
-            return given
+        said, scale = told().timestep, self.options.timestep_scale
+        if said is not None:
+            value, scale = said, 1.0
         if isinstance(value, torch.Tensor):
-            value = (value.amax() if value.numel() > 1 else value).item()
-        return None if value is None else float(value) * self.options.timestep_scale
+            if value.device.type != "cpu" and not self._watched:
+                return None
+            value = value.amax() if value.numel() > 1 else value
+            value = value.item() if value.device.type != "cpu" else value.flatten().tolist()[0]
+        return None if value is None else float(value) * scale
 
     # ---- calls of models that are many graphs -----------------------------------------------------------------------
 
@@ -236,8 +340,16 @@ class Model:
         inputs = named_inputs(begun)
         name = find_timestep_input(inputs, self.options.timestep_input)
         values = list(inputs.values())
-        kind = kind_of([values[i] for i in find_latents(list(inputs), values)])
-        return Call(kind, None if name is None else inputs[name], hooked)
+        latents = find_latents(list(inputs), values)
+        call = Call(kind_of([values[i] for i in latents]), None if name is None else inputs[name], hooked)
+        declared = (*self.options.varying_inputs, *self.options.invariant_inputs)
+        varying = {name, *(list(inputs)[i] for i in latents), *declared}
+        conditioning = conditioning_of({name: value for name, value in inputs.items() if name not in varying})
+        first = values[latents[0]] if latents else None
+        while isinstance(first, (list, tuple)) and first:  # of a list of samples one is enough
+            first = first[0]
+        self.find_run(call, Given(first, tuple(conditioning), list(conditioning.values())))
+        return call
 
 
 # ---- which model a graph belongs to ---------------------------------------------------------------------------------

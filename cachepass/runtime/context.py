@@ -1,55 +1,142 @@
-"""Cache contexts: separate states for calls that belong to different runs, such as "cond" and "uncond"."""
+"""Cache contexts: names for trajectories, from the user and from the model's library.
+
+    cachepass.cache_context("request-1")     the user's; they nest
+      model.cache_context("cond")            the library's (diffusers), inside
+        model(...)                           belongs to "request-1/cond"
+
+A context that the user named is one and the same in every thread. What only a library names, or nobody, belongs to the
+thread that calls.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from ..errors import BatchError
 
 DEFAULT = "default"
-WARMUP = "cachepass.warmup"  # how the names of warm-up contexts begin: their runs are neither counted nor kept
-_current: contextvars.ContextVar[str] = contextvars.ContextVar("cachepass_context", default=DEFAULT)
-_timestep: contextvars.ContextVar[float | None] = contextvars.ContextVar("cachepass_timestep", default=None)
+WARMUP = "cachepass.warmup"  # the first name of warm-up contexts: their runs are neither counted nor kept
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a call's surroundings say of it.
+
+    Attributes:
+        names: The user's contexts, outermost first.
+        library: The name that the model's library gave.
+        timestep: In the unit of the config's ranges; a tensor is read where that costs no wait, or is needed anyway.
+        step_index: The step of the run.
+        num_inference_steps: The length of the run.
+        schedule: The timesteps of the run, as an object: another one belongs to another run.
+        before: What was said before the library said something.
+    """
+
+    names: tuple[str, ...] = ()
+    library: str | None = None
+    timestep: Any = None
+    step_index: int | None = None
+    num_inference_steps: int | None = None
+    schedule: Any = None
+    before: Told | None = None
+
+    @property
+    def context(self) -> str:
+        """All names, joined by slashes."""
+        names = self.names if self.library is None else (*self.names, self.library)
+        return "/".join(names) or DEFAULT
+
+    @property
+    def warms_up(self) -> bool:
+        return self.names[:1] == (WARMUP,)
+
+
+_NOTHING = Told()
+_told: contextvars.ContextVar[Told] = contextvars.ContextVar("cachepass_told", default=_NOTHING)
+
+
+def told() -> Told:
+    """What the surroundings of the current code say."""
+    return _told.get()
+
+
+@contextlib.contextmanager
+def telling(**more: Any) -> Iterator[None]:
+    """Add to what is said of calls inside this block."""
+    token = _told.set(_with(_told.get(), **more))
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def _with(known: Told, **more: Any) -> Told:
+    """``dataclasses.replace`` without its checks: this runs once per call of a model."""
+    new = object.__new__(Told)
+    new.__dict__.update(known.__dict__)
+    new.__dict__.update(more)
+    return new
 
 
 @contextlib.contextmanager
 def cache_context(name: str, *, timestep: float | None = None) -> Iterator[None]:
     """Give calls of compiled models inside this block a state of their own, called ``name``.
 
-    A pipeline that calls its model twice per step (conditional, then unconditional) must keep the two apart::
+    A loop that calls its model twice per step (conditional, then unconditional) tells the two apart::
 
         with cachepass.cache_context("cond"):
             velocity = compiled(latents, t, prompt)
         with cachepass.cache_context("uncond"):
             baseline = compiled(latents, t, empty)
 
-    Each context has its own history, clock and runs, for every method. Contexts are per thread and per task. Calls
-    outside any context use one default state.
+    Each context has its own history, clock and runs, for every method. Contexts nest: around the call of a pipeline,
+    ``cache_context("request-1")`` gives ``"request-1/cond"`` where the pipeline says ``"cond"``. A block is in force in
+    its own thread or task, and a name means the same in all of them: a run may go on in another one, but not in two at
+    once.
 
     ``timestep``, in the unit of the config's ranges, is what the model's own timestep input says: given here, nothing
     is read from the device. A config's ``current_timestep_callback`` goes before it.
 
     For methods that skip the unconditional branch, ``"cond"`` and ``"uncond"`` are the two calls of one step, as are
     ``"<name>/cond"`` and ``"<name>/uncond"``.
+
+    Raises:
+        TypeError: ``name`` is not a string, or empty.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"cache_context takes a name such as 'cond', got {name!r}")
-    token, time = _current.set(name), _timestep.set(timestep)
-    try:
+    known = _told.get()
+    more = {} if timestep is None else {"timestep": timestep}
+    with telling(names=(*known.names, name), **more):
         yield
-    finally:
-        _current.reset(token)
-        _timestep.reset(time)
+
+
+@contextlib.contextmanager
+def warming_up() -> Iterator[None]:
+    """Give calls inside this block states that nobody else has."""
+    known = _told.get()
+    with telling(names=(WARMUP, *known.names)):
+        yield
+
+
+def hear(context: Any) -> None:
+    """The model's library opened a context (an object with ``name`` and, if it knows them, ``step_index``,
+    ``num_inference_steps`` and ``timestep``), or closed it (None)."""
+    known = _told.get()
+    if context is None:
+        _told.set(known.before or known)
+        return
+    fields = ("step_index", "num_inference_steps", "timestep")
+    said = {name: value for name in fields if (value := getattr(context, name, None)) is not None}
+    _told.set(_with(known, library=str(context.name), before=known, **said))
 
 
 def current_context() -> str:
-    return _current.get()
-
-
-def given_timestep() -> float | None:
-    return _timestep.get()
+    return _told.get().context
 
 
 def guidance_partner(context: str) -> tuple[str, str] | None:

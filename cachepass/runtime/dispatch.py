@@ -24,8 +24,9 @@ from ..graph.probe import numbers_of
 from ..methods import PLAIN, WHOLE, Method, Route, Step
 from ..options import CompileOptions
 from .calls import Model, model_of, step_call
-from .context import WARMUP, current_context, guidance_partner, other_guidance
+from .context import guidance_partner, other_guidance
 from .decide import allows, asks, route_of
+from .evidence import Given
 from .instance import HalfRun, InputLayout, Instance, Part
 from .invariants import InvariantState
 from .program import CurrentCall, Pending, Program, StepCall
@@ -34,6 +35,7 @@ from .runs import Call, Run
 from .state import OutputState, RunState, SymbolBinder, resolve_size
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+_MOST_LAYOUTS = 64  # of sizes that were seen; made anew in a moment
 
 
 class Dispatcher:
@@ -70,14 +72,15 @@ class Dispatcher:
         if call is None:
             self._warn_outside()
             return self._plain(inputs)
-        context, model = current_context(), instance.model
         warming = WARMING.get()
         if warming is not None and self.program is not None:
             warming.compile(self.program, self.method, self.options)
-        run = model.run(context, call.kind)
+        run = call.run
+        if run is None:
+            return self._plain(inputs)  # nothing tells which trajectory it is a step of
         run.acquire()
         try:
-            partner = self._partner(model, context, call.kind)
+            partner = self._partner(instance.model, run)
             if partner is None:
                 return self._whole_step(instance, run, call, None, inputs)
             with partner.exclusively():
@@ -102,22 +105,25 @@ class Dispatcher:
             return model.current
         layout = self.layout
         kind = layout.static or kind_of([inputs[i] for i in layout.latents])
-        return Call(kind, None if layout.timestep is None else inputs[layout.timestep])
+        call = Call(kind, None if layout.timestep is None else inputs[layout.timestep])
+        latents = inputs[layout.latents[0]] if layout.latents else None
+        model.find_run(call, Given(latents, layout.names, [inputs[i] for i in layout.conditioning], graph=id(self)))
+        return call
 
     def _step(self, instance: Instance, run: Run, call: Call, partner: Run | None, inputs: Sequence[Any]) -> Any:
         model = instance.model
-        model.enter(run, call)
+        model.enter(call)
         if self.program is None:
             run.note(self.idle_groups, ())
             assert self.compiled is not None
             return self.compiled(*inputs)
         run.cached = bool(self.program.plan.schedules)
         state = self._state(instance, run, call, inputs)
-        outputs = self._output(run), None if partner is None else self._output(partner)
+        outputs = self._output(model, run), None if partner is None else self._output(model, partner)
         step = Step(run.clock.index, run.timestep, self._module(instance) if self.method.needs_model else None)
         route = self._route(run, partner, outputs, step)
-        decided = self._decide(instance, state, route, outputs, step)
-        invariants = self._invariants(run, route)
+        decided = self._decide(instance, state, route, outputs, step, doubtful=run.is_doubtful)
+        invariants = self._invariants(model, run, route)
         decided.invariants, decided.epoch = invariants, run.epoch
         kept = 0 if invariants is None else invariants.computed
         self.current.call = decided
@@ -128,7 +134,7 @@ class Dispatcher:
         weights = {g: decided.weights.get(g, ()) for g in decided.phase.predicted}
         state.commit(step, decided.computed, weights, decided.distance)
         self._note(run, decided, step)
-        if not run.context.startswith(WARMUP):
+        if not run.warms_up:
             instance.count(decided.phase, 0 if invariants is None else invariants.computed - kept)
         return result
 
@@ -176,12 +182,14 @@ class Dispatcher:
             )  # fmt: skip
 
     def _decide(self, instance: Instance, state: RunState, route: Route,
-                outputs: tuple[OutputState | None, OutputState | None], step: Step) -> StepCall:  # fmt: skip
-        """The schedule: what is predicted in a step that takes a route, and with which weights."""
+                outputs: tuple[OutputState | None, OutputState | None], step: Step, *,
+                doubtful: bool) -> StepCall:  # fmt: skip
+        """The schedule: what is predicted in a step that takes a route, and with which weights; nothing, where it is
+        ``doubtful`` whose step it is."""
         assert self.program is not None
         guidance, (output, partner) = self.method.guidance, outputs
         partner_known = None if partner is None else bool(partner.group.steps)
-        allowed = allows(self.method, step, route, partner_known=partner_known)
+        allowed = allows(self.method, step, route, partner_known=partner_known) and not doubtful
         difference, predicted, computed, weights, pending = None, [], [], {}, None
         if guidance is not None:
             if route.weighted:
@@ -231,23 +239,21 @@ class Dispatcher:
 
     # ---- guidance ---------------------------------------------------------------------------------------------------
 
-    def _partner(self, model: Model, context: str, kind: Hashable) -> Run | None:
+    def _partner(self, model: Model, run: Run) -> Run | None:
         """The other call of a two-call guidance step; None for a guidance batch, or without guidance."""
         if self.method.guidance is None or self.program is None:
             return None
-        pair = guidance_partner(context)
+        pair = guidance_partner(run.context)
         if (pair is None) == (self.half is not None):
-            if pair is None:
-                return None
-            return model.latest(pair[1]) or model.run(pair[1], kind)
-        raise other_guidance(context, two_calls=self.half is None)
+            return None if pair is None else model.partner(pair[1])
+        raise other_guidance(run.context, two_calls=self.half is None)
 
     def _route(self, run: Run, partner: Run | None, outputs: tuple[OutputState | None, OutputState | None],
                step: Step) -> Route:  # fmt: skip
         output = outputs[0]
         if output is None:
             return WHOLE
-        known = bool(output.group.steps)
+        known = bool(output.group.steps) and not run.is_doubtful
         if partner is None:
             return route_of(self.method, step, known=known)
         pair = guidance_partner(run.context)
@@ -327,36 +333,51 @@ class Dispatcher:
         bound = self.binder.bind(inputs)
         sizes = tuple(bound.values())
         if sizes not in self._layouts:
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
             resolve = functools.partial(resolve_size, bound=bound)
             prefix = "" if self.part is None else self.part.siblings.prefix
             self._layouts[sizes] = self.program.plan.layout(resolve, prefix), resolve
         layout, resolve = self._layouts[sizes]
-        place = instance.prefix, layout
-        key = *place, call.occurrence((run.context, *place))
+        place = call.kind, instance.prefix, layout
+        key = *place, call.occurrence(place)
         state = run.states.get(key)
         if state is None:
-            state = run.states.setdefault(key, RunState(self.program.plan, resolve))
+            state = RunState(self.program.plan, resolve)
+            instance.model.make_room(state.planned_bytes, self._device(inputs), run)
+            state = run.states.setdefault(key, state)
+        state.stamp = run.stamp
         state.follow(run.epoch, run.clock.index)
         return state
 
-    def _invariants(self, run: Run, route: Route) -> InvariantState | None:
+    def _device(self, inputs: Sequence[Any]) -> torch.device:
+        """Where the latents are, and all that is kept."""
+        return inputs[self.layout.latents[0]].device if self.layout.latents else torch.device("cpu")
+
+    def _invariants(self, model: Model, run: Run, route: Route) -> InvariantState | None:
         assert self.program is not None
         traced = self.program.traced(route)
         if traced.hoisted is None:
             return None
         state = run.invariants.get(traced.hoisted)
         if state is None:
-            state = run.invariants.setdefault(traced.hoisted, InvariantState(traced.hoisted, traced.declared))
+            state = InvariantState(traced.hoisted, traced.declared)
+            model.make_room(traced.hoisted.slot_bytes, traced.hoisted.slots[0].device, run)
+            state = run.invariants.setdefault(traced.hoisted, state)
+        state.stamp = run.stamp
         return state
 
-    def _output(self, run: Run) -> OutputState | None:
+    def _output(self, model: Model, run: Run) -> OutputState | None:
         assert self.program is not None
         plan = self.program.plan.output
         if plan is None:
             return None
         state = run.outputs.get(plan.slots)
         if state is None:
-            state = run.outputs.setdefault(plan.slots, OutputState(plan))
+            state = OutputState(plan)
+            model.make_room(plan.slot_bytes, plan.slots[0].device, run)
+            state = run.outputs.setdefault(plan.slots, state)
+        state.stamp = run.stamp
         state.follow(run.epoch)
         return state
 

@@ -25,12 +25,15 @@ class InputLayout:
         latents: Indices of the latents.
         timestep: Index of the timestep input, if there is one.
         static: Shape, dtype and device of the latents, where they are the same in all calls.
+        conditioning: Indices of what tells one conditioning from another, and their names.
     """
 
     identity: tuple[int, ...]
     latents: tuple[int, ...] = ()
     timestep: int | None = None
     static: Hashable = None
+    conditioning: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

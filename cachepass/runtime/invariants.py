@@ -60,6 +60,7 @@ class InvariantState:
 
     Attributes:
         computed: How often the values were computed.
+        epoch: The run that they were last computed for.
         changes: How often in a row, in the current run, that was because an input had changed.
         changed: Index of the input that had.
     """
@@ -69,9 +70,10 @@ class InvariantState:
         self._checked = tuple(index for index in hoisted.reads if index not in declared)
         self.slots: dict[str, torch.Tensor] = {}
         self.computed = self.changes = 0
+        self.stamp = 0  # of the last step that used it
         self.changed: int | None = None
         self._seen: list[_Seen] | None = None
-        self._epoch = -1
+        self.epoch = -1
         self._sizes: tuple[int, ...] = ()
 
     @property
@@ -88,7 +90,7 @@ class InvariantState:
             self.slots = {slot.name: allocate(slot, resolve) for slot in self.hoisted.slots}
             self._sizes, self._seen = sizes, None
         self.changed = None
-        if epoch == self._epoch and self._seen is not None:
+        if epoch == self.epoch and self._seen is not None:
             self.changed = self._find_change(inputs)
             if self.changed is None:
                 self.changes = 0
@@ -97,7 +99,7 @@ class InvariantState:
         self._seen = None  # until they are all written
         run([*inputs, *(self.slots[slot.name] for slot in self.hoisted.slots)])
         self._seen = [_Seen(index, inputs[index]) for index in self._checked]
-        self._epoch = epoch
+        self.epoch = epoch
         self.computed += 1
 
     def _find_change(self, inputs: Sequence[Any]) -> int | None:

@@ -1,6 +1,7 @@
 """Runs and calls: the steps of one denoising loop.
 
-Run     a model's steps in one cache context with latents of one kind (shape, dtype, device): the clock, the states
+Run     the steps of one trajectory: one latent's way through a denoising loop, under one conditioning. It has the clock
+        and everything that is kept from step to step
 Call    one call of the model: one step of a run
 """
 
@@ -15,6 +16,8 @@ from typing import Any
 
 from ..errors import ConcurrencyError
 from .clock import Clock
+from .context import WARMUP
+from .evidence import Given, Memory
 from .invariants import InvariantState
 from .state import OutputState, RunState
 
@@ -30,15 +33,17 @@ class Call:
         timestep: As the model got it, read when a run first asks.
         hooked: Its end will be seen. The call in which a model was first captured had begun before.
         finished: It is over, well or not.
-        runs: The runs that it is a step of: one for each context that graphs are called in.
+        run: The run that it is a step of; None: nothing tells which, so nothing is kept and nothing predicted.
+        joined: The run knows of it.
     """
 
     kind: Hashable
     timestep: Any = None
     hooked: bool = True
     finished: bool = False
+    run: Run | None = None
+    joined: bool = False
     thread: int = field(default_factory=threading.get_ident)
-    runs: list[Run] = field(default_factory=list)
     _counts: dict[Hashable, int] = field(default_factory=dict)
     _read: list[float | None] = field(default_factory=list)
 
@@ -55,12 +60,17 @@ class Call:
 
 
 class Run:
-    """The steps of one context. Also what is kept from step to step, for each graph that runs in them.
+    """The steps of one trajectory, run after run, and what is kept from step to step for each graph that runs in them.
 
     Attributes:
+        context: Its name.
         clock: Step index and timesteps.
         epoch: Counts the runs; a state of another epoch has a history that is over.
         call: The call that is or was its last step, and the timestep read in it.
+        failed: That call raised: it was no step.
+        memories: What the last call was given, for each kind of latents (shape, dtype, device).
+        doubts: Inputs that were other tensors in the last call, where it is not known yet what that means.
+        unsure: It is not known yet whether timesteps ascend, or two runs began one after the other.
         computed, predicted: Schedules that did so in this call.
         predictions: Steps of this run in which something was predicted.
         cached: Some graph of this run may predict.
@@ -68,18 +78,24 @@ class Run:
         record: What computed and what predicted, in each of its (last) steps.
         distance: What the probe measured in this call.
         distances: And in each of the (last) steps; None: it was not asked.
+        dropped: What was kept in the middle of this run had to make room for others.
     """
 
-    def __init__(self, context: str, kind: Hashable, num_inference_steps: int | None) -> None:
-        self.context, self.kind = context, kind
+    def __init__(self, context: str, num_inference_steps: int | None) -> None:
+        self.context = context
         self.clock = Clock(num_inference_steps)
         self.epoch = 0
         self.call: Call | None = None
         self.timestep: float | None = None
+        self.failed = False
+        self.memories: dict[Hashable, Memory] = {}
+        self.doubts: tuple[str, ...] = ()
+        self.unsure = False
+        self.schedule: Callable[[], Any] | None = None
         self.computed: set[str] = set()
         self.predicted: set[str] = set()
         self.predictions = 0
-        self.cached = False
+        self.cached = self.dropped = False
         self.stamp = 0
         self.record: deque[tuple[set[str], set[str]]] = deque(maxlen=_RECORDED)
         self.distance: float | None = None
@@ -111,11 +127,48 @@ class Run:
             hint='give each thread its own: with cachepass.cache_context("name"): ...',
         )  # fmt: skip
 
+    @property
+    def in_step(self) -> bool:
+        """A call of it has begun and not ended."""
+        return self._lock.locked() or (self.call is not None and self.call.hooked and not self.call.finished)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all that it keeps."""
+        kept = (self.states, self.outputs, self.invariants)
+        return sum(state.cache_bytes for states in kept for state in states.values())
+
+    @property
+    def is_doubtful(self) -> bool:
+        """What the last call was a step of will be known at the next one: nothing is predicted in it."""
+        return self.unsure or bool(self.doubts)
+
+    @property
+    def warms_up(self) -> bool:
+        return self.context.startswith(WARMUP)
+
     def end(self) -> None:
         """The next step is the first of a new run; what was kept is history."""
         self.epoch += 1
         self.predictions = 0
+        self.doubts = ()
+        self.dropped = False
         self.clock.restart()
+
+    def forget(self) -> None:
+        """The same, and no call is known again as one of this trajectory's."""
+        self.end()
+        self.clock.forget()
+        self.timestep = self.schedule = None
+        self.memories.clear()
+
+    def had(self, timestep: float | None, given: Given, kind: Hashable) -> bool:
+        """Its call of this step was made already: at the same timestep or, where that is not known, with the same
+        latents."""
+        if self.failed or self.timestep is None or timestep is None:
+            memory = self.memories.get(kind)
+            return not self.failed and memory is not None and memory.has_latents(given)
+        return self.timestep == timestep
 
     def note(self, computed: Sequence[str], predicted: Sequence[str]) -> None:
         self.computed.update(computed)

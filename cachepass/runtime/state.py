@@ -33,6 +33,7 @@ class RunState:
     def __init__(self, plan: CachePlan, resolve: Callable[[object], int]) -> None:
         self.plan, self.resolve = plan, resolve
         self.groups = {group: GroupState() for group in plan.groups}
+        self.stamp = 0  # of the last step that used it
         self.rings: dict[int, list[torch.Tensor]] = {}
         self.epoch = 0
         self._slot_lists: dict[tuple[object, ...], tuple[Sequence[Role], list[torch.Tensor]]] = {}
@@ -209,6 +210,7 @@ class OutputState:
 
     def __init__(self, plan: OutputPlan) -> None:
         self.plan = plan
+        self.stamp = 0  # of the last step that used it
         self.group = GroupState()
         self.slots: dict[str, torch.Tensor] = {}
         self.epoch = 0

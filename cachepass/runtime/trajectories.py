@@ -1,0 +1,236 @@
+"""Trajectories: which run a call is a step of.
+
+    find : what a call is given, timestep -> Run, or None: nothing tells which
+
+Calls of one context are told apart by what they are given. The rules, in their order:
+
+    the conditioning of one run, whose call of this step is yet to come    that run goes on
+    the same, and all such runs had their call of this step                another run begins (for a third guider); of a
+                                                                            solver of second order the run goes on
+    conditioning of no run, and what is other stayed the same until now    another run begins
+    ... and what is other is made anew in every step                       the first run that waits for its call goes on
+    ... and it is not known yet which of the two it is                     it goes on, and nothing is predicted in it
+    latents of no run's shape, but of another batch size                   the run goes on, if only one can be meant
+
+Nothing that a run keeps is used in another one, so a run that begins without need costs computed steps and is right.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from .context import DEFAULT, WARMUP
+from .evidence import Given, Habits, Memory
+from .runs import Call, Run
+
+MOST_CALLS = 8  # of one step that are told apart; images of a model of one step may come by the thousand
+_MOST_RUNS = 2 * MOST_CALLS  # that are remembered, in each context
+
+
+def _nobody() -> None:
+    return None
+
+
+class Trajectories:
+    """The runs of one context, of one thread where the user did not name it.
+
+    Attributes:
+        context: Its name. The second call of a step, if nobody named it, is ``"call 2"`` of it.
+        names: The user's part of the name.
+        runs: In the order of their first calls.
+    """
+
+    def __init__(self, context: str, names: tuple[str, ...], habits: Habits, num_inference_steps: int | None,
+                 end: Callable[[Run], None]) -> None:  # fmt: skip
+        self.context, self.names, self.runs = context, names, list[Run]()
+        self._habits, self._steps = habits, num_inference_steps
+        self._ending = weakref.WeakMethod(end)  # no cycle: slots are freed with their model, not by a collector
+        self._thread: Callable[[], threading.Thread | None] = _nobody
+        self._previous: Run | None = None
+
+    @property
+    def warms_up(self) -> bool:
+        return self.names[:1] == (WARMUP,)
+
+    def adopt(self, thread: threading.Thread) -> None:
+        """A thread calls the model here."""
+        if self._thread() is not thread:
+            self._thread = weakref.ref(thread)
+
+    def is_of(self, thread: threading.Thread) -> bool:
+        """The runs are a thread's own: it made the last call, or the one that did is over."""
+        owner = self._thread()
+        return owner is thread or owner is None or not owner.is_alive()
+
+    def latest(self) -> Run | None:
+        """The run that made the last step."""
+        return max((run for run in self.runs if run.call is not None), key=lambda run: run.stamp, default=None)
+
+    def first(self) -> Run:
+        """The latest run, or one that is yet to begin."""
+        return self.latest() or self._add(self.context)
+
+    def find(self, call: Call, given: Given, timestep: float | None) -> Run | None:
+        """The run that a call is a step of, which may be a new one; None: nothing tells. What the call is given is
+        remembered."""
+        run = self._same(call.kind, given, timestep)
+        if run is None:
+            run = self._other(call.kind, given, timestep)
+        if run is not None:
+            memory = run.memories.get(call.kind)
+            if memory is None:
+                memory = run.memories[call.kind] = Memory()
+            memory.keep(given)
+            run.unsure = run.clock.rises_again(timestep)
+        self._previous = run
+        return run
+
+    def _same(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:
+        """A run that was given the same, and whose call of this step is yet to come. None: there is none."""
+        waiting = [run for run in self.runs
+                   if (known := run.memories.get(kind)) is not None and known.is_same(given)
+                   and not run.had(timestep, given, kind)]  # fmt: skip
+        if not waiting:
+            return None
+        if len(waiting) > 1:  # of calls that differ in a constant only, each has a graph of its own
+            waiting.sort(key=lambda run: run.memories[kind].graph != given.graph)
+        run = waiting[0]
+        # What was in doubt stayed as it was: its run began in the last call.
+        if (run.doubts and not run.failed) or self._is_of_another_run(run, given, timestep):
+            self._end(run)
+        self._habits.note_same(given.names)
+        return run
+
+    def _other(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:
+        """Where no such run waits: the one that is meant, or a new one."""
+        known = [run for run in self.runs if kind in run.memories]
+        same = [run for run in known if run.memories[kind].is_same(given)]
+        if same and self._repeats(same[0]):
+            return same[0]
+        waiting = [run for run in self._alike(known, kind, given) if not run.had(timestep, given, kind)]
+        if waiting and timestep is None:
+            return None
+        if waiting and not self._is_of_another_run(waiting[0], given, timestep):
+            self._go_on(waiting[0], given, kind)
+            return waiting[0]
+        if len(same) == 1 and self._evaluates_again(same[0], given, kind):
+            return same[0]
+        run = None if known else self._of_another_batch_size(kind, given, timestep)
+        return run or self._begin(kind, given, timestep)
+
+    def _repeats(self, run: Run) -> bool:
+        """The last call of all was of this run, and its end could not be seen: it failed."""
+        call = run.call
+        return run is self._previous and call is not None and not call.hooked and not call.finished
+
+    @staticmethod
+    def _evaluates_again(run: Run, given: Given, kind: Hashable) -> bool:
+        """A solver of second order evaluates a timestep twice, with other latents."""
+        return run.clock.moved and run.clock.repeats == 0 and not run.memories[kind].has_latents(given)
+
+    def _alike(self, known: Sequence[Run], kind: Hashable, given: Given) -> list[Run]:
+        """The runs that were given most of what a call is given, and nothing other that stays the same in a run."""
+        stable, alike, most = self._habits.stable, list[Run](), -1
+        for run in known:
+            other = run.memories[kind].differences(given)
+            if any(name in stable for name in other):
+                continue
+            score = len(given.names) - len(other)
+            if score > most:
+                alike, most = [], score
+            if score == most:
+                alike.append(run)
+        return alike
+
+    def _go_on(self, run: Run, given: Given, kind: Hashable) -> None:
+        """A run goes on with inputs that are other tensors. What changed twice in a row is made anew in every step;
+        what changed once, and stayed so, began a run when it changed."""
+        other = run.memories[kind].differences(given)
+        self._habits.note_same([name for name in given.names if name not in other])
+        twice = [name for name in run.doubts if name in other]
+        if len(twice) < len(run.doubts) and not run.failed:
+            self._end(run)
+        self._habits.note_fresh(twice)
+        run.doubts = tuple(self._habits.unknown(other))
+
+    def _is_of_another_run(self, run: Run, given: Given, timestep: float | None) -> bool:
+        """A call that goes on with a trajectory begins a new run of it."""
+        if given.step_index is not None and run.clock.index:
+            return run.clock.is_over or run.clock.goes_back(given.step_index)
+        if run.clock.index and given.schedule is not None:
+            known = None if run.schedule is None else run.schedule()
+            if known is given.schedule:
+                self._habits.same_schedule = True
+            elif self._habits.same_schedule:
+                return True
+        return run.clock.starts_run(timestep)
+
+    def _of_another_batch_size(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:
+        """The one run that goes on with more samples, or fewer: guidance begins or ends within it."""
+        candidates = [run for run in self.runs
+                      if run.clock.index and any(_same_samples(kind, known) for known in run.memories)
+                      and not (timestep is not None and run.timestep == timestep)
+                      and not self._is_of_another_run(run, given, timestep)]  # fmt: skip
+        return candidates[0] if len(candidates) == 1 else None
+
+    # ---- new runs ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:
+        """A run for a call that no other one is meant by. None: the step has more calls than are told apart.
+
+        It takes the place, and the memory, of one that is over: it was counted to its end, its conditioning exists no
+        more, or the timestep lies before its last one at this size.
+
+        Raises:
+            ConcurrencyError: Another thread is in the middle of a step of this context.
+        """
+        for run in self.runs:
+            if run.in_step:
+                raise run.in_use()
+        had = [run for run in self.runs if any(run.had(timestep, given, known) for known in run.memories)]
+        if len(had) >= MOST_CALLS:
+            return None
+        name = self.context if not had else f"call {len(had) + 1}"
+        if had and self.context != DEFAULT:
+            name = f"{self.context}/{name}"
+        free = [run for run in self.runs if run not in had]
+        over = [run for run in free if self._is_over(run, kind, timestep)]
+        over.sort(key=lambda run: (run.context != name, kind not in run.memories))
+        if not over and len(self.runs) >= _MOST_RUNS:
+            over = sorted(free, key=lambda run: run.stamp)
+        if not over:
+            return self._add(name)
+        run = over[0]
+        self._end(run)
+        run.memories.clear()
+        run.schedule, run.context = None, name
+        return run
+
+    def _is_over(self, run: Run, kind: Hashable, timestep: float | None) -> bool:
+        stable = self._habits.stable
+        clock = run.clock
+        if clock.index == 0 or clock.is_over or (kind in run.memories and clock.turns_back(timestep)):
+            return True
+        return any(memory.gone(stable) for memory in run.memories.values())
+
+    def _end(self, run: Run) -> None:
+        """A run is over; its model tells of it."""
+        end = self._ending()
+        assert end is not None, "a model outlives its trajectories"
+        end(run)
+
+    def _add(self, context: str) -> Run:
+        run = Run(context, self._steps)
+        self.runs.append(run)
+        return run
+
+
+def _same_samples(kind: Any, other: Any) -> bool:
+    """Two kinds of latents that differ in the number of samples at most."""
+    if len(kind) == len(other) == 1:
+        (shape, *rest), (other_shape, *other_rest) = kind[0], other[0]
+        return shape[1:] == other_shape[1:] and rest == other_rest
+    return set(kind) == set(other)  # lists of samples
