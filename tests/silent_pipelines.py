@@ -137,11 +137,13 @@ class Told:
         self.ends_after: int | None = None  # steps of this run, whose rest is another one
         self.calls: Counter[int] = Counter()  # of this run, by place
         pipe.transformer.register_forward_pre_hook(self._tell, with_kwargs=True)
+        if silent:
+            pipe.transformer.register_forward_hook(lambda module, *_: self._say(module, None), always_call=True)
         apply_taylorseer_cache(pipe.transformer, diffusers.TaylorSeerCacheConfig(**fields))
         self._registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
 
     def _tell(self, module: Any, _: Any, given: dict[str, Any]) -> None:
-        from diffusers.hooks.hooks import CacheContext, _set_cache_context
+        from diffusers.hooks.hooks import CacheContext
 
         now = float(given["timestep"].flatten()[0])
         self._place = self._place + 1 if now == self._last else 0
@@ -150,7 +152,14 @@ class Told:
         self._last = now
         self.calls[self._place] += 1
         if self._silent:
-            _set_cache_context(module, CacheContext(f"call {self._place}"))
+            self._say(module, CacheContext(f"call {self._place}"))
+
+    @staticmethod
+    def _say(module: Any, context: Any) -> None:
+        """Not left open: what is said in a thread is heard of every model."""
+        from diffusers.hooks.hooks import _set_cache_context
+
+        _set_cache_context(module, context)
 
     def end(self) -> None:
         """The next call is the first of a run."""

@@ -71,14 +71,14 @@ def calls(steps: int, seed: int = 3, batch: int = 2, width: int = 8) -> list[tup
 
 
 class GuidedBlock(Block):
-    """``perturbed``: without its self-attention's mixing of tokens, as perturbed-attention guidance calls it."""
+    """``perturbed``: with half of its self-attention, as guidance by a worse model calls it."""
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None,
                 perturbed: bool = False) -> torch.Tensor:  # fmt: skip
         if not perturbed:
             return super().forward(x, timestep, context)
         assert self.cross is not None
-        x = x + 0.5 * self.norm(x)
+        x = x + 0.5 * self.attn(self.norm(x)) * torch.cos(timestep / 1000).view(-1, 1, 1)
         x = x + self.cross(x, context)
         return x + self.ff(x)
 

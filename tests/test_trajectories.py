@@ -124,7 +124,7 @@ class Bench:
         calls = enumerate(scenario())
         while (numbered := next(calls, None)) is not None:
             number, call = numbered
-            error = relative_error(self.answer(call), self.told.call(call.trajectory, *call.inputs))
+            error = relative_error(self.answer(call), self.told.call(call.trajectory, *call.inputs, step=call.step))
             assert error < TOLERANCE, f"call {number}, of {call.trajectory}: {error:.1e}"
             del numbered, call  # and with them the tensors of a run that is over
         assert self.predicted() == self.told.predicted
@@ -145,6 +145,19 @@ def test_told_apart(scenario, way):
     summary = cachepass.summary(bench.model)
     assert bench.predicted() > 0
     assert expected is None or set(summary.contexts) == expected
+
+
+@every_way
+@pytest.mark.parametrize("scenario", trajectories.ANEW)
+def test_told_apart_where_prompts_are_made_anew(scenario, way):
+    """What depends on them is computed every time, and that is said where it would be kept otherwise."""
+    bench = Bench(way)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CachepassWarning)
+        bench.run(scenario)
+    said = {str(each.message) for each in caught if issubclass(each.category, CachepassWarning)}
+    assert all("is another tensor at every step" in message for message in said) and len(said) <= 1
+    assert bench.predicted() > 0
 
 
 @pytest.mark.parametrize("scenario", [trajectories.one_call_with_a_batch, trajectories.contexts_of_diffusers,

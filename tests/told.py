@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from blocks import BlockCache
-from reference import Broadcast, Reference, TaylorSeer, twin
+from reference import Broadcast, Reference, State, TaylorSeer, twin
 from small_models import Guided
 
 from cachepass.forecast import Reuse
@@ -26,6 +26,8 @@ class Oracle(Protocol):
         """Steps so far in which something was predicted."""
         ...
 
+    step: int  # the next one of its run
+
     def __call__(self, *inputs: Any) -> torch.Tensor: ...
 
 
@@ -37,11 +39,17 @@ class Told:
         self._trajectories: dict[str, Oracle] = {}
         self._over = 0
 
-    def call(self, trajectory: str, *inputs: Any) -> torch.Tensor:
-        """The next step of a trajectory; of a name that was not heard before, or that ended, the first."""
+    def call(self, trajectory: str, *inputs: Any, step: int | None = None) -> torch.Tensor:
+        """The next step of a trajectory; of a name that was not heard before, or that ended, the first.
+
+        ``step``: of its run, where others were made by another trajectory in between.
+        """
         if trajectory not in self._trajectories:
             self._trajectories[trajectory] = self._make()
-        return self._trajectories[trajectory](*inputs)
+        oracle = self._trajectories[trajectory]
+        if step is not None:
+            oracle.step = step
+        return oracle(*inputs)
 
     def end(self, trajectory: str) -> None:
         """The next call by this name begins another trajectory."""
@@ -58,13 +66,22 @@ class Forecasts:
 
     def __init__(self, model: torch.nn.Module, method: TaylorSeer | Broadcast, paths: list[str]) -> None:
         self._reference = Reference(twin(model), method, paths)
+        self._state = self._reference.states[""] = State()
 
     @property
     def predicted(self) -> int:
         return self._reference.predicted
 
+    @property
+    def step(self) -> int:
+        return self._state.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._state.step = step
+
     def __call__(self, *inputs: Any) -> torch.Tensor:
-        return self._reference("", *inputs)
+        return self._reference.step("", float(inputs[1].max()), *inputs)
 
 
 class FirstBlock(BlockCache):

@@ -41,11 +41,13 @@ class Call:
         trajectory: Whose step it is.
         inputs: Latents, timestep, prompt and, perhaps, the flag.
         said: What the caller opens around it.
+        step: Of its run, where the trajectory has not made all of the run's steps.
     """
 
     trajectory: str
     inputs: tuple[Any, ...]
     said: Said = nothing
+    step: int | None = None
 
 
 Calls = Iterator[Call]
@@ -95,12 +97,13 @@ def one_call_with_a_batch() -> Calls:
 
 
 def batches_in_between() -> Calls:
-    """Guidance for the middle of the run only: one sample, two, and one again."""
+    """Guidance for the middle of the run only: one sample, two, and one again. The run goes on, as do its steps."""
     one, two = prompt(0), prompt(1, batch=2)
     for run in range(2):
         steps = zip(latents(run), latents(run, batch=2), strict=True)
         for step, ((x, t), (xx, tt)) in enumerate(steps):
-            yield Call(f"two@{run}", (xx, tt, two)) if 3 <= step < 7 else Call(f"one@{run}", (x, t, one))
+            inputs, name = ((xx, tt, two), "two") if 3 <= step < 7 else ((x, t, one), "one")
+            yield Call(f"{name}@{run}", inputs, step=step)
 
 
 def image_to_image() -> Calls:
@@ -309,8 +312,8 @@ def aborted_before_what_was_said() -> Calls:
 
 
 TWO = {"default", "call 2"}
-# Told apart by what the calls are given, or by what is said; with the contexts that summaries show in the end. None: a
-# run that was cancelled is found to be over when another one is seen, and what it was called by then is free.
+# Told apart by what the calls are given, or by what is said; with the contexts that summaries show in the end. None: it
+# depends on what was seen first (a run that was cancelled is found to be over when another one begins).
 TOLD_APART: dict[Scenario, set[str] | None] = {
     one_call_with_a_batch: {"default"},
     batches_in_between: {"default"},
@@ -322,15 +325,16 @@ TOLD_APART: dict[Scenario, set[str] | None] = {
     silent: TWO,
     silent_of_different_lengths: TWO,
     silent_views: TWO,
-    made_anew: TWO,
     three_guiders: {*TWO, "call 3"},
     guidance_ends: TWO,
-    guidance_begins_late: TWO,
+    guidance_begins_late: None,
     hires_fix: TWO,
     cancelled_of_two_calls: None,
     image_to_image_of_two_calls: TWO,
     two_named_images_of_one_prompt: {"image 0", "image 1"},
 }
+# With prompts that are other tensors in every step, it is known after two steps only that they are not another image's.
+ANEW: tuple[Scenario, ...] = (made_anew,)
 # Every call is the first of its trajectory.
 ONE_STEP: tuple[Scenario, ...] = (one_step_model, one_step_model_of_two_calls, one_prompt_in_one_step)
 # Nothing that the calls are given says whether they are one latent's steps or two latents'.
