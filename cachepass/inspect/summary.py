@@ -34,6 +34,8 @@ class Summary:
         modules: Paths of the modules that are cut.
         once: Paths of those that would be cut, and are computed once per run: their inputs stay the same in it.
         invariant_bytes: Bytes of all that is kept for a run, over all contexts.
+        held_bytes: Bytes of both, runs that are over included: their memory waits for the next ones.
+        max_bytes: The most that may be held (``max_cache_bytes``); None: nothing was kept yet.
         flops: What all calls took in matrix products, convolutions and attentions, estimated from shapes.
         plain_flops: What they would have taken without a cache.
         warnings: All that were given for this model.
@@ -56,6 +58,8 @@ class Summary:
     modules: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
     invariant_bytes: int = 0
+    held_bytes: int = 0
+    max_bytes: int | None = None
     flops: int = 0
     plain_flops: int = 0
     warnings: tuple[str, ...] = ()
@@ -89,6 +93,8 @@ class Summary:
             + (table(columns, rows) if rows else "")
             + f"cache: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B), variants: {compiled}\n"
             + (f"kept for a run: {human_bytes(self.invariant_bytes)}\n" if self.invariant_bytes else "")
+            + (f"held in all: {human_bytes(self.held_bytes)} of at most {human_bytes(self.max_bytes)}\n"
+               if self.max_bytes is not None else "")
             + (f"compute: {saved}\n" if self.plain_flops else "")
             + "".join(f"warning: {message}\n" for message in self.warnings)
         )  # fmt: skip
@@ -139,6 +145,8 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
             dict.fromkeys(path for d in dispatchers if d.program is not None for path in d.program.computed_once)
         ),
         invariant_bytes=sum(state.cache_bytes for run in runs for state in run.invariants.values()),
+        held_bytes=sum(run.cache_bytes for run in runs),
+        max_bytes=max((m.room.limit for m in models if m.room.limit is not None), default=None),
         flops=flops,
         plain_flops=plain_flops,
         warnings=tuple(dict.fromkeys(

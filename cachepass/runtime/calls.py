@@ -13,7 +13,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -125,14 +125,16 @@ class Model:
             self._warn_untold(trajectories.context, timestep)
 
     def make_room(self, needed: int, device: torch.device, own: Run) -> None:
-        """A step of a run is about to keep so many bytes more on a device."""
+        """A step of a run is about to keep so many bytes more on a device, as far as sizes are known ahead, or has done
+        so (0)."""
         with self._lock:
-            lost = self.room.make(needed, device, self.runs, own)
-        if lost:
+            self.room.make(needed, device, self.runs, own)
+        own.grew = True
+        if own.dropped and own.clock.index:
             self.warn_once(
-                "room", f"what is kept would take more than {self.room.limit} bytes, so the history of "
-                f"{listing(run.context for run in lost)} was dropped in the middle of a run, which computes until it "
-                'has one again: run fewer at a time, or give options["max_cache_bytes"]', stacklevel=7,
+                "room", f"what is kept would take more than {self.room.limit} bytes, so the history of {own.context!r} "
+                "was dropped in the middle of its run, which computes until it has one again: run fewer at a time, or "
+                'give options["max_cache_bytes"]', stacklevel=7,
             )  # fmt: skip
 
     def latest(self, context: str) -> Run | None:
@@ -350,51 +352,3 @@ class Model:
             first = first[0]
         self.find_run(call, Given(first, tuple(conditioning), list(conditioning.values())))
         return call
-
-
-# ---- which model a graph belongs to ---------------------------------------------------------------------------------
-
-_models: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet[Model]] = weakref.WeakKeyDictionary()
-_registry_lock = threading.Lock()
-
-
-def model_of(module: torch.nn.Module | None, method: Method, options: CompileOptions) -> Model:
-    """The record of a module under these options: one for all graphs that are captured of it. None: a new one."""
-    if module is None:
-        return Model(None, method, options)
-    with _registry_lock:
-        records = _models.setdefault(module, weakref.WeakSet())
-        for record in records:
-            if record.options == options:
-                return record
-        record = Model(module, method, options)
-        records.add(record)
-        return record
-
-
-def step_call(calls: Sequence[_torch.ModuleCall], timestep: str | None) -> _torch.ModuleCall:
-    """Of nested calls of modules, from the compiled one outwards, the one that is a step: its module is the model.
-
-    It is the innermost call with a timestep, or the one that hands its timestep on to it, if that is a module many
-    times as large: a block. (One timestep for each token is told from an embedding of the timestep, which some blocks
-    get under the same name, by standing further out.) Without a timestep, it is the outermost call.
-    """
-    inputs = [named_inputs(call) for call in calls]
-    step: tuple[_torch.ModuleCall, Any] | None = None
-    for call, named in zip(calls, inputs, strict=True):
-        name = find_timestep_input(named, timestep, per_token=False)
-        if name is not None and (step is None or (named[name] is step[1] and _is_part(step[0].module, call.module))):
-            step = call, named[name]
-    if step is not None:
-        return step[0]
-    for call, named in zip(reversed(calls), reversed(inputs), strict=True):
-        if find_timestep_input(named, timestep) is not None:
-            return call
-    return calls[-1]
-
-
-def _is_part(module: torch.nn.Module, model: torch.nn.Module) -> bool:
-    """A block rather than a model in a wrapper: there are others of its class, or most parameters are elsewhere."""
-    alike = sum(type(other) is type(module) for other in model.modules())
-    own, whole = (sum(p.numel() for p in m.parameters()) for m in (module, model))
-    return alike > 1 or 2 * own < whole

@@ -21,16 +21,17 @@ from ..errors import warn
 from ..graph.inputs import kind_of
 from ..graph.plan import Phase
 from ..graph.probe import numbers_of
-from ..methods import PLAIN, WHOLE, Method, Route, Step
+from ..methods import PLAIN, Method, Route, Step
 from ..options import CompileOptions
-from .calls import Model, model_of, step_call
-from .context import guidance_partner, other_guidance
-from .decide import allows, asks, route_of
+from .calls import Model
+from .decide import allows, asks
 from .evidence import Given
+from .guidance import partner_of, route_in
 from .instance import HalfRun, InputLayout, Instance, Part
 from .invariants import InvariantState
 from .program import CurrentCall, Pending, Program, StepCall
 from .reach import WARMING
+from .registry import model_of, step_call
 from .runs import Call, Run
 from .state import OutputState, RunState, SymbolBinder, resolve_size
 
@@ -80,7 +81,8 @@ class Dispatcher:
             return self._plain(inputs)  # nothing tells which trajectory it is a step of
         run.acquire()
         try:
-            partner = self._partner(instance.model, run)
+            guided = self.program is not None and self.method.guidance is not None
+            partner = partner_of(self.method, instance.model, halved=self.half is not None) if guided else None
             if partner is None:
                 return self._whole_step(instance, run, call, None, inputs)
             with partner.exclusively():
@@ -121,8 +123,9 @@ class Dispatcher:
         state = self._state(instance, run, call, inputs)
         outputs = self._output(model, run), None if partner is None else self._output(model, partner)
         step = Step(run.clock.index, run.timestep, self._module(instance) if self.method.needs_model else None)
-        route = self._route(run, partner, outputs, step)
-        decided = self._decide(instance, state, route, outputs, step, doubtful=run.is_doubtful)
+        route = route_in(self.method, model, run, partner, outputs[0], step)
+        doubtful = run.is_doubtful or (self.half is not None and run.beside)
+        decided = self._decide(instance, state, route, outputs, step, doubtful=doubtful)
         invariants = self._invariants(model, run, route)
         decided.invariants, decided.epoch = invariants, run.epoch
         kept = 0 if invariants is None else invariants.computed
@@ -134,6 +137,9 @@ class Dispatcher:
         weights = {g: decided.weights.get(g, ()) for g in decided.phase.predicted}
         state.commit(step, decided.computed, weights, decided.distance)
         self._note(run, decided, step)
+        if run.grew:
+            model.make_room(0, self._device(inputs), run)
+            run.grew = False
         if not run.warms_up:
             instance.count(decided.phase, 0 if invariants is None else invariants.computed - kept)
         return result
@@ -236,30 +242,6 @@ class Dispatcher:
         if len(regions) == 1:
             return self.method.weights(group, step, history, regions[0])
         return tuple(w for region in regions for w in self.method.weights(group, step, history, region))
-
-    # ---- guidance ---------------------------------------------------------------------------------------------------
-
-    def _partner(self, model: Model, run: Run) -> Run | None:
-        """The other call of a two-call guidance step; None for a guidance batch, or without guidance."""
-        if self.method.guidance is None or self.program is None:
-            return None
-        pair = guidance_partner(run.context)
-        if (pair is None) == (self.half is not None):
-            return None if pair is None else model.partner(pair[1])
-        raise other_guidance(run.context, two_calls=self.half is None)
-
-    def _route(self, run: Run, partner: Run | None, outputs: tuple[OutputState | None, OutputState | None],
-               step: Step) -> Route:  # fmt: skip
-        output = outputs[0]
-        if output is None:
-            return WHOLE
-        known = bool(output.group.steps) and not run.is_doubtful
-        if partner is None:
-            return route_of(self.method, step, known=known)
-        pair = guidance_partner(run.context)
-        assert pair is not None
-        follows = partner.clock.index == run.clock.index + 1
-        return route_of(self.method, step, known=known, side=pair[0], follows=follows)
 
     # ---- instances and states ---------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from .. import _torch
 from ..graph.inputs import find_timestep_input, named_inputs
 from ..methods import Target
 from ..options import CompileOptions
-from .calls import model_of, step_call
 from .instance import Part
+from .registry import model_of, step_call
 from .siblings import Siblings
 
 

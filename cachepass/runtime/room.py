@@ -28,30 +28,26 @@ class Room:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
 
-    def make(self, needed: int, device: torch.device, runs: Iterable[Run], own: Run) -> list[Run]:
+    def make(self, needed: int, device: torch.device, runs: Iterable[Run], own: Run) -> None:
         """Drop states until ``needed`` bytes more would fit; those of the current run of ``own``, whose step this is,
-        stay. Returns the runs that lost a part of their current history."""
+        stay."""
         if self.limit is None:
             self.limit = memory_of(device) // _SHARE
         runs = list(runs)
         over = sum(run.cache_bytes for run in runs) + needed - self.limit
         if over <= 0:
-            return []
+            return
         kept = [one for run in runs if run is own or not run.in_step for one in _kept(run)]
         kept.sort(key=lambda one: (one[2].epoch == one[0].epoch, one[2].stamp))
-        lost: list[Run] = []
         for run, holder, state, key in kept:
             if over <= 0:
-                break
+                return
             current = state.epoch == run.epoch
             if run is own and current:
                 continue
             over -= state.cache_bytes
             del holder[key]
-            if current and run.clock.index and not run.clock.is_over:
-                run.dropped = True
-                lost.append(run)
-        return lost
+            run.dropped = run.dropped or current  # it is known when the run goes on whether it was over
 
 
 def _kept(run: Run) -> Iterator[tuple[Run, Any, Any, Any]]:

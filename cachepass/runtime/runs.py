@@ -70,6 +70,7 @@ class Run:
         failed: That call raised: it was no step.
         memories: What the last call was given, for each kind of latents (shape, dtype, device).
         doubts: Inputs that were other tensors in the last call, where it is not known yet what that means.
+        beside: Another call of its steps is given the same latents.
         unsure: It is not known yet whether timesteps ascend, or two runs began one after the other.
         computed, predicted: Schedules that did so in this call.
         predictions: Steps of this run in which something was predicted.
@@ -78,6 +79,7 @@ class Run:
         record: What computed and what predicted, in each of its (last) steps.
         distance: What the probe measured in this call.
         distances: And in each of the (last) steps; None: it was not asked.
+        grew: It began to keep more in this step.
         dropped: What was kept in the middle of this run had to make room for others.
     """
 
@@ -90,12 +92,12 @@ class Run:
         self.failed = False
         self.memories: dict[Hashable, Memory] = {}
         self.doubts: tuple[str, ...] = ()
-        self.unsure = False
+        self.beside = self.unsure = False
         self.schedule: Callable[[], Any] | None = None
         self.computed: set[str] = set()
         self.predicted: set[str] = set()
         self.predictions = 0
-        self.cached = self.dropped = False
+        self.cached = self.dropped = self.grew = False
         self.stamp = 0
         self.record: deque[tuple[set[str], set[str]]] = deque(maxlen=_RECORDED)
         self.distance: float | None = None

@@ -201,12 +201,15 @@ class Trajectories:
         over.sort(key=lambda run: (run.context != name, kind not in run.memories))
         if not over and len(self.runs) >= _MOST_RUNS:
             over = sorted(free, key=lambda run: run.stamp)
-        if not over:
-            return self._add(name)
-        run = over[0]
-        self._end(run)
-        run.memories.clear()
-        run.schedule, run.context = None, name
+        run = over[0] if over else self._add(name)
+        if over:
+            self._end(run)
+            run.memories.clear()
+            run.schedule, run.context = None, name
+        beside = [other for other in had if kind in other.memories and other.memories[kind].has_latents(given)]
+        run.beside = bool(beside)
+        for other in beside:
+            other.beside = True
         return run
 
     def _is_over(self, run: Run, kind: Hashable, timestep: float | None) -> bool:
