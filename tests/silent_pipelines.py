@@ -113,7 +113,7 @@ SILENT: dict[str, Silent] = {
     # One call for both halves of guidance, one without some layers, in the middle of the run.
     "SD3 that skips layers": Silent(Case(
         PIPELINES["SD3"].make, lambda: PIPELINES["SD3"].inputs() | {"skip_guidance_layers": [0],
-        "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.9}, calls=2), contexts=("default",)),
+        "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.9}, calls=2)),
     "QwenImage, guidance": Silent(Modular(lambda: _modular("ClassifierFreeGuidance"), _embeddings, calls=2)),
     "QwenImage, projected": Silent(Modular(_projected, _embeddings, calls=2)),
     "QwenImage, skipped layers": Silent(Modular(_skipping, _embeddings, calls=3),
@@ -134,7 +134,6 @@ class Told:
         self.pipe, self._silent = pipe, silent
         self._last: float | None = None
         self._place = 0
-        self.ends_after: int | None = None  # steps of this run, whose rest is another one
         self.calls: Counter[int] = Counter()  # of this run, by place
         pipe.transformer.register_forward_pre_hook(self._tell, with_kwargs=True)
         if silent:
@@ -147,8 +146,6 @@ class Told:
 
         now = float(given["timestep"].flatten()[0])
         self._place = self._place + 1 if now == self._last else 0
-        if self._place == 0 and self.ends_after is not None and self.calls[0] == self.ends_after:
-            self.end()
         self._last = now
         self.calls[self._place] += 1
         if self._silent:
@@ -164,5 +161,5 @@ class Told:
     def end(self) -> None:
         """The next call is the first of a run."""
         self._registry.reset_stateful_hooks(recurse=True)
-        self._last = self.ends_after = None
+        self._last = None
         self.calls.clear()

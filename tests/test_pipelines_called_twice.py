@@ -112,10 +112,9 @@ def test_a_pipeline_whose_timestep_ascends():
     told, pipe = Told(case.make(), fields, silent=True), case.make()
     pipe.transformer.compile(backend="cached_inductor",
                              options={"cache": TaylorSeerCacheConfig(**fields), "lowering": "eager"})  # fmt: skip
-    for run in range(3):
-        if run == 0:  # its first step is a run of its own
-            told.ends_after = 1
-        assert relative_error(case.run(pipe, STEPS, run), case.run(told.pipe, STEPS, run)) < TOLERANCE, run
+    case.run(pipe, STEPS)  # in which the first rise may be taken for a new run
+    for seed in (0, 1):
+        assert relative_error(case.run(pipe, STEPS, seed), case.run(told.pipe, STEPS, seed)) < TOLERANCE, seed
         told.end()
     assert cachepass.summary(pipe.transformer).predicted["taylorseer"] > 0
 

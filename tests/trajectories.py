@@ -112,6 +112,13 @@ def image_to_image() -> Calls:
         yield from guided(run, [prompt(min(run, 1))], times)
 
 
+def one_call_before_a_run() -> Calls:
+    """The very first call, in which graphs are captured, is a run by itself: what follows begins above it."""
+    shared = prompt(0)
+    yield from guided(0, [shared], TIMES[-1:])
+    yield from guided(1, [shared])
+
+
 def one_step_model() -> Calls:
     """Eight images in one step each, with a prompt each, all at the same timestep."""
     for image in range(8):
@@ -318,6 +325,7 @@ TOLD_APART: dict[Scenario, set[str] | None] = {
     one_call_with_a_batch: {"default"},
     batches_in_between: {"default"},
     image_to_image: {"default"},
+    one_call_before_a_run: {"default"},
     cancelled: None,
     contexts: {"cond", "uncond"},
     nested_contexts: {f"request-{request}/{name}" for request in (1, 2) for name in ("cond", "uncond")},
