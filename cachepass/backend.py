@@ -30,7 +30,14 @@ from . import _torch
 from .config import method_names
 from .errors import BatchError, CachepassError, hearing, warn
 from .frequency import Latents
-from .graph.annotate import LATENTS, MODEL_OUTPUT, annotate, annotate_entry, annotate_output, annotate_probe
+from .graph.annotate import (
+    annotate,
+    annotate_entry,
+    annotate_output,
+    annotate_probe,
+    annotate_probe_of_input,
+    annotate_probe_of_output,
+)
 from .graph.dump import dump
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
 from .graph.hoist import hoist, invariant_regions
@@ -41,7 +48,7 @@ from .graph.plan import make_plan
 from .graph.regions import find_regions
 from .graph.streams import resolve
 from .integrations.listening import listen
-from .methods import Skip, Target
+from .methods import Method, Skip, Target
 from .options import CompileOptions, is_declared, parse_options
 from .prepare import Prepared, prepare
 from .runtime.context import current_context, guidance_partner, hear
@@ -154,6 +161,7 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
         notes = (*notes, *resolve(full.gm, full.varying, probe is not None and probe.residual, full.context.fake_mode))
         dump("streams", full.gm.graph, full.names)
     traced = [full] if half is None else [full, half.traced]
+    _warn_of_ranks(full.gm.graph, method, prepared.probe is not None, options)
     if options.invariants and prepared.siblings is None:
         traced, once = _hoist(traced)
         skips = (*skips, *once)
@@ -185,13 +193,15 @@ def _annotate_streams(gm: fx.GraphModule, prepared: Prepared) -> None:
     if probe is None:
         return
     if probe.of_model:
-        annotate_probe(gm, MODEL_OUTPUT, returned(gm)[:1])
+        for value in returned(gm)[:1]:
+            annotate_probe_of_output(gm, value)
     elif probe.region is None:
-        annotate_probe(gm, LATENTS, [placeholders[i] for i in prepared.layout.latents[:1]])
-    elif probe.region.blocks:
-        annotate_probe(gm, probe.region.id, table.outputs[probe.region.id])
+        for i in prepared.layout.latents[:1]:
+            annotate_probe_of_input(gm, placeholders[i])
     else:
-        annotate_probe(gm, probe.region.id, table.outputs[probe.region.id][probe.output :][:1])
+        outputs = table.outputs[probe.region.id]
+        looked = outputs if probe.region.blocks else outputs[probe.output :][:1]
+        annotate_probe(gm, probe.region.id, looked, table)
 
 
 def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], varying: set[str],
@@ -279,6 +289,17 @@ def _build_half(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, o
     capture_half(gm, inputs, guidance, trace_half)
     logger.info("captured once more at half batch, for steps that skip the unconditional branch")
     return built[0]
+
+
+def _warn_of_ranks(graph: fx.Graph, method: Method, probes: bool, options: CompileOptions) -> None:
+    """Ranks that decide by what each of them measures may decide differently, and then wait for each other for ever."""
+    decides = probes and not method.measures and options.process_group is None
+    if decides and any(map(_torch.is_collective, graph.nodes)) and _torch.world_size() > 1:
+        warn(
+            "the model has collectives and the method decides by a distance that each rank measures by itself: ranks "
+            'may decide differently and wait for each other for ever. Give options["process_group"] = "world", or the '
+            "group of the ranks that run the model together", stacklevel=4,
+        )  # fmt: skip
 
 
 def _position(gm: fx.GraphModule, value: fx.Node) -> int:

@@ -62,6 +62,10 @@ class ConcurrencyError(CachepassError):
     """Two calls used the same state (model instance and cache context) at the same time."""
 
 
+class CaptureError(CachepassError):
+    """The caller captures a CUDA graph around the model: every replay would be the one step that was captured."""
+
+
 class NotCompiledError(CachepassError):
     """``summary`` was asked about a model that no ``cached_inductor`` program belongs to."""
 

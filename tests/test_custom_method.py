@@ -14,7 +14,9 @@ from small_models import calls, transformer
 
 import cachepass
 from cachepass.config import MethodConfig, cache_config, parse_cache
-from cachepass.methods import implements, make_method
+from cachepass.forecast import Forecast
+from cachepass.forecast.form import REUSE, ZEROS
+from cachepass.methods import Selection, Target, implements, make_method
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_method.py"
 sys.path.insert(0, str(EXAMPLE.parent))
@@ -140,3 +142,31 @@ def test_a_config_without_a_method(monkeypatch):
 
     with pytest.raises(cachepass.ConfigError, match=r"NobodyConfig: no method implements it"):
         cachepass.explain(transformer(), *calls(1)[0], cache=NobodyConfig())
+
+
+@pytest.mark.parametrize(("other", "says"), [
+    (Forecast("cubic", history=3), "line (2 outputs), blocks.1 has cubic (3 outputs)"),
+    (Forecast("reuse", history=1, constant_weights=(1.0,)), "blocks.1 has reuse (1 output)"),
+    (Forecast("own", history=2, recursive=True), "own (2 outputs, predictions too)"),
+    (Forecast("fitted", history=2, from_gram=True), "fitted (2 outputs, weights from what is kept)"),
+])  # fmt: skip
+def test_forecasts_of_a_group_keep_alike(monkeypatch, other, says):
+    """A group has one history: of two depths, one would read outputs that its weights are not for."""
+    forecast_blocks_by(monkeypatch, Forecast("line", history=2), other)
+    with pytest.raises(cachepass.ConfigError, match="group 'chebyshev': the forecasts of one group") as caught:
+        cachepass.explain(transformer(), *calls(1)[0], cache="chebyshev")
+    assert says in str(caught.value)
+
+
+def test_a_forecast_that_keeps_nothing_stands_in_any_group(monkeypatch):
+    forecast_blocks_by(monkeypatch, ZEROS, REUSE)
+    explanation = cachepass.explain(transformer(), *calls(1)[0], cache="chebyshev")
+    assert [cut.forecast for cut in explanation.plan.cuts] == [ZEROS, REUSE]
+
+
+def forecast_blocks_by(monkeypatch, *forecasts):
+    def select(_, regions, *__):
+        blocks = [region for region in regions if region.is_block]
+        return Selection(tuple(Target(b, "chebyshev", f) for b, f in zip(blocks, forecasts, strict=True)))
+
+    monkeypatch.setattr(Chebyshev, "select", select)

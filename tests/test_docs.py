@@ -40,7 +40,7 @@ def message_of(call: ast.Call) -> ast.expr | None:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name in {*ERRORS, "TypeError", "warn", "_warn"}:
         return call.args[0] if call.args else None
-    return call.args[1] if name == "fail" and len(call.args) > 1 else None
+    return call.args[1] if name in {"fail", "warn_once"} and len(call.args) > 1 else None
 
 
 def messages() -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from small_models import Attention
@@ -9,6 +11,7 @@ from torch import nn
 from zoo import ZOO, build, first_tensor, is_one_graph, relative_error, timestep_scale, trajectory
 
 import cachepass
+from cachepass.runtime.dispatch import LIVE
 from cachepass.runtime.live import programs_of
 from cachepass.testing import count_compiles
 
@@ -109,6 +112,85 @@ def test_a_change_within_a_run_is_seen(change):
     counting.step(latents(2), when(2), text)
     counting.step(latents(3), when(3), text)
     assert counting.computed == 2
+
+
+@pytest.mark.parametrize("change", ["swapped", "other data", "the same data elsewhere"])
+def test_memory_that_is_exchanged_is_seen(change):
+    """The same object with the same version, which lies somewhere else."""
+    counting = Counting(conditioned())
+    weight = counting.model.cross.kv.weight
+    counting.step(latents(0), when(0), TEXT)
+    counting.step(latents(1), when(1), TEXT)
+    assert counting.computed == 1 and not weakref.getweakrefs(weight)  # torch swaps no tensor that has one
+    kept = weight.data
+    if change == "swapped":
+        torch.utils.swap_tensors(weight, nn.Parameter(weight * 2, requires_grad=False))
+    else:
+        flat = torch.cat([kept.flatten(), kept.flatten() * 3])
+        weight.data = flat[: kept.numel()].view_as(kept)
+        if change == "other data":
+            weight.data = flat[kept.numel() :].view_as(kept)
+    counting.step(latents(2), when(2), TEXT)
+    assert counting.computed == 2
+    if change == "other data":  # within one storage
+        weight.data = flat[: kept.numel()].view_as(kept)
+        counting.step(latents(3), when(3), TEXT)
+        assert counting.computed == 3
+
+
+def test_a_parameter_at_the_address_of_one_that_is_gone_is_another_one():
+    counting = Counting(conditioned(), num_inference_steps=9)
+    places = set()
+    for step in range(8):
+        with torch.no_grad():
+            values = counting.model.project.weight * 1.5
+            counting.model.project.weight = None
+            counting.model.project.weight = nn.Parameter(values.clone(), requires_grad=False)
+        places.add(counting.model.project.weight.data_ptr())
+        del values
+        if step == 3:
+            with pytest.warns(cachepass.CachepassWarning, match="another tensor at every step"):
+                counting.step(latents(step), when(step % 5), TEXT)
+        else:
+            counting.step(latents(step), when(step % 5), TEXT)
+    assert counting.computed == 8 > len(places)
+
+
+@pytest.mark.parametrize("captured", ["a module", "a function"])
+def test_a_model_can_be_converted_by_swapping_its_tensors(captured):
+    """torch swaps only tensors that nothing refers to weakly."""
+    model = conditioned().eval().requires_grad_(False)
+    cache = {"method": "taylorseer", "cache_identifiers": ["cross"], "taylor_factors_dtype": None}
+    target = model if captured == "a module" else lambda *inputs: model(*inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(target, backend="cached_inductor", options={**OPTIONS, "cache": cache})
+    for step in range(2):
+        compiled(latents(step), when(step), TEXT)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    inputs = [value.double() for value in (latents(2), torch.ones(2), TEXT)]
+    torch.testing.assert_close(compiled(*inputs), model(*inputs))
+
+
+def test_models_that_a_function_calls_have_states_of_their_own():
+    """Also where one gets the ids of another one that is gone."""
+    holder = []
+    cache = {"method": "taylorseer", "cache_identifiers": [r".*cross"], "taylor_factors_dtype": None, "max_order": 0,
+             "disable_cache_before_step": 1, "cache_interval": 8}  # fmt: skip
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, t, text: holder[0](x, t, text), backend="cached_inductor",
+                             options={"cache": cache, "lowering": "eager", "num_inference_steps": 20})  # fmt: skip
+    for seed in range(5):
+        holder.clear()
+        torch.manual_seed(seed)
+        holder.append(Conditioned().eval().requires_grad_(False))
+        torch.testing.assert_close(compiled(latents(), when(0), TEXT), holder[0](latents(), when(0), TEXT))
+        compiled(latents(1), when(0), TEXT)
+    dispatcher = next(dispatcher for dispatcher in LIVE if dispatcher.program is not None)
+    assert len(dispatcher.instances) == 1  # the others are gone, with what they kept
 
 
 def test_a_write_through_data_is_seen_in_the_next_run():

@@ -6,6 +6,7 @@ import datetime
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import nn
 
-from cachepass import CacheConfig, FirstBlockCacheConfig, OptionError, _torch
+from cachepass import CacheConfig, CachepassWarning, FirstBlockCacheConfig, MagCacheConfig, OptionError, _torch
 from cachepass.forecast import Reuse
 from cachepass.graph.plan import Phase
 from cachepass.graph.specialize import up_to_decision
@@ -116,6 +117,31 @@ def test_a_group_is_a_process_group(given):
 def test_a_group_is_given_or_is_the_default_one(group):
     assert all(parse_options({"process_group": given}, None, set(), {"default": {}}).process_group is group
                for given in (group, "world"))  # fmt: skip
+
+
+@pytest.fixture
+def two_ranks():
+    """A process group that takes this process for the first of two, and whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize(("cache", "options", "warned"), [
+    (FirstBlockCacheConfig(threshold=0.05), {}, True),
+    (FirstBlockCacheConfig(threshold=0.05), {"process_group": "world"}, False),
+    (CacheConfig(cut=r"blocks\.1", schedule=Every(2), forecast=Reuse()), {}, False),
+    (MagCacheConfig(calibrate=True), {}, False),
+])  # fmt: skip
+def test_ranks_that_decide_each_by_itself_are_warned_of(cache, options, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CachepassWarning)
+        compiled(Pairs().eval().requires_grad_(False), cache, **options)(torch.randn(2, 4, 8), torch.full((2,), 900.0))
+    said = [str(w.message) for w in caught if "decide differently" in str(w.message)]
+    assert len(said) == warned and all('options["process_group"] = "world"' in message for message in said)
 
 
 # ---- collectives in the passes --------------------------------------------------------------------------------------

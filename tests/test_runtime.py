@@ -18,6 +18,7 @@ from zoo import relative_error
 import cachepass
 from cachepass import TaylorSeerCacheConfig, cache_context
 from cachepass.graph import plan
+from cachepass.methods import WHOLE, Route
 from cachepass.runtime.clock import Clock
 from cachepass.testing import count_compiles
 
@@ -275,6 +276,30 @@ def test_after_a_failed_step_the_schedule_may_move_on():
         model(steps[2][0], torch.full((2,), 801.0))
     reference = transformer()(*steps[3])
     torch.testing.assert_close(model(*steps[3]), reference, rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_that_the_caller_captures_is_refused(monkeypatch):
+    """It would repeat one step for ever. Where nothing is on CUDA, nobody asks."""
+    model, asked = compiled(transformer()), []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(asked.append(None)) or len(asked) == 2)
+    expected = run(model, 3)
+    assert not asked
+    cachepass.reset(model)
+    monkeypatch.setattr(_dispatcher(model).program, "on_cuda", True)
+    (x, timestep), *rest = calls(3)
+    results = [model(x, timestep)]
+    with pytest.raises(cachepass.CaptureError, match="would repeat this one step"):
+        model(*rest[0])
+    assert_same(results + [model(*call) for call in rest], expected)  # the refused call is no step
+
+
+def test_routes_have_programs_up_to_their_decisions():
+    model = compiled(transformer(), cachepass.FirstBlockCacheConfig(threshold=0.1))
+    run(model, 2)
+    program, other = _dispatcher(model).program, Route("other")
+    decisions = [program.compile_decision(route) for route in (WHOLE, other, WHOLE)]
+    assert [lowered.name for lowered in decisions] == ["decide", "other/decide", "decide"]
+    assert decisions[0] is decisions[2] and set(program.variants) >= {"decide", "other/decide"}
 
 
 def test_nan_of_a_diverged_run_does_not_reach_the_next():

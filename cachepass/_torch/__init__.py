@@ -3,7 +3,7 @@
 Nothing here knows what caching is. Whatever a new torch release renames is renamed in this package and nowhere else.
 """
 
-from .collectives import default_group, is_collective, is_process_group, is_wait, sum_over
+from .collectives import default_group, is_collective, is_process_group, is_wait, sum_over, world_size
 from .dynamo import (
     Frame,
     capture,
@@ -21,7 +21,6 @@ from .dynamo import (
     stops_at_break,
     trace_only,
 )
-from .identity import WeakStorage, is_rewritten, weak_storage
 from .inductor import (
     COND,
     FORCE_STRIDES,
@@ -43,6 +42,7 @@ from .inductor import (
     trace_artifact,
     unflatten,
 )
+from .memory import HeldStorage, addresses, has_trace, held_storage, is_rewritten, versions
 from .stack import (
     ModuleCall,
     calling_module,
@@ -54,9 +54,10 @@ __all__ = [
     "COND",
     "FORCE_STRIDES",
     "Frame",
+    "HeldStorage",
     "ModuleCall",
     "SavedContext",
-    "WeakStorage",
+    "addresses",
     "cache_folder",
     "calling_module",
     "calling_modules",
@@ -69,6 +70,8 @@ __all__ = [
     "fake_mode_of",
     "flatten",
     "flops",
+    "has_trace",
+    "held_storage",
     "inductor_keys",
     "inductor_modes",
     "input_index",
@@ -96,5 +99,6 @@ __all__ = [
     "trace_only",
     "traced_from",
     "unflatten",
-    "weak_storage",
+    "versions",
+    "world_size",
 ]

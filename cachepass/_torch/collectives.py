@@ -16,6 +16,11 @@ def default_group() -> Any:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
+def world_size() -> int:
+    """Ranks of the default group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def is_process_group(value: Any) -> bool:
     return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
@@ -37,4 +42,4 @@ def sum_over(value: torch.Tensor, group: Any) -> torch.Tensor:
     return functional.all_reduce(value, "sum", group)
 
 
-__all__ = ["default_group", "is_collective", "is_process_group", "is_wait", "sum_over"]
+__all__ = ["default_group", "is_collective", "is_process_group", "is_wait", "sum_over", "world_size"]

@@ -24,6 +24,7 @@ from torch import fx
 from torch.library import custom_op
 
 from ..methods import Skip, Target
+from .aliases import Aliases
 from .regions import RegionTable
 
 
@@ -118,16 +119,50 @@ def annotate_entry(gm: fx.GraphModule, region: str, table: RegionTable, own: Col
     return gm
 
 
-def annotate_probe(gm: fx.GraphModule, region: str, values: Sequence[fx.Node]) -> fx.GraphModule:
-    """Mark values at which a decision may look."""
+def annotate_probe(gm: fx.GraphModule, region: str, values: Sequence[fx.Node], table: RegionTable) -> fx.GraphModule:
+    """Mark outputs of a region at which a decision may look: at its end, where they are what its readers see."""
+    members = set(table.nodes[region])
+    anchor = table.nodes[region][-1]
     for value in values:
-        with gm.graph.inserting_before(_behind(value)):
-            marker = gm.graph.call_function(PROBE, (value, region))
-        marker.meta = {k: v for k, v in value.meta.items() if k in ("example_value", "nn_module_stack")}
-        value.replace_all_uses_with(marker, lambda user: user is not marker)  # noqa: B023
+        with gm.graph.inserting_after(anchor):
+            anchor = _marker(gm, value, region)
+        value.replace_all_uses_with(anchor, lambda user: user not in members and user is not anchor)  # noqa: B023
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def annotate_probe_of_input(gm: fx.GraphModule, value: fx.Node) -> fx.GraphModule:
+    """Mark one of the model's inputs, as the model is given it."""
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    with gm.graph.inserting_before(first):
+        marker = _marker(gm, value, LATENTS)
+        if not Aliases(gm).is_written(value):
+            value.replace_all_uses_with(marker, lambda user: user is not marker)
+        else:
+            # The caller sees these writes, so they must reach the input itself. The marker is written back, so that
+            # something reads it.
+            gm.graph.call_method("copy_", (value, marker)).meta = {"example_value": value.meta["example_value"]}
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def annotate_probe_of_output(gm: fx.GraphModule, value: fx.Node) -> fx.GraphModule:
+    """Mark a value that the model returns, as it is returned."""
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        marker = _marker(gm, value, MODEL_OUTPUT)
+    output.args = (fx.map_arg(output.args[0], lambda node: marker if node is value else node),)
+    gm.graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _marker(gm: fx.GraphModule, value: fx.Node, region: str) -> fx.Node:
+    marker = gm.graph.call_function(PROBE, (value, region))
+    marker.meta = {k: v for k, v in value.meta.items() if k in ("example_value", "nn_module_stack")}
+    return marker
 
 
 def _flows(value: fx.Node, own: Collection[fx.Node]) -> bool:
@@ -135,14 +170,6 @@ def _flows(value: fx.Node, own: Collection[fx.Node]) -> bool:
     example = value.meta.get("example_value")
     activation = value in own if value.op == "placeholder" else value.op != "get_attr"
     return activation and isinstance(example, torch.Tensor) and example.is_floating_point()
-
-
-def _behind(value: fx.Node) -> fx.Node:
-    """The node in front of which a marker of the value stands: behind all placeholders, if it is one of them."""
-    after = value.next
-    while after.op == "placeholder":
-        after = after.next
-    return after
 
 
 def annotate_output(gm: fx.GraphModule, values: Sequence[fx.Node]) -> fx.GraphModule:

@@ -18,12 +18,11 @@ from torch import fx
 
 from .. import _torch
 from ..methods import Region, Skip
+from .aliases import Aliases
 from .classify import RegionTable, classify
-from .nodes import target_name
 
 _TOKEN = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([A-Za-z_0-9]+)")
 _PLUMBING = {"__dict__", "_modules", "_parameters", "_buffers", "_orig_mod"}
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
 def dotted(source: str) -> str:
@@ -125,47 +124,6 @@ def unfit(region: Region, table: RegionTable, aliases: Aliases) -> str | None:
         return "it writes in place to memory that it did not make"
     if aliases.shared_and_written(outputs, nodes[0]):
         return "an output shares memory with an input, and that memory is written in place"
+    if aliases.shared_outputs_written(nodes, members):
+        return "two of its outputs share memory, and that memory is written in place behind it"
     return None
-
-
-class Aliases:
-    """In-place writes of a Dynamo graph, by the storage that they touch."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.first_node: dict[int, fx.Node] = {}
-        self.written: dict[fx.Node, int] = {}
-        for node in gm.graph.nodes:
-            storage = _storage(node)
-            if storage is not None:
-                self.first_node.setdefault(storage, node)
-            target = _written_argument(node)
-            if target is not None and (touched := _storage(target)) is not None:
-                self.written[node] = touched
-
-    def writes_outside(self, nodes: list[fx.Node], members: set[fx.Node]) -> bool:
-        return any(n in self.written and self.first_node[self.written[n]] not in members for n in nodes)
-
-    def shared_and_written(self, outputs: list[fx.Node], first: fx.Node) -> bool:
-        written = set(self.written.values())
-        for output in outputs:
-            storage = _storage(output)
-            if storage in written and storage is not None and self.first_node[storage] < first:
-                return True
-        return False
-
-
-def _storage(node: fx.Node) -> int | None:
-    value = node.meta.get("example_value")
-    return _torch.storage_of(value) if isinstance(value, torch.Tensor) else None
-
-
-def _written_argument(node: fx.Node) -> fx.Node | None:
-    """The tensor that a node writes in place, if it does."""
-    name = target_name(node)
-    in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-    in_place |= node.op == "call_function" and (
-        node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    )
-    out = node.kwargs.get("out")
-    target = out if isinstance(out, fx.Node) else node.args[0] if in_place and node.args else None
-    return target if isinstance(target, fx.Node) else None

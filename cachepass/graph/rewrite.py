@@ -28,7 +28,7 @@ from torch import fx
 from .. import _torch
 from ..methods import WHOLE, Route
 from .branches import make_cond
-from .emit import Emitter, alias_root, aten
+from .emit import EMITTED, Emitter, alias_root, aten
 from .liveness import base_of, cut_nodes, is_impure, output_nodes
 from .plan import CachePlan, Cut, OutputPlan
 from .probe import Decision, look, tag_prefix
@@ -75,7 +75,7 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
             base = base_of(marker)
             value = drop_marker(marker, emit)
             if route.keeps and cut.history:
-                with graph.inserting_before(graph.output_node()):
+                with graph.inserting_before(last_reads(graph)):
                     writes.append((cut, emit.residual(value, base)))
     barrier = {marker for group in regions.values() for marker, _ in group}
     for region, cuts in regions.items():
@@ -110,14 +110,28 @@ def _keep_probe(graph: fx.Graph, decision: Decision, added: StateInputs, emit: E
     role = added.roles[added.probe.name]
     outputs: list[Any] = list(end.args[0])  # pyright: ignore[reportArgumentType]
     told = Role("verdict" if returns else "distance", role.group)
-    if returns:
-        # A tensor that is another output or an input too would be overwritten by its owner: the host copies it.
-        end.args = ((*outputs, decision.value, decision.told),)
-        return Role("probe", role.group, slot="shared"), told
-    with graph.inserting_before(end):
+    with graph.inserting_before(last_reads(graph)):
+        if returns:
+            value, root = decision.value, alias_root(decision.value)
+            # A tensor that is another output or an input too would be overwritten by its owner: the host copies it.
+            # An input that the program itself writes is copied here, before it does.
+            written = any(_is_write_to_input(user) and user.args[0] is root for user in root.users)
+            end.args = ((*outputs, emit(aten.clone.default, value) if written else value, decision.told),)
+            return Role("probe", role.group, slot="shared"), told
         emit(aten.copy_.default, added.probe, decision.value)
     end.args = ((*outputs, decision.told),)
     return (told,)
+
+
+def last_reads(graph: fx.Graph) -> fx.Node:
+    """The node in front of which every input is still what the model was given: AOTAutograd writes those that the model
+    writes in place at the graph's end."""
+    return next(node for node in graph.nodes if node.op == "output" or _is_write_to_input(node))
+
+
+def _is_write_to_input(node: fx.Node) -> bool:
+    """What the model writes, not what is kept."""
+    return node.target is aten.copy_.default and not node.name.startswith(EMITTED)
 
 
 def drop_unread(graph: fx.Graph, roles: dict[str, Role]) -> dict[str, Role]:
@@ -162,7 +176,7 @@ def drop_marker(marker: fx.Node, emit: Emitter) -> fx.Node:
 
 def _write_slots(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], plan: CachePlan, added: StateInputs,
                  emit: Emitter) -> None:  # fmt: skip
-    with graph.inserting_before(graph.output_node()):
+    with graph.inserting_before(last_reads(graph)):
         for cut, value in writes:
             kept = _conditional_half(cut, value, plan.output, emit) if plan.output is not None else value
             emit(aten.copy_.default, added.next[cut.index], emit.to(kept, cut.slot_dtype))

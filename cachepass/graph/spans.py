@@ -12,7 +12,9 @@ from torch import fx
 
 from ..errors import NoMatchError, listing
 from ..methods import Region
-from .regions import Aliases, RegionTable, is_floating, unfit
+from .aliases import Aliases
+from .classify import RegionTable
+from .regions import is_floating, unfit
 
 
 def add_span(gm: fx.GraphModule, table: RegionTable, region: Region) -> None:
@@ -39,7 +41,10 @@ def add_span(gm: fx.GraphModule, table: RegionTable, region: Region) -> None:
     if not table.outputs[region.id]:
         raise NoMatchError("no floating-point tensor leaves these blocks", where=region.id,
                            hint=f"blocks: {listing(region.blocks)}")  # fmt: skip
-    reason = unfit(region, table, Aliases(gm))
+    aliases = Aliases(gm)
+    reason = unfit(region, table, aliases)
+    if reason is None and aliases.entered_and_written(table.nodes[region.id], members):
+        reason = "what enters them is written in place between them"
     if reason is not None:
         raise NoMatchError(f"these blocks cannot be left out: {reason}", where=region.id,
                            hint="choose others, or forecast modules inside of them")  # fmt: skip

@@ -109,6 +109,7 @@ def all_phases(canonical: Canonical, name: str) -> Variant:
             env[node] = graph.node_copy(node, lambda n: held.get(n, env[n]))
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
+    _own_outputs(graph, canonical.roles, emit, kept=len(canonical.kept))
     graph.lint()
     roles = tuple(canonical.roles.values())
     return Variant(name, fx.GraphModule(canonical.gm, graph), roles, kept=canonical.kept)
@@ -150,13 +151,41 @@ def _is_branch(node: fx.Node) -> bool:
     return node.op == "get_attr" and bool(node.users) and all(u.target is _torch.COND for u in node.users)
 
 
-def _own_outputs(graph: fx.Graph, roles: dict[str, Role], emit: Emitter) -> None:
-    """An output that is a slot's memory is copied: the caller keeps it, the slot will be overwritten."""
+def _own_outputs(graph: fx.Graph, roles: dict[str, Role], emit: Emitter, kept: int = 0) -> None:
+    """An output that is a slot's memory is copied: the caller keeps it, and may write to it. The last ``kept`` outputs
+    go to the host, which copies them itself.
+
+    Outputs that share a slot share the copy, as they share memory in the model.
+    """
     output = graph.output_node()
+    returned = tuple(output.args[0])  # pyright: ignore[reportArgumentType]
+    count = len(returned) - kept
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def own(value: fx.Node) -> fx.Node:
+        """The value as a view of the slot's copy."""
+        if value not in copies:
+            if value.op == "placeholder":
+                copies[value] = emit(aten.clone.default, value)
+            else:
+                copies[value] = graph.node_copy(value, lambda node: own(node) if _is_of_slot(node, roles) else node)
+        return copies[value]
+
+    slots = [alias_root(value) for value in returned[:count] if _is_of_slot(value, roles)]
     with graph.inserting_before(output):
+        owned = []
+        for value in returned[:count]:
+            if not _is_of_slot(value, roles):
+                owned.append(value)
+            elif slots.count(alias_root(value)) == 1:  # of a slot that is read in part, no more is copied
+                owned.append(emit(aten.clone.default, value))
+            else:
+                owned.append(own(value))
+        output.args = ((*owned, *returned[count:]),)
 
-        def own(value: fx.Node) -> fx.Node:
-            is_slot = isinstance(value.meta.get("val"), torch.Tensor) and alias_root(value).name in roles
-            return emit(aten.clone.default, value) if is_slot else value
 
-        output.args = (fx.map_arg(output.args[0], own),)
+def _is_of_slot(value: object, roles: dict[str, Role]) -> bool:
+    """A tensor that lies in memory which is kept."""
+    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), (torch.Tensor, tuple, list)):
+        return False
+    return alias_root(value).name in roles

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import NoMatchError, listing
+from ..errors import ConfigError, NoMatchError, listing
 from ..forecast import Forecast
 from ..frequency import Latents
 from ..schedule import Past, Step, Threshold
@@ -119,12 +119,40 @@ class Probe:
 
 @dataclass(frozen=True)
 class Selection:
-    """A method's choice among the regions of a graph."""
+    """A method's choice among the regions of a graph.
+
+    Raises:
+        ConfigError: Forecasts of one group keep their outputs differently. A group has one history, which says when
+            outputs were kept and how many of them count, and one list of weights; so forecasts of two depths would read
+            outputs that are others than the weights are for. Those that keep nothing agree with all.
+    """
 
     targets: tuple[Target, ...]
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
     probe: Probe | None = None
+
+    def __post_init__(self) -> None:
+        first: dict[str, Target] = {}
+        for target in self.targets:
+            if target.forecast.history == 0:
+                continue
+            known = first.setdefault(target.group, target)
+            if _keeping(known.forecast) != _keeping(target.forecast):
+                raise ConfigError(
+                    f"the forecasts of one group keep their outputs alike: {known.region.id} has {known.forecast} "
+                    f"({_keeping(known.forecast)}), {target.region.id} has {target.forecast} "
+                    f"({_keeping(target.forecast)})", where=f"group {target.group!r}",
+                    hint="give each of them a group of its own",
+                )  # fmt: skip
+
+
+def _keeping(forecast: Forecast) -> str:
+    """How a forecast's outputs are kept and weighed, in words."""
+    flags = {"predictions too": forecast.recursive, "weights per region": forecast.per_region,
+             "weights from what is kept": forecast.from_gram}  # fmt: skip
+    outputs = f"{forecast.history} output{'s' if forecast.history > 1 else ''}"
+    return ", ".join((outputs, *(flag for flag, given in flags.items() if given)))
 
 
 NO_PAST = Past()

@@ -9,7 +9,6 @@ the calls of modules that it runs in or, where a function was captured, from the
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -24,10 +23,11 @@ from ..graph.probe import numbers_of
 from ..methods import PLAIN, Method, Route, Step
 from ..options import CompileOptions
 from .calls import Model
+from .capture import refuse_capture
 from .decide import allows, asks
 from .evidence import Given
 from .guidance import partner_of, route_in
-from .instance import HalfRun, InputLayout, Instance, Part
+from .instance import HalfRun, InputLayout, Instance, Instances, Part
 from .invariants import InvariantState
 from .program import CurrentCall, Pending, Program, StepCall
 from .reach import WARMING
@@ -47,7 +47,7 @@ class Dispatcher:
         self.method, self.options, self.layout, self.part = method, options, layout, part
         self.root = None if root is None else weakref.ref(root)
         self._root_type = None if root is None else type(root)  # the graph may outlive the module it was captured of
-        self.instances: dict[tuple[int, ...], Instance] = {}
+        self.instances = Instances()
         self.program: Program | None = None  # set by the backend while the graph is compiled; None: nothing is cached
         self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
         self.compiled: Callable[..., Any] | None = None
@@ -56,7 +56,6 @@ class Dispatcher:
         self.current = CurrentCall()
         self.warnings: list[str] = []  # of its capture, and of calls outside of the model
         self._layouts: dict[tuple[int, ...], tuple[Hashable, Callable[[object], int]]] = {}
-        self._lock = threading.Lock()
         self._warned = False
         LIVE.add(self)
 
@@ -64,6 +63,7 @@ class Dispatcher:
 
     def __call__(self, *inputs: Any) -> Any:
         assert self.compiled is not None
+        refuse_capture(self.program)
         if self.part is not None and self.program is None and not self.idle_groups:
             return self.compiled(*inputs)  # nothing in it is cached
         instance = self._instance_of_part() if self.part is not None else self._instance(inputs)
@@ -254,16 +254,16 @@ class Dispatcher:
             return instance
         # The module is not on the stack: a function was captured. Then all parameters tell.
         key = tuple(id(inputs[i]) for i in self.layout.identity)
+        held = inputs[self.layout.identity[0]] if self.layout.identity else None
         instance = self.instances.get(key)
-        if instance is None:
-            held = inputs[self.layout.identity[0]] if self.layout.identity else None
+        if instance is None or not instance.is_at(held):
             module = self._holder(held, called)
             model = model_of(module, self.method, self.options)
             # Parameters may have been replaced (offloading does): the module is the same instance as before.
             known = next((i for i in self.instances.values() if module is not None and i.model is model), None)
             instance = known or Instance(model, None if module is None else weakref.ref(module))
             by_module = module is called and module is not None
-            instance = self._add(own if by_module else key, instance, module if by_module else held)
+            instance = self.instances.add(own if by_module else key, instance, module if by_module else held)
         return instance
 
     def _instance_of_part(self) -> Instance:
@@ -285,15 +285,7 @@ class Dispatcher:
                 model.found(siblings.under(prefix))
                 groups = siblings.groups(prefix, self.part.targets)
                 instance = Instance(model, weakref.ref(module), prefix, groups)
-            instance = self._add(key, instance, module)
-        return instance
-
-    def _add(self, key: tuple[int, ...], instance: Instance, held: object) -> Instance:
-        with self._lock:
-            instance = self.instances.setdefault(key, instance)
-        if held is not None:
-            # The key is made of ids, which are given anew when what has them is gone: so must the state be.
-            weakref.finalize(held, _forget_instance, weakref.ref(self), key)
+            instance = self.instances.add(key, instance, module)
         return instance
 
     def _holder(self, held: torch.Tensor | None, called: torch.nn.Module | None) -> torch.nn.Module | None:
@@ -365,9 +357,7 @@ class Dispatcher:
 
     def forget(self, instance: Instance) -> None:
         """A module that is not called as this instance any more: called again, it is a new one."""
-        with self._lock:
-            for key in [key for key, known in self.instances.items() if known is instance]:
-                del self.instances[key]
+        self.instances.forget(instance)
 
     def modules(self, instance: Instance) -> list[str]:
         """Paths of the modules that are cut in an instance."""
@@ -392,9 +382,3 @@ class Dispatcher:
             return bool(key) and self.part is None and set(key) <= own
 
         return list(dict.fromkeys(i for key, i in self.instances.items() if belongs(key, i)))
-
-
-def _forget_instance(dispatcher: weakref.ref[Dispatcher], key: tuple[int, ...]) -> None:
-    holder = dispatcher()
-    if holder is not None:
-        holder.instances.pop(key, None)

@@ -35,7 +35,7 @@ class Seen:
             self._number = value.tolist()  # a number of the caller's
         elif not _torch.is_rewritten(value):
             self._tensor, self._version = weakref.ref(value), _version(value)
-            self._storage, self._form = _torch.weak_storage(value), _form(value)
+            self._storage, self._form = _torch.held_storage(value), _form(value)
 
     def is_same(self, value: Any) -> bool:
         if self._tensor() is value:
@@ -55,7 +55,7 @@ class Seen:
     @property
     def is_gone(self) -> bool:
         """It was a tensor, and nobody can give it again."""
-        return self._storage is not None and self._storage.is_gone
+        return self._storage is not None and self._storage.expired()
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -1,58 +1,80 @@
 """Invariants: the values that one graph keeps for a run, and the proof that they still hold.
 
-A kept value holds while every input that it depends on is the tensor that it was: the same object (or a view of the
-same memory in the same form) with the same version counter, which every write to a tensor raises. In the first step of
-a run all are computed anew, so writes through ``.data``, which leave no trace, are seen there. Inputs that the user
-declared (``options["invariant_inputs"]``) are not compared within a run.
+A kept value holds while every input that it depends on is what it was: the same place in the same storage, with the
+same version counter, which every write to a tensor raises. Storages are held weakly, so that none gets the address of
+one that is gone (``_torch/memory.py``); no tensor is, because torch cannot swap tensors that are weakly referenced. In
+the first step of a run all are computed anew, so writes through ``.data``, which leave no trace, are seen there. Inputs
+that the user declared (``options["invariant_inputs"]``) are not compared within a run.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
+from .. import _torch
 from ..graph.hoist import Hoisted
 from .state import allocate
 
 
 class _Seen:
-    """A tensor as it was when values were computed of it."""
+    """Inputs as they were when values were computed of them.
 
-    __slots__ = ("base", "form", "index", "tensor", "value", "version")
+    ``resized`` are those whose sizes may differ from call to call: of all others Dynamo has checked them. A tensor
+    that leaves no trace of being written to is never the same.
+    """
 
-    def __init__(self, index: int, value: Any) -> None:
-        self.index = index
-        self.tensor: Callable[[], Any] = _nothing
-        self.value = self.version = self.base = self.form = None
-        if not isinstance(value, torch.Tensor):
-            self.value = value
-        elif value.ndim == 0 and value.device.type == "cpu":
-            self.value = value.item()  # a number of the caller's
-        elif not value.is_inference():  # an inference tensor leaves no trace of being written to: never the same
-            self.tensor, self.version = weakref.ref(value), value._version
-            # Views made anew at every call (the conditional half of a batch) are known by what they are views of.
-            if value._base is not None:
-                self.base, self.form = weakref.ref(value._base), _form(value)
+    def __init__(self, checked: Sequence[int], inputs: Sequence[Any], resized: Collection[int]) -> None:
+        self._numbers = {i: inputs[i] for i in checked if not isinstance(inputs[i], torch.Tensor)}
+        self._numbers |= {i: inputs[i].item() for i in checked if i not in self._numbers and _is_number(inputs[i])}
+        given = {i: inputs[i] for i in checked if i not in self._numbers}
+        self._traceless = next((i for i, tensor in given.items() if not _torch.has_trace(tensor)), None)
+        if self._traceless is not None:
+            return
+        self._tensors = tuple(given)
+        tensors = list(given.values())
+        self._held = [_torch.HeldStorage(tensor) for tensor in tensors]
+        self._addresses = [held.address for held in self._held]
+        self._versions = _torch.versions(tensors)
+        self._offsets = [tensor.storage_offset() for tensor in tensors]
+        self._forms = {i: _form(inputs[i]) for i in self._tensors if i in resized}
 
-    def is_same(self, value: Any) -> bool:
-        if self.value is not None:
-            return self.value == (value.item() if isinstance(value, torch.Tensor) else value)
-        if self.version is None or value.is_inference() or value._version != self.version:
+    def change(self, inputs: Sequence[Any]) -> int | None:
+        """The first input that is not what it was. Asked at every step, of hundreds of parameters."""
+        if self._traceless is not None:
+            return self._traceless
+        tensors = [inputs[i] for i in self._tensors]
+        try:
+            same = _torch.addresses(tensors) == self._addresses and _torch.versions(tensors) == self._versions
+        except RuntimeError:  # one of them leaves no trace now
+            same = False
+        if not same or [tensor.storage_offset() for tensor in tensors] != self._offsets:
+            return next(i for k, i in enumerate(self._tensors) if not self._is_same(k, inputs[i]))
+        for i, form in self._forms.items():
+            if _form(inputs[i]) != form:
+                return i
+        for i, number in self._numbers.items():
+            value = inputs[i]
+            if (value.item() if isinstance(value, torch.Tensor) else value) != number:
+                return i
+        return None
+
+    def _is_same(self, k: int, tensor: torch.Tensor) -> bool:
+        if not _torch.has_trace(tensor):
             return False
-        if self.tensor() is value:
-            return True
-        return self.base is not None and self.base() is value._base and self.form == _form(value)
+        found = _torch.addresses([tensor]), _torch.versions([tensor]), tensor.storage_offset()
+        return found == ([self._addresses[k]], [self._versions[k]], self._offsets[k])
 
 
-def _nothing() -> None:
-    return None
+def _is_number(tensor: torch.Tensor) -> bool:
+    """A number of the caller's, which Dynamo makes a new tensor of at every call."""
+    return tensor.ndim == 0 and tensor.device.type == "cpu"
 
 
 def _form(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+    return tensor.shape, tensor.stride()
 
 
 class InvariantState:
@@ -72,7 +94,9 @@ class InvariantState:
         self.computed = self.changes = 0
         self.stamp = 0  # of the last step that used it
         self.changed: int | None = None
-        self._seen: list[_Seen] | None = None
+        placeholders = hoisted.once.graph.find_nodes(op="placeholder")
+        self._resized = {i for i in self._checked if _is_symbolic(placeholders[i].meta.get("val"))}
+        self._seen: _Seen | None = None
         self.epoch = -1
         self._sizes: tuple[int, ...] = ()
 
@@ -91,22 +115,18 @@ class InvariantState:
             self._sizes, self._seen = sizes, None
         self.changed = None
         if epoch == self.epoch and self._seen is not None:
-            self.changed = self._find_change(inputs)
+            self.changed = self._seen.change(inputs)
             if self.changed is None:
                 self.changes = 0
                 return
         self.changes = 0 if self.changed is None else self.changes + 1
         self._seen = None  # until they are all written
         run([*inputs, *(self.slots[slot.name] for slot in self.hoisted.slots)])
-        self._seen = [_Seen(index, inputs[index]) for index in self._checked]
+        self._seen = _Seen(self._checked, inputs, self._resized)
         self.epoch = epoch
         self.computed += 1
 
-    def _find_change(self, inputs: Sequence[Any]) -> int | None:
-        """The first input that is not what it was. Asked at every step, of hundreds of parameters."""
-        assert self._seen is not None
-        for seen in self._seen:
-            value = inputs[seen.index]
-            if (seen.tensor() is not value or value._version != seen.version) and not seen.is_same(value):
-                return seen.index
-        return None
+
+def _is_symbolic(value: object) -> bool:
+    sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else ()
+    return any(isinstance(size, torch.SymInt) for size in sizes)

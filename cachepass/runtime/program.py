@@ -120,6 +120,7 @@ class Program:
 
     def __init__(self, full: Traced, half: Traced | None, plan: CachePlan, lowering: str) -> None:
         self.full, self.half, self.plan, self.lowering = full, half, plan, lowering
+        self.on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in full.inputs)
         self.variants: dict[str, LoweredVariant] = {}
         self.warnings: list[str] = []
         self._canonical: dict[Route, Canonical] = {}
@@ -216,11 +217,12 @@ class Program:
         return float(quotient(total.cpu()))
 
     def compile_decision(self, route: Route) -> LoweredVariant:
-        """The program up to the decision, compiled once."""
+        """The program up to the decision of a route, compiled once."""
+        name = "/".join(part for part in (route.name, "decide") if part)
         with self._lock:
-            if "decide" not in self.variants:
-                self._lower(up_to_decision(self.canonical(route), "decide"), self.traced(route))
-            return self.variants["decide"]
+            if name not in self.variants:
+                self._lower(up_to_decision(self.canonical(route), name), self.traced(route))
+            return self.variants[name]
 
     def _take(self, roles: Sequence[Role], values: Sequence[Any], call: StepCall) -> None:
         """What a program returned beside the model's outputs: values to keep, and the decision that it took."""
