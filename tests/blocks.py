@@ -28,7 +28,7 @@ class BlockCache:
         self.skipped, self.streak, self.distances, self.measured = 0, 0, [], 0.0
         self.computed, self.seen = [], []
 
-    def __call__(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, *conditioning: object) -> torch.Tensor:
         model, now = self.model, float(timestep[0])
         if self.schedule.refreshes(self.step):
             computed, seen, step = self.computed, self.seen, self.step
@@ -37,7 +37,7 @@ class BlockCache:
             self.computed, self.seen, self.step, self.kept = computed, seen, step, kept
         value = x
         for block in model.blocks[: self.first]:
-            value = block(value, timestep)
+            value = block(value, timestep, *conditioning)
         probe = model.blocks[0].norm(x) if self.modulated else value - x if self.first else value
         predict, distance = self._decide(Step(self.step, now), probe)
         base = value
@@ -45,10 +45,10 @@ class BlockCache:
             value = self._predicted(now) + (base if self.residual else 0)
         else:
             for block in model.blocks[self.first : self.end]:
-                value = block(value, timestep)
+                value = block(value, timestep, *conditioning)
             self.history.insert(0, (self.step, now, value - base if self.residual else value))
         for block in model.blocks[self.end :]:
-            value = block(value, timestep)
+            value = block(value, timestep, *conditioning)
         self._note(predict, distance, probe)
         return model.proj_out(value)
 

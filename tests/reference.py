@@ -69,13 +69,18 @@ class State:
 
 
 class Reference:
-    """A model whose named modules are forecast. ``model(x, timestep)`` as the compiled one is called."""
+    """A model whose named modules are forecast. ``model(x, timestep, ...)`` as the compiled one is called.
+
+    ``predicted``: calls so far in which a module was forecast.
+    """
 
     def __init__(self, model: torch.nn.Module, method: Any, paths: list[str]) -> None:
         self.model, self.method = model, method
         self.states: dict[object, State] = {}
         self.state, self.timestep = State(), 0.0
         self.calls: dict[str, int] = {}
+        self.structures: dict[tuple[str, int], Any] = {}
+        self.predicted, self._forecast = 0, False
         for path in paths:
             module = model.get_submodule(path)
             module.forward = self._cached(path, module.forward)
@@ -86,6 +91,7 @@ class Reference:
             self.calls[path] = occurrence + 1
             outputs = self.state.kept.setdefault((path, occurrence), [])
             if outputs and self.method.predicts(self.state.step, self.timestep):
+                self._forecast = True
                 # Only tensors are forecast, so the structure of what the module returns is that of a computed step.
                 leaves, spec = pytree.tree_flatten(self.structures[path, occurrence])
                 return pytree.tree_unflatten(self.method.forecast(outputs, self.state.step), spec)
@@ -97,17 +103,18 @@ class Reference:
 
         return call
 
-    structures: dict[tuple[str, int], Any]
+    def __call__(self, context: str, x: torch.Tensor, timestep: torch.Tensor, *conditioning: Any) -> torch.Tensor:
+        return self.step((context, tuple(x.shape)), float(timestep.max()), x, timestep, *conditioning)
 
-    def __call__(self, context: str, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        now = float(timestep.max())
-        self.structures = getattr(self, "structures", {})
-        state = self.states.setdefault((context, tuple(x.shape)), State())
+    def step(self, key: object, now: float, *args: Any, **kwargs: Any) -> Any:
+        """A call of the model, at the timestep ``now``: a step of the run of ``key``."""
+        state = self.states.setdefault(key, State())
         if state.last is not None and now > state.last:
             state.step, state.kept = 0, {}
-        self.state, self.timestep, self.calls = state, now, {}
-        result = self.model(x, timestep)
+        self.state, self.timestep, self.calls, self._forecast = state, now, {}, False
+        result = self.model(*args, **kwargs)
         state.step, state.last = state.step + 1, now
+        self.predicted += self._forecast
         return result
 
     def reset(self) -> None:

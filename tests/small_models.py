@@ -68,3 +68,33 @@ def calls(steps: int, seed: int = 3, batch: int = 2, width: int = 8) -> list[tup
         (x * (1 - 0.04 * s) + 0.05 * torch.randn(x.shape, generator=generator), torch.full((batch,), 900.0 - 70 * s))
         for s in range(steps)
     ]
+
+
+class GuidedBlock(Block):
+    """``perturbed``: with half of its self-attention, as guidance by a worse model calls it."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None,
+                perturbed: bool = False) -> torch.Tensor:  # fmt: skip
+        if not perturbed:
+            return super().forward(x, timestep, context)
+        assert self.cross is not None
+        x = x + 0.5 * self.attn(self.norm(x)) * torch.cos(timestep / 1000).view(-1, 1, 1)
+        x = x + self.cross(x, context)
+        return x + self.ff(x)
+
+
+class Guided(Transformer):
+    """A denoiser as guidance calls it: with a prompt's embeddings and a flag, several times per step."""
+
+    def __init__(self, depth: int = 2, width: int = 8) -> None:
+        super().__init__(0, width)
+        self.blocks = nn.ModuleList([GuidedBlock(width, cross=True) for _ in range(depth)])
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor,
+                perturbed: bool = False) -> torch.Tensor:  # fmt: skip
+        for block in self.blocks[:-1]:
+            x = block(x, timestep, context, perturbed)
+        return self.proj_out(self.blocks[-1](self.between(x), timestep, context, perturbed))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x
