@@ -56,6 +56,7 @@ class Model:
         self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
         self._trajectories: dict[tuple[int | None, str], Trajectories] = {}
         self._habits = Habits()
+        self._unseen: Call | None = None  # the call in which the model was first captured: hooks see no end of it
         self._local = threading.local()
         self._lock = threading.RLock()
         self._hooks: tuple[Any, ...] = ()
@@ -113,6 +114,13 @@ class Model:
         given.step_index = said.step_index
         given.schedule = schedule_of(call.timestep) if said.schedule is None else said.schedule
         with self._lock:
+            unseen = self._unseen
+            if unseen is not None and unseen.thread == call.thread:
+                # The model is called anew, so that call is over; it failed if this one repeats it.
+                self._unseen = None
+                self.finish(unseen, succeeded=not trajectories.repeats(unseen, call, given))
+            if not call.hooked:
+                self._unseen = call
             run = call.run = trajectories.find(call, given, timestep)
             if run is not None:
                 if run.schedule is None or run.schedule() is not given.schedule:
@@ -165,9 +173,7 @@ class Model:
         if previous is not None and not previous.finished:
             if previous.hooked and previous.thread != call.thread:
                 raise run.in_use()
-            # The end of the first call could not be seen: it failed if this one repeats it.
-            repeated = timestep is not None and timestep == run.timestep
-            self.finish(previous, succeeded=not previous.hooked and not repeated)
+            self.finish(previous, succeeded=not previous.hooked)
         call.joined = True
         run.call, run.timestep, run.failed = call, timestep, False
         run.stamp = next(_stamps)

@@ -123,6 +123,7 @@ class Program:
         self.on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in full.inputs)
         self.variants: dict[str, LoweredVariant] = {}
         self.warnings: list[str] = []
+        self._restless: set[str] = set()  # inputs that were warned of
         self._canonical: dict[Route, Canonical] = {}
         self._flops: dict[Phase, int] = {}
         self._by_phase: dict[tuple[Route, tuple[str, ...]], LoweredVariant] = {}
@@ -275,13 +276,15 @@ class Program:
 
     def _warn_restless(self, traced: Traced, index: int) -> None:
         placeholder = traced.gm.graph.find_nodes(op="placeholder")[index]
-        name = traced.names.get(placeholder.name, placeholder.name)
-        warn(
-            f"the input {name} is another tensor at every step, so what depends on it alone is computed every time: "
-            "give the same tensor object in all steps of a run, or (if its values stay the same) name it in "
-            'options["invariant_inputs"], or switch this off with options["invariants"] = False',
-            self.warnings, stacklevel=2,
-        )  # fmt: skip
+        name = traced.names.get(str(placeholder.name), str(placeholder.name))
+        if name not in self._restless:
+            self._restless.add(name)
+            warn(
+                f"the input {name} is another tensor at every step, so what depends on it alone is computed each time: "
+                "give the same tensor object in all steps of a run, or (if its values stay the same) name it in "
+                'options["invariant_inputs"], or switch this off with options["invariants"] = False',
+                self.warnings, stacklevel=2,
+            )  # fmt: skip
 
     def compile(self, phase: Phase) -> LoweredVariant:
         """The lowered variant of a phase, compiled once. The cond lowering has one for all phases of a route."""

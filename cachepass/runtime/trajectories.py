@@ -108,8 +108,6 @@ class Trajectories:
         """Where no such run waits: the one that is meant, or a new one."""
         known = [run for run in self.runs if kind in run.memories]
         same = [run for run in known if run.memories[kind].is_same(given)]
-        if same and self._repeats(same[0], given, kind):
-            return same[0]
         waiting = [run for run in self._alike(known, kind, given) if not run.had(timestep, given, kind)]
         if waiting and timestep is None:
             return None
@@ -121,11 +119,11 @@ class Trajectories:
         run = None if known else self._of_another_batch_size(kind, given, timestep)
         return run or self._begin(kind, given, timestep)
 
-    def _repeats(self, run: Run, given: Given, kind: Hashable) -> bool:
-        """The last call of all was the same one, and its end could not be seen: it failed."""
-        call = run.call
-        unseen = run is self._previous and call is not None and not call.hooked and not call.finished
-        return unseen and run.memories[kind].repeats_latents(given)
+    def repeats(self, unseen: Call, call: Call, given: Given) -> bool:
+        """A call is the last of all once more, with the same latents."""
+        run = unseen.run
+        memory = None if run is None or run is not self._previous else run.memories.get(call.kind)
+        return memory is not None and memory.is_same(given) and memory.repeats_latents(given)
 
     @staticmethod
     def _evaluates_again(run: Run, given: Given, kind: Hashable) -> bool:
