@@ -156,6 +156,46 @@ def test_a_parameter_at_the_address_of_one_that_is_gone_is_another_one():
     assert counting.computed == 8 > len(places)
 
 
+def test_an_adapter_that_is_swapped_in_place_is_seen():
+    """PEFT writes the weights through ``.data``."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["kv"], init_lora_weights=False)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(peft.inject_adapter_in_model(config, conditioned()))
+    other = {name: value for name, value in models[1].state_dict().items() if "lora_" in name}
+    counting = Counting(models[0], num_inference_steps=9)
+    for step in range(2):
+        counting.step(latents(step), when(step), TEXT)
+    assert counting.computed == 1
+    versions = [parameter._version for parameter in models[0].parameters()]
+
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    hotswap_adapter_from_state_dict(models[0], other, "default", config)
+    assert [parameter._version for parameter in models[0].parameters()] == versions
+    for step in range(2, 4):
+        counting.step(latents(step), when(step), TEXT)
+    assert counting.computed == 2
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+def test_what_a_replayed_graph_returns_is_never_the_same(viewed):
+    """The same tensor each time, whose version does not rise: as Inductor marks the outputs of its CUDA graphs."""
+    counting, text = Counting(conditioned(), num_inference_steps=9), TEXT.clone()
+    torch._C._set_cached_tensors_enabled(True)
+    torch._C._add_cached_tensor(text)
+    try:
+        for step in range(3):
+            text.data.mul_(2.0)  # as a replay writes it
+            counting.step(latents(step), when(step), text[:] if viewed else text)
+    finally:
+        torch._C._remove_cached_tensor(text)
+        torch._C._set_cached_tensors_enabled(False)
+    assert counting.computed == 3
+
+
 @pytest.mark.parametrize("captured", ["a module", "a function"])
 def test_a_model_can_be_converted_by_swapping_its_tensors(captured):
     """torch swaps only tensors that nothing refers to weakly."""

@@ -49,14 +49,20 @@ def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 
 def has_trace(tensor: torch.Tensor) -> bool:
-    """Writes to a tensor can be told from its version and its storage."""
-    if tensor.is_inference():
+    """Writes to a tensor can be told from its version and its storage. Not to one that a replayed CUDA graph returns:
+    Inductor gives the same tensor each time, and the graph writes it without raising its version."""
+    if tensor.is_inference() or any(t is not None and _is_graph_output(t) for t in (tensor, tensor._base)):
         return False
     try:
         tensor.untyped_storage()
     except (RuntimeError, NotImplementedError):  # sparse, or of another library's memory
         return False
     return True
+
+
+def _is_graph_output(tensor: torch.Tensor) -> bool:
+    known = getattr(torch._C, "_is_cached_tensor", None)
+    return known is not None and known(tensor)
 
 
 __all__ = ["HeldStorage", "addresses", "has_trace", "versions"]

@@ -59,7 +59,7 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
     parse_options(given, None, _torch.inductor_keys(), _torch.inductor_modes())
     modules = _denoisers(target)
     for name, module in modules.items():
-        if _STATE in module.__dict__ or getattr(module, "is_cache_enabled", False):
+        if module.__dict__.get(_STATE) is not None or getattr(module, "is_cache_enabled", False):
             raise ConfigError("a cache is on already", where=name, hint="call disable_cache first")
         if not _places(module):
             raise ConfigError(f"its forward was replaced by {module.forward}", where=name,
@@ -70,7 +70,7 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
                                  options=given)  # fmt: skip
         _replace(module, _forward(compiled, type(module).forward, enabled))
         for attribute, function in (("cache_context", _cache_context), ("_reset_stateful_cache", _end_of_run)):
-            module.__dict__[attribute] = types.MethodType(function, module)
+            module.__dict__[attribute] = _bound(function, attribute, module)
         module.__dict__[_STATE] = enabled
 
 
@@ -82,7 +82,7 @@ def disable_cache(target: Any) -> None:
     """
     modules = _denoisers(target)
     for name, module in modules.items():
-        if _STATE not in module.__dict__:
+        if module.__dict__.get(_STATE) is None:
             raise NotCompiledError("its cache is not on", where=name, hint="enable_cache comes first")
     for module in modules.values():
         _replace(module, None)
@@ -120,6 +120,9 @@ class _Enabled:
 
     def __deepcopy__(self, memo: object) -> _Enabled:
         return _Enabled(self._pipeline)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a cache belongs to a process: what is loaded has none
 
     def step(self) -> AbstractContextManager[None]:
         """Around one call: its context and timestep."""
@@ -160,10 +163,19 @@ class _Enabled:
 def _forward(compiled: Callable[..., Any], original: Callable[..., Any], enabled: _Enabled) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with self.__dict__.get(_STATE, enabled).step():
+        with (self.__dict__.get(_STATE) or enabled).step():
             return compiled(self, *args, **kwargs)
 
     return forward
+
+
+def _bound(function: Callable[..., Any], attribute: str, module: torch.nn.Module) -> Callable[..., Any]:
+    """A method of a module. Methods are pickled by their names, so a loaded module has its class's own; where the class
+    has none, it has this one."""
+    if not hasattr(type(module), attribute):
+        return functools.partial(function, module)
+    own = types.FunctionType(function.__code__, function.__globals__, attribute, function.__defaults__)
+    return types.MethodType(own, module)
 
 
 def _cache_context(self: torch.nn.Module, name: str, **_: Any) -> AbstractContextManager[None]:  # noqa: ARG001

@@ -3,8 +3,9 @@
 A kept value holds while every input that it depends on is what it was: the same place in the same storage, with the
 same version counter, which every write to a tensor raises. Storages are held weakly, so that none gets the address of
 one that is gone (``_torch/memory.py``); no tensor is, because torch cannot swap tensors that are weakly referenced. In
-the first step of a run all are computed anew, so writes through ``.data``, which leave no trace, are seen there. Inputs
-that the user declared (``options["invariant_inputs"]``) are not compared within a run.
+the first step of a run all are computed anew, so writes through ``.data``, which leave no trace, are seen there; those
+of PEFT's hot swap are heard of (``unseen.py``). Inputs that the user declared (``options["invariant_inputs"]``) are not
+compared within a run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from .. import _torch
 from ..graph.hoist import Hoisted
 from .state import allocate
+from .unseen import UNSEEN
 
 
 class _Seen:
@@ -92,6 +94,7 @@ class InvariantState:
         self.slots: dict[str, torch.Tensor] = {}
         self.computed = self.changes = 0
         self.changed: int | None = None
+        self._unseen = -1
         placeholders = hoisted.once.graph.find_nodes(op="placeholder")
         self._resized = {i for i in self._checked if _is_symbolic(placeholders[i].meta.get("val"))}
         self._seen: _Seen | None = None
@@ -112,7 +115,8 @@ class InvariantState:
             self.slots = {slot.name: allocate(slot, resolve) for slot in self.hoisted.slots}
             self._sizes, self._seen = sizes, None
         self.changed = None
-        if epoch == self._epoch and self._seen is not None:
+        unseen = UNSEEN.listen()
+        if epoch == self._epoch and unseen == self._unseen and self._seen is not None:
             self.changed = self._seen.change(inputs)
             if self.changed is None:
                 self.changes = 0
@@ -121,7 +125,7 @@ class InvariantState:
         self._seen = None  # until they are all written
         run([*inputs, *(self.slots[slot.name] for slot in self.hoisted.slots)])
         self._seen = _Seen(self._checked, inputs, self._resized)
-        self._epoch = epoch
+        self._epoch, self._unseen = epoch, unseen
         self.computed += 1
 
 
