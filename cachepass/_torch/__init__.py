@@ -42,7 +42,7 @@ from .inductor import (
     trace_artifact,
     unflatten,
 )
-from .memory import HeldStorage, addresses, has_trace, versions
+from .memory import HeldStorage, addresses, has_trace, offsets, versions
 from .stack import (
     ModuleCall,
     calling_module,
@@ -81,6 +81,7 @@ __all__ = [
     "is_wait",
     "kernels_side_by_side",
     "module_of",
+    "offsets",
     "placeholder_source",
     "plain_inductor",
     "raise_unwrapped",

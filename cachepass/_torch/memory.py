@@ -36,7 +36,12 @@ def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
     Raises:
         RuntimeError: One has no storage.
     """
-    return [_address(tensor.untyped_storage()) for tensor in tensors]
+    return list(map(_address, map(torch.Tensor.untyped_storage, tensors)))
+
+
+def offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Where in their storages the tensors begin."""
+    return list(map(torch.Tensor.storage_offset, tensors))
 
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -65,4 +70,4 @@ def _is_graph_output(tensor: torch.Tensor) -> bool:
     return known is not None and known(tensor)
 
 
-__all__ = ["HeldStorage", "addresses", "has_trace", "versions"]
+__all__ = ["HeldStorage", "addresses", "has_trace", "offsets", "versions"]

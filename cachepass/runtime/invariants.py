@@ -40,7 +40,7 @@ class _Seen:
         self._held = [_torch.HeldStorage(tensor) for tensor in tensors]
         self._addresses = [held.address for held in self._held]
         self._versions = _torch.versions(tensors)
-        self._offsets = [tensor.storage_offset() for tensor in tensors]
+        self._offsets = _torch.offsets(tensors)
         self._forms = {i: _form(inputs[i]) for i in self._tensors if i in resized}
 
     def change(self, inputs: Sequence[Any]) -> int | None:
@@ -52,7 +52,7 @@ class _Seen:
             same = _torch.addresses(tensors) == self._addresses and _torch.versions(tensors) == self._versions
         except RuntimeError:  # one of them leaves no trace now
             same = False
-        if not same or [tensor.storage_offset() for tensor in tensors] != self._offsets:
+        if not same or _torch.offsets(tensors) != self._offsets:
             return next(i for k, i in enumerate(self._tensors) if not self._is_same(k, inputs[i]))
         for i, form in self._forms.items():
             if _form(inputs[i]) != form:
