@@ -42,6 +42,7 @@ from .graph.dump import dump
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
 from .graph.hoist import hoist, invariant_regions
 from .graph.inputs import read_inputs
+from .graph.kept import LeftOut
 from .graph.numbers import keep_numbers
 from .graph.outputs import paired_outputs, returned, sample_output
 from .graph.plan import make_plan
@@ -163,9 +164,9 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
     traced = [full] if half is None else [full, half.traced]
     _warn_of_ranks(full.gm.graph, method, prepared.probe is not None, options)
     if options.invariants and prepared.siblings is None:
-        traced, once = _hoist(traced)
-        skips = (*skips, *once)
-        if not prepared.method.cuts and traced[0].hoisted is None:
+        traced, once, left = _hoist(traced, options.invariant_bytes)
+        skips, notes = (*skips, *once), (*notes, *left)
+        if not prepared.method.cuts and traced[0].hoisted is None and not left:
             warn("nothing but parameters and light work on them stays the same within a run: this is plain Inductor",
                  stacklevel=4)  # fmt: skip
     full, planned = traced[0], traced[-1]
@@ -208,6 +209,7 @@ def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], vary
            options: CompileOptions, current: CurrentCall) -> tuple[Traced, Callable[..., Any]]:  # fmt: skip
     """AOTAutograd over an annotated Dynamo graph: its ATen graph, and the callable that runs the current call."""
     traced: list[Traced] = []
+    own = read_inputs(gm, inputs).own
     roles = [_Input.of(value, name, varying, options) for value, name in zip(inputs, names, strict=True)]
 
     def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
@@ -216,10 +218,11 @@ def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], vary
         found = {kind: frozenset(i for i, index in enumerate(known) if index is not None and roles[index] is kind)
                  for kind in _Input}  # fmt: skip
         unknown = {i for i, index in enumerate(known) if index is None}
+        parameters = frozenset(i for i, index in enumerate(known) if index is not None and index not in own)
         readable = _placeholder_names(aten, names)
         dump("aten", aten.graph, readable)
         traced.append(Traced(aten, tuple(own_inputs), context, readable,
-                             varying=found[_Input.VARYING] | unknown, declared=found[_Input.DECLARED]))  # fmt: skip
+                             found[_Input.VARYING] | unknown, found[_Input.DECLARED], parameters))  # fmt: skip
         return step_runner(current)
 
     run = _torch.compile_once(gm, inputs, inner, options.inductor)
@@ -242,15 +245,24 @@ class _Input(enum.Enum):
         return _Input.VARYING if changes or traceless else _Input.CHECKED
 
 
-def _hoist(traced: Sequence[Traced]) -> tuple[list[Traced], list[Skip]]:
-    """Take what stays the same within a run out of the graphs (of a full and half a batch), which are cut alike."""
+def _hoist(traced: Sequence[Traced], budget: int | None) -> tuple[list[Traced], list[Skip], list[str]]:
+    """Take what stays the same within a run out of the graphs (of a full and half a batch), which are cut alike. Also
+    why regions are not cut, and what is not kept."""
     regions = set.intersection(*(invariant_regions(t.gm.graph, t.varying) for t in traced))
-    result = []
+    result, computed = [], set(regions)
+    left: dict[str, None] = {}
     for one in traced:
-        gm, hoisted = hoist(one.gm, one.varying, regions, one.context.fake_mode)
-        dump("hoisted", gm.graph, one.names)
-        result.append(dataclasses.replace(one, gm=gm, hoisted=hoisted))
-    return result, [Skip(region, "it stays the same within a run: computed once") for region in sorted(regions)]
+        split = hoist(one.gm, one.varying, one.parameters, regions, budget, one.context.fake_mode)
+        dump("hoisted", split.gm.graph, one.names)
+        result.append(dataclasses.replace(one, gm=split.gm, hoisted=split.hoisted))
+        left.update(dict.fromkeys(LeftOut.told(split.left)))
+        if split.left:
+            computed &= set(() if split.hoisted is None else split.hoisted.regions)
+    for line in left:
+        logger.info(line)
+    reasons = {True: "it stays the same within a run: computed once",
+               False: "it stays the same within a run, and is too large to be kept: computed every time"}  # fmt: skip
+    return result, [Skip(region, reasons[region in computed]) for region in sorted(regions)], list(left)
 
 
 @dataclass(frozen=True)

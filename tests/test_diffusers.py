@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import pickle
 import types
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from pipelines import FLUX_CONTROLNET, PIPELINES, WAN_22, Case
 from reference import FasterCache
+from small_models import transformer
 from zoo import relative_error
 
 import cachepass
@@ -323,6 +325,35 @@ def test_a_copy_of_a_cached_model_has_states_of_its_own():
     other.transformer = copy.deepcopy(pipe.transformer)
     assert torch.equal(case.run(other, STEPS), expected)
     assert cachepass.summary(other.transformer).steps == cachepass.summary(pipe.transformer).steps == STEPS
+
+
+@pytest.mark.parametrize("name", ["CogVideoX", "Flux"])
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_saved_model_is_loaded_without_its_cache(name, ran, tmp_path):
+    case, pipe = PIPELINES[name], PIPELINES[name].make()
+    plain = case.run(pipe, STEPS)
+    cache(pipe)
+    if ran:
+        cached = case.run(pipe, STEPS)
+    torch.save(pipe.transformer, tmp_path / "transformer.pt")
+    other = case.make()
+    for load in (lambda: torch.load(tmp_path / "transformer.pt", weights_only=False),
+                 lambda: pickle.loads(pickle.dumps(pipe.transformer))):  # fmt: skip
+        other.transformer = load()
+        assert torch.equal(case.run(other, STEPS), plain)
+        with pytest.raises(cachepass.NotCompiledError):
+            disable_cache(other)
+    cache(other)  # and it can be cached again
+    result = case.run(other, STEPS)
+    assert not ran or torch.equal(result, cached)
+
+
+def test_a_saved_model_of_any_class_is_loaded_without_its_cache():
+    model = transformer()
+    enable_cache(model, "pab", lowering="eager")
+    loaded = pickle.loads(pickle.dumps(model))
+    assert loaded.forward.__func__ is type(model).forward
+    enable_cache(loaded, "pab", lowering="eager")
 
 
 def test_a_run_that_fails_in_the_middle_leaves_the_next_one_whole():

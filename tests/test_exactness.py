@@ -329,5 +329,7 @@ def test_writes_are_found_in_dynamo_graphs(statement, expected):
         found.extend(name for node, name in zip(made, "xy", strict=True) if aliases.is_written(node))
         return gm.forward
 
+    add = torch.ops.aten.add.Tensor
     torch.compile(function, backend=backend, fullgraph=True)(torch.ones(2, 4), torch.ones(2, 4))
+    assert torch.ops.aten.add.Tensor is add  # looked at, not made anew
     assert "".join(found) == expected

@@ -412,6 +412,7 @@ def test_another_resolution_is_another_static_program():
     for size in ((6, 5), (8, 4), (10, 10)):
         for x, t in guided_calls(3, size=size):
             result = model(x, t)
+            assert not {*vars(x), *vars(t)}  # nothing is left on the caller's tensors
         assert result.shape == x.shape
         assert relative_error(model(*guided_calls(1, size=size)[0]), plain(*guided_calls(1, size=size)[0])) < TOLERANCE
         cachepass.reset(model)

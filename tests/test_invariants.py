@@ -153,7 +153,49 @@ def test_a_parameter_at_the_address_of_one_that_is_gone_is_another_one():
                 counting.step(latents(step), when(step % 5), TEXT)
         else:
             counting.step(latents(step), when(step % 5), TEXT)
-    assert counting.computed == 8 > len(places)
+    assert counting.computed == 8
+    if len(places) == 8:
+        pytest.skip("the allocator gave no address twice, so nothing was tried")
+
+
+def test_an_adapter_that_is_swapped_in_place_is_seen():
+    """PEFT writes the weights through ``.data``."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["kv"], init_lora_weights=False)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(peft.inject_adapter_in_model(config, conditioned()))
+    other = {name: value for name, value in models[1].state_dict().items() if "lora_" in name}
+    counting = Counting(models[0], num_inference_steps=9)
+    for step in range(2):
+        counting.step(latents(step), when(step), TEXT)
+    assert counting.computed == 1
+    versions = [parameter._version for parameter in models[0].parameters()]
+
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    hotswap_adapter_from_state_dict(models[0], other, "default", config)
+    assert [parameter._version for parameter in models[0].parameters()] == versions
+    for step in range(2, 4):
+        counting.step(latents(step), when(step), TEXT)
+    assert counting.computed == 2
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+def test_what_a_replayed_graph_returns_is_never_the_same(viewed):
+    """The same tensor each time, whose version does not rise: as Inductor marks the outputs of its CUDA graphs."""
+    counting, text = Counting(conditioned(), num_inference_steps=9), TEXT.clone()
+    torch._C._set_cached_tensors_enabled(True)
+    torch._C._add_cached_tensor(text)
+    try:
+        for step in range(3):
+            text.data.mul_(2.0)  # as a replay writes it
+            counting.step(latents(step), when(step), text[:] if viewed else text)
+    finally:
+        torch._C._remove_cached_tensor(text)
+        torch._C._set_cached_tensors_enabled(False)
+    assert counting.computed == 3
 
 
 @pytest.mark.parametrize("captured", ["a module", "a function"])
@@ -340,6 +382,85 @@ def test_a_module_that_stays_the_same_is_not_forecast():
     assert {skip.region: skip.reason for skip in explanation.skips}["refine"].startswith("it stays the same")
 
 
+class FourBits(nn.Module):
+    """Two weights in each byte, with a scale for each row, which is stored as its logarithm."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        packed = torch.randint(0, 256, (width, width // 2), generator=generator, dtype=torch.uint8)
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.scale = nn.Parameter(torch.full((width, 1), -4.0), requires_grad=False)
+
+    def forward(self, x):
+        halves = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(1).float() - 7.5
+        return x @ (halves * torch.exp(self.scale.expand_as(halves))).T
+
+
+class Quantised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.project = nn.ModuleList([FourBits() for _ in range(2)]), nn.Linear(4, 96)
+
+    def forward(self, hidden_states, timestep, text):
+        context = self.project(text).mean(1, keepdim=True)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states * timestep[:, None, None] + context)
+        return hidden_states
+
+
+def test_weights_are_not_kept_larger_than_they_are_stored():
+    """Dequantised they would take eight times the memory of what they are made of."""
+    model = Quantised().eval().requires_grad_(False)
+    inputs = torch.randn(2, 3, 96), when(0), TEXT
+    explanation = cachepass.explain(model, *inputs, cache="invariant", options={"num_inference_steps": 4})
+    assert [tuple(slot.shape) for slot in explanation.hoisted.slots] == [(2, 1, 96)]
+    note = next(note for note in explanation.notes if "not kept for a run" in note)
+    assert "2 values of 73728 B, larger than the parameters alone that make it" in note
+    counting = Counting(model)
+    for step in range(4):
+        counting.step(inputs[0] + step, when(step), TEXT)
+    assert counting.computed == 1
+
+
+def test_a_budget_keeps_what_saves_most():
+    """Keys and values cost more to compute than the projection that they are made of."""
+    inputs, model = (latents(), when(0), TEXT), Wide().eval().requires_grad_(False)
+    reports = {limit: cachepass.explain(model, *inputs, cache="invariant", options={"invariant_bytes": limit})
+               for limit in (None, 2**30, 1000, 0)}  # fmt: skip
+    kept = {limit: 0 if r.hoisted is None else r.hoisted.slot_bytes for limit, r in reports.items()}
+    assert kept == {None: 2560, 2**30: 2560, 1000: 640, 0: 0}
+    assert "kept for a run: 1 value, 640 B (640 B) of at most 1000 B" in str(reports[1000])
+    assert "1 value of 1920 B, beyond the budget of 1000 B, options" in str(reports[1000])
+    assert "of at most" not in str(reports[None])
+    counting = Counting(model, cache="taylorseer", num_inference_steps=20, invariant_bytes=1000)
+    counting.step(latents(), when(0), TEXT)
+    assert sum(state.cache_bytes for state in counting.states) == 640
+
+
+class Wide(nn.Module):
+    """A dear value of 640 bytes and a cheap one of 1920, both made of the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.cross, self.deep, self.light = Attention(), nn.Linear(4, 4096), nn.Linear(4096, 8)
+        self.wide = nn.Linear(4, 48)
+
+    def forward(self, hidden_states, timestep, text):
+        hidden_states = self.cross(hidden_states * timestep[:, None, None], self.light(self.deep(text)))
+        return hidden_states * (1 + (self.wide(text) * timestep[:, None, None]).mean())
+
+
+def test_a_region_that_is_too_large_to_keep_is_computed_and_said():
+    model = conditioned().eval().requires_grad_(False)
+    cache = {"method": "taylorseer", "cache_identifiers": ["cross", "project"], "taylor_factors_dtype": None}
+    for limit, says in ((2**30, "computed once"), (0, "too large to be kept: computed every time")):
+        explanation = cachepass.explain(model, latents(), when(0), TEXT, cache=cache,
+                                        options={"num_inference_steps": 9, "invariant_bytes": limit})  # fmt: skip
+        assert says in {skip.region: skip.reason for skip in explanation.skips}["project"]
+        assert [cut.region for cut in explanation.plan.cuts] == ["cross"]
+
+
 def test_nothing_to_keep_is_said():
     model = nn.Sequential(nn.Linear(8, 8)).eval().requires_grad_(False)
     torch._dynamo.reset()
@@ -350,6 +471,7 @@ def test_nothing_to_keep_is_said():
 
 @pytest.mark.parametrize(("options", "match"), [
     ({"invariants": "yes"}, "expected a bool"), ({"invariant_inputs": "text"}, "list of names"),
+    ({"invariant_bytes": -1}, "a number of bytes"),
     ({"invariants": False}, "the method 'invariant'"), ({"invariant_inputs": ["txt"]}, "no tensor input 'txt'.*text"),
 ])  # fmt: skip
 def test_options_are_checked(options, match):

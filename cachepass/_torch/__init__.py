@@ -44,7 +44,7 @@ from .inductor import (
     trace_artifact,
     unflatten,
 )
-from .memory import HeldStorage, addresses, has_trace, held_storage, is_rewritten, versions
+from .memory import HeldStorage, addresses, has_trace, held_storage, is_rewritten, offsets, versions
 from .stack import (
     ModuleCall,
     calling_module,
@@ -89,6 +89,7 @@ __all__ = [
     "is_wait",
     "kernels_side_by_side",
     "module_of",
+    "offsets",
     "placeholder_source",
     "plain_inductor",
     "raise_unwrapped",

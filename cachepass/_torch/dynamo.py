@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic, process_automatic_dynamic
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -134,6 +135,19 @@ def is_symbolic(gm: fx.GraphModule) -> bool:
     return any(isinstance(size, torch.SymInt) for value in tensors for size in value.shape)
 
 
+_marked: list[tuple[Any, set[int] | None]] = []  # tensors of the user, and what they had
+
+
+def _unmark(*_: object) -> None:
+    """The compilation that marks were made for is over, well or not: the user's tensors are as they were."""
+    while _marked:
+        value, before = _marked.pop()
+        if before is None:
+            del value._dynamo_static_indices
+        else:
+            value._dynamo_static_indices = before
+
+
 def restart_static(inputs: Sequence[Any]) -> bool:
     """Let Dynamo trace the frame once more, with static sizes for the tensors among the graph's inputs.
 
@@ -143,7 +157,10 @@ def restart_static(inputs: Sequence[Any]) -> bool:
     dynamic = [v for v in own if len(getattr(v, "_dynamo_static_indices", ())) < v.ndim]
     if not dynamic:
         return False
+    if _unmark not in callback_handler.end_callbacks:  # a reset of Dynamo empties them
+        callback_handler.register_end_callback(_unmark)
     for value in dynamic:  # what mark_static does; while a backend runs, that one looks at the graph instead
+        _marked.append((value, getattr(value, "_dynamo_static_indices", None)))
         value._dynamo_static_indices = set(range(value.ndim))  # pyright: ignore[reportAttributeAccessIssue]
     raise TensorifyScalarRestartAnalysis(restart_reason="cachepass: static sizes")
 

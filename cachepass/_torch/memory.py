@@ -60,7 +60,12 @@ def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
     Raises:
         RuntimeError: One has no storage.
     """
-    return [_address(tensor.untyped_storage()) for tensor in tensors]
+    return list(map(_address, map(torch.Tensor.untyped_storage, tensors)))
+
+
+def offsets(tensors: Sequence[torch.Tensor]) -> list[int | torch.SymInt]:
+    """Where in their storages the tensors begin."""
+    return list(map(torch.Tensor.storage_offset, tensors))
 
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -73,8 +78,9 @@ def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 
 def has_trace(tensor: torch.Tensor) -> bool:
-    """Writes to a tensor can be told from its version and its storage."""
-    if tensor.is_inference():
+    """Writes to a tensor can be told from its version and its storage. Not to one that a replayed CUDA graph returns:
+    Inductor gives the same tensor each time, and the graph writes it without raising its version."""
+    if tensor.is_inference() or any(t is not None and is_rewritten(t) for t in (tensor, tensor._base)):
         return False
     try:
         tensor.untyped_storage()
@@ -83,4 +89,4 @@ def has_trace(tensor: torch.Tensor) -> bool:
     return True
 
 
-__all__ = ["HeldStorage", "addresses", "has_trace", "held_storage", "is_rewritten", "versions"]
+__all__ = ["HeldStorage", "addresses", "has_trace", "held_storage", "is_rewritten", "offsets", "versions"]

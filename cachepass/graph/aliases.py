@@ -95,7 +95,8 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
 def _written_by_schema(node: fx.Node, target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[fx.Node]:
     """Of a packet, what any of its overloads would write."""
-    overloads = [target] if isinstance(target, torch._ops.OpOverload) else map(target.__getattr__, target.overloads())
+    is_one = isinstance(target, torch._ops.OpOverload)
+    overloads = [target] if is_one else [getattr(target, name) for name in target.overloads()]
     found: dict[fx.Node, None] = {}
     for overload in overloads:
         for i, argument in enumerate(overload._schema.arguments):

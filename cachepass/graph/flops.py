@@ -18,12 +18,13 @@ from .. import _torch
 
 def count_flops(graph: fx.Graph) -> int:
     """FLOPs of one call. Sizes that are symbols count as the sizes that the graph was captured with."""
-    total = 0
-    for node in graph.nodes:
-        if node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), _value)
-            total += _torch.flops(node.target, args, kwargs, node.meta.get("val"))
-    return total
+    return sum(flops_of(node) for node in graph.nodes if node.op == "call_function")
+
+
+def flops_of(node: fx.Node) -> int:
+    """FLOPs of one operation."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), _value)
+    return _torch.flops(node.target, args, kwargs, node.meta.get("val"))
 
 
 def _value(node: fx.Node) -> Any:

@@ -7,15 +7,12 @@
 
 A value stays the same if all that it depends on does: parameters, and inputs other than latents and timestep. That is
 a presumption made at capture; whether it holds is checked at every call, by the tensors' identity (see
-``runtime/invariants.py``), so results are exact in any case. Kept are values behind real work: matrix products,
-attentions, convolutions, and long enough reductions and transcendental functions. Everything light is left where it is:
-views, casts and sums cost no more than reading what they would be read from.
+``runtime/invariants.py``), so results are exact in any case. What of it is worth its memory, ``graph/kept.py`` says.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -25,30 +22,12 @@ from torch import fx
 
 from .. import _torch
 from .annotate import CUT, OUTPUT
-from .emit import Emitter, alias_root, aten
+from .emit import Emitter, aten
+from .kept import LeftOut, choose, is_heavy
 from .liveness import is_impure, reach_back
 from .rewrite import drop_marker
 from .slots import NamedSlot
 from .state_inputs import Role, empty_slot
-
-_HEAVY_NUMEL = 4096  # elements from which a reduction or a transcendental function outweighs reading a kept value
-_PRODUCTS = {
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "addmv",
-    "mv",
-    "convolution",
-    "_scaled_mm",
-    "_int_mm",
-    "_weight_int8pack_mm",
-}
-_TRANSCENDENTAL = {"sin", "cos", "tan", "exp", "exp2", "expm1", "log", "log2", "log1p", "pow", "tanh", "sigmoid", "erf",
-                   "rsqrt", "sqrt", "polar", "atan2"}  # fmt: skip
-_MOVES = {"cat", "index", "embedding", "gather", "index_select", "repeat", "clone", "_to_copy", "constant_pad_nd",
-          "where", "slice_scatter", "select_scatter", "copy", "flip", "roll", "stack", "masked_fill",
-          "convert_element_type"}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +58,15 @@ class Hoisted:
     def sizes(self) -> list[int | torch.SymInt]:
         """All sizes and strides of what is kept."""
         return [size for slot in self.slots for size in (*slot.shape, *slot.stride)]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A graph without what stays the same, what was taken out of it, and what was left in it for its size."""
+
+    gm: fx.GraphModule
+    hoisted: Hoisted | None
+    left: tuple[LeftOut, ...]
 
 
 def invariant_nodes(graph: fx.Graph, varying: Collection[int], *, through_cuts: bool) -> set[fx.Node]:
@@ -138,21 +126,23 @@ def invariant_regions(graph: fx.Graph, varying: Collection[int]) -> set[str]:
     return {region for region, invariant in cuts.items() if invariant}
 
 
-def hoist(gm: fx.GraphModule, varying: Collection[int], regions: Collection[str],
-          fake_mode: AbstractContextManager[Any]) -> tuple[fx.GraphModule, Hoisted | None]:  # fmt: skip
+def hoist(gm: fx.GraphModule, varying: Collection[int], parameters: Collection[int], regions: Collection[str],
+          budget: int | None, fake_mode: AbstractContextManager[Any]) -> Split:  # fmt: skip
     """Split a graph, whose values are of ``fake_mode``; ``gm`` is left as it is. Cuts of ``regions`` are dropped,
-    others count as varying."""
+    others count as varying. ``parameters`` are indices of placeholders; ``budget``: bytes of all that is kept."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {})).meta = dict(gm.graph.output_node().meta)
     emit = Emitter(graph, fake_mode)
+    values: dict[str, list[fx.Node]] = {}
     for marker in graph.find_nodes(op="call_function", target=CUT):
         if marker.args[1] in regions:
-            drop_marker(marker, emit)
-    kept = _kept(graph, invariant_nodes(graph, varying, through_cuts=False))
-    if not kept:
-        return gm, None
+            values.setdefault(str(marker.args[1]), []).append(drop_marker(marker, emit))
     placeholders = graph.find_nodes(op="placeholder")
-    slots = {node: _slot_for(node) for node in kept}
+    own_weights = {node for i, node in enumerate(placeholders) if i in parameters}
+    choice = choose(graph, invariant_nodes(graph, varying, through_cuts=False), own_weights, budget)
+    if not choice.kept:
+        return Split(fx.GraphModule(gm, graph) if choice.left else gm, None, choice.left)
+    slots = {node: _slot_for(node) for node in choice.kept}
     once = _once(gm, graph, slots, fake_mode)
     roles, first = {}, placeholders[-1].next
     for node, slot in slots.items():
@@ -165,65 +155,15 @@ def hoist(gm: fx.GraphModule, varying: Collection[int], regions: Collection[str]
     graph.lint()
     own = {node.name: i for i, node in enumerate(placeholders)}
     reads = tuple(own[node.name] for node in once.graph.find_nodes(op="placeholder") if node.users and node.name in own)
-    return fx.GraphModule(gm, graph), Hoisted(
-        once, tuple(slots.values()), roles, reads, tuple(sorted(regions)), before - len(graph.nodes)
-    )
+    computed = tuple(sorted(region for region in regions if not _has_work(values.get(region, ()), graph)))
+    hoisted = Hoisted(once, tuple(slots.values()), roles, reads, computed, before - len(graph.nodes))
+    return Split(fx.GraphModule(gm, graph), hoisted, choice.left)
 
 
-# ---- what is worth keeping ------------------------------------------------------------------------------------------
-
-
-def _kept(graph: fx.Graph, same: set[fx.Node]) -> list[fx.Node]:
-    """The values to keep, in graph order: where real work ends and what varies, or light work on it, begins."""
-    heavy: set[fx.Node] = set()  # nodes with real work in them or before them
-    for node in graph.nodes:
-        if node in same and (_is_heavy(node) or any(source in heavy for source in node.all_input_nodes)):
-            heavy.add(node)
-    kept: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node in heavy and any(user not in same for user in node.users):
-            kept |= _smallest(node, heavy)
-    return [node for node in graph.nodes if node in kept]
-
-
-def _smallest(node: fx.Node, heavy: set[fx.Node]) -> set[fx.Node]:
-    """The node, or those that it is made of by light work, if they are no larger."""
-    sources = {source for source in node.all_input_nodes if source in heavy}
-    value = node.meta.get("val")
-    if _is_heavy(node):
-        return {node} if _keepable(value) else set()
-    is_view = alias_root(node) is not node or not isinstance(value, torch.Tensor)
-    if is_view or _bytes(value) > sum(_bytes(source.meta.get("val")) for source in sources) or not _keepable(value):
-        return {found for source in sources for found in _smallest(source, heavy)}
-    return {node}
-
-
-def _keepable(value: Any) -> bool:
-    """A tensor without gaps, which a slot of the same strides can hold."""
-    if not isinstance(value, torch.Tensor) or (value.is_complex() and value.is_conj()):
-        return False
-    return tuple(torch.empty_like(value).stride()) == tuple(value.stride())
-
-
-def _bytes(value: Any) -> int:
-    tensors = [v for v in _leaves(value) if isinstance(v, torch.Tensor)]
-    return sum(math.prod(map(_torch.hint, v.shape)) * v.dtype.itemsize for v in tensors)
-
-
-def _is_heavy(node: fx.Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    name = node.target.overloadpacket.__name__
-    if name in _PRODUCTS or "scaled_dot_product" in name or "conv" in name.split("_"):
-        return True
-    if not node.all_input_nodes or alias_root(node) is not node or name in _MOVES:
-        return False
-    if torch.Tag.pointwise in node.target.tags and name not in _TRANSCENDENTAL:
-        return False
-    read = [source.meta.get("val") for source in node.all_input_nodes]
-    tensors = [v for value in read for v in _leaves(value) if isinstance(v, torch.Tensor)]
-    sizes = [math.prod(map(_torch.hint, v.shape)) for v in tensors]
-    return max(sizes, default=0) >= _HEAVY_NUMEL
+def _has_work(values: Sequence[fx.Node], graph: fx.Graph) -> bool:
+    """Something that is worth keeping is still computed for these values in every step."""
+    present = set(graph.nodes)
+    return any(is_heavy(node) for node in reach_back([v for v in values if v in present], set()))
 
 
 # ---- the once-program -----------------------------------------------------------------------------------------------

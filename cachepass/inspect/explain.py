@@ -188,6 +188,11 @@ class Explanation:
                 "not_cut": {skip.region: skip.reason for skip in self.skips}, "cache_bytes": self.cache_bytes,
                 "notes": list(self.notes), "never": self.never}  # fmt: skip
 
+    @property
+    def _budget(self) -> str:
+        limit = self.options.invariant_bytes
+        return "" if limit is None else f" of at most {human_bytes(limit)}"
+
     def __str__(self) -> str:
         plan, forecasts = self.plan, {cut.name: cut for cut in self.plan.cuts}
         rows = [
@@ -209,8 +214,8 @@ class Explanation:
         hoisted = self.hoisted
         if hoisted is not None:
             text += (f"kept for a run: {len(hoisted.slots)} value{'s' * (len(hoisted.slots) > 1)}, "
-                     f"{human_bytes(hoisted.slot_bytes)} ({hoisted.slot_bytes} B); {hoisted.operations} operations run "
-                     "once in it\n")  # fmt: skip
+                     f"{human_bytes(hoisted.slot_bytes)} ({hoisted.slot_bytes} B){self._budget}; {hoisted.operations} "
+                     "operations run once in it\n")  # fmt: skip
         for note in (*self.notes, *([f"never predicts: {self.never}"] if self.never else [])):
             text += f"note: {note}\n"
         return text

@@ -59,7 +59,7 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
     parse_options(given, None, _torch.inductor_keys(), _torch.inductor_modes())
     modules = _denoisers(target)
     for name, module in modules.items():
-        if _STATE in module.__dict__ or getattr(module, "is_cache_enabled", False):
+        if module.__dict__.get(_STATE) is not None or getattr(module, "is_cache_enabled", False):
             raise ConfigError("a cache is on already", where=name, hint="call disable_cache first")
         if not _places(module):
             raise ConfigError(f"its forward was replaced by {module.forward}", where=name,
@@ -80,7 +80,7 @@ def disable_cache(target: Any) -> None:
     """
     modules = _denoisers(target)
     for name, module in modules.items():
-        if _STATE not in module.__dict__:
+        if module.__dict__.get(_STATE) is None:
             raise NotCompiledError("its cache is not on", where=name, hint="enable_cache comes first")
     for module in modules.values():
         _replace(module, None)
@@ -120,6 +120,9 @@ class _Enabled:
 
     def __deepcopy__(self, memo: object) -> _Enabled:
         return _Enabled(self._pipeline)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a cache belongs to a process: what is loaded has none
 
     def step(self) -> AbstractContextManager[None]:
         """Around one call: what its pipeline says of the step."""
@@ -175,7 +178,7 @@ def _timesteps(scheduler: Any) -> torch.Tensor | None:
 def _forward(compiled: Callable[..., Any], original: Callable[..., Any], enabled: _Enabled) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with self.__dict__.get(_STATE, enabled).step():
+        with (self.__dict__.get(_STATE) or enabled).step():
             return compiled(self, *args, **kwargs)
 
     return forward

@@ -3,8 +3,9 @@
 A kept value holds while every input that it depends on is what it was: the same place in the same storage, with the
 same version counter, which every write to a tensor raises. Storages are held weakly, so that none gets the address of
 one that is gone (``_torch/memory.py``); no tensor is, because torch cannot swap tensors that are weakly referenced. In
-the first step of a run all are computed anew, so writes through ``.data``, which leave no trace, are seen there. Inputs
-that the user declared (``options["invariant_inputs"]``) are not compared within a run.
+the first step of a run all are computed anew, so writes through ``.data``, which leave no trace, are seen there; those
+of PEFT's hot swap are heard of (``unseen.py``). Inputs that the user declared (``options["invariant_inputs"]``) are not
+compared within a run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .. import _torch
 from ..graph.hoist import Hoisted
 from .sizes import SymbolBinder
 from .state import allocate
+from .unseen import UNSEEN
 
 
 class _Seen:
@@ -39,7 +41,7 @@ class _Seen:
         self._held = [_torch.HeldStorage(tensor) for tensor in tensors]
         self._addresses = [held.address for held in self._held]
         self._versions = _torch.versions(tensors)
-        self._offsets = [tensor.storage_offset() for tensor in tensors]
+        self._offsets = _torch.offsets(tensors)
         self._forms = {i: _form(inputs[i]) for i in self._tensors if i in resized}
 
     def change(self, inputs: Sequence[Any]) -> int | None:
@@ -51,7 +53,7 @@ class _Seen:
             same = _torch.addresses(tensors) == self._addresses and _torch.versions(tensors) == self._versions
         except RuntimeError:  # one of them leaves no trace now
             same = False
-        if not same or [tensor.storage_offset() for tensor in tensors] != self._offsets:
+        if not same or _torch.offsets(tensors) != self._offsets:
             return next(i for k, i in enumerate(self._tensors) if not self._is_same(k, inputs[i]))
         for i, form in self._forms.items():
             if _form(inputs[i]) != form:
@@ -95,6 +97,7 @@ class InvariantState:
         self.computed = self.changes = 0
         self.stamp = 0  # of the last step that used it
         self.changed: int | None = None
+        self._unseen = -1
         placeholders = hoisted.once.graph.find_nodes(op="placeholder")
         self._resized = {i for i in self._checked if _is_symbolic(placeholders[i].meta.get("val"))}
         self._seen: _Seen | None = None
@@ -117,7 +120,8 @@ class InvariantState:
             self.slots = {slot.name: allocate(slot, resolve) for slot in self.hoisted.slots}
             self._sizes, self._seen = sizes, None
         self.changed = None
-        if epoch == self.epoch and self._seen is not None:
+        unseen = UNSEEN.listen()
+        if epoch == self.epoch and unseen == self._unseen and self._seen is not None:
             self.changed = self._seen.change(inputs)
             if self.changed is None:
                 self.changes = 0
@@ -126,7 +130,7 @@ class InvariantState:
         self._seen = None  # until they are all written
         run([*inputs, *(self.slots[slot.name] for slot in self.hoisted.slots)])
         self._seen = _Seen(self._checked, inputs, self._resized)
-        self.epoch = epoch
+        self.epoch, self._unseen = epoch, unseen
         self.computed += 1
 
 

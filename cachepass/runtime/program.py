@@ -103,7 +103,8 @@ class Traced:
     """An ATen graph with markers, AOTAutograd's example inputs, the context to compile it in, and input names.
 
     ``varying`` are the inputs (by index) that change from step to step, ``declared`` those that the user said do not;
-    of the others it is checked. ``hoisted`` is what was taken out of the graph, to be computed once per run.
+    of the others it is checked. ``parameters`` are the model's own. ``hoisted`` is what was taken out of the graph, to
+    be computed once per run.
     """
 
     gm: fx.GraphModule
@@ -112,6 +113,7 @@ class Traced:
     names: dict[str, str]
     varying: frozenset[int] = frozenset()
     declared: frozenset[int] = frozenset()
+    parameters: frozenset[int] = frozenset()
     hoisted: Hoisted | None = None
 
 
