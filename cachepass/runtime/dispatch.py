@@ -25,6 +25,7 @@ from ..options import CompileOptions
 from .calls import Model, model_of, step_call
 from .context import WARMUP, current_context, guidance_partner, other_guidance
 from .decide import allows, asks, route_of
+from .guided import route_of_alone, run_of
 from .instance import HalfRun, InputLayout, Instance, Part
 from .invariants import InvariantState
 from .program import CurrentCall, Pending, Program, StepCall
@@ -74,7 +75,7 @@ class Dispatcher:
         warming = WARMING.get()
         if warming is not None and self.program is not None:
             warming.compile(self.program, self.method, self.options)
-        run = model.run(context, call.kind)
+        run = run_of(model, context, call)
         run.acquire()
         try:
             partner = self._partner(model, context, call.kind)
@@ -115,7 +116,7 @@ class Dispatcher:
         state = self._state(instance, run, call, inputs)
         outputs = self._output(run), None if partner is None else self._output(partner)
         step = Step(run.clock.index, run.timestep, self._module(instance) if self.method.needs_model else None)
-        route = self._route(run, partner, outputs, step)
+        route = self._route(model, run, partner, outputs, step)
         decided = self._decide(instance, state, route, outputs, step)
         invariants = self._invariants(run, route)
         decided.invariants, decided.epoch = invariants, run.epoch
@@ -235,18 +236,22 @@ class Dispatcher:
         """The other call of a two-call guidance step; None for a guidance batch, or without guidance."""
         if self.method.guidance is None or self.program is None:
             return None
-        pair = guidance_partner(context)
-        if (pair is None) == (self.half is not None):
-            if pair is None:
-                return None
-            return model.latest(pair[1]) or model.run(pair[1], kind)
-        raise other_guidance(context, two_calls=self.half is None)
+        pair, output = guidance_partner(context), self.program.plan.output
+        two_calls = output is not None and not output.halved
+        if (pair is None) == two_calls:
+            raise other_guidance(context, two_calls=two_calls)
+        return None if pair is None else model.latest(pair[1]) or model.run(pair[1], kind)
 
-    def _route(self, run: Run, partner: Run | None, outputs: tuple[OutputState | None, OutputState | None],
-               step: Step) -> Route:  # fmt: skip
+    def _route(self, model: Model, run: Run, partner: Run | None,
+               outputs: tuple[OutputState | None, OutputState | None], step: Step) -> Route:  # fmt: skip
         output = outputs[0]
-        if output is None:
+        if self.method.guidance is None:
             return WHOLE
+        if partner is None:
+            alone = route_of_alone(model, run, captured_alone=output is None)
+            if alone is not None:
+                return alone
+        assert output is not None
         known = bool(output.group.steps)
         if partner is None:
             return route_of(self.method, step, known=known)

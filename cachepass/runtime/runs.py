@@ -80,7 +80,7 @@ class Run:
         self.predicted: set[str] = set()
         self.predictions = 0
         self.cached = False
-        self.stamp = 0
+        self.stamp = self.began = 0
         self.record: deque[tuple[set[str], set[str]]] = deque(maxlen=_RECORDED)
         self.distance: float | None = None
         self.distances: deque[float | None] = deque(maxlen=_RECORDED)
