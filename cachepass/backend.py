@@ -53,6 +53,7 @@ from .runtime.runs import Call
 from .runtime.sizes import SymbolBinder
 
 logger = logging.getLogger(__name__)
+_STATIC_CAPTURES = 128  # of one function under guidance: sizes of prompts and images that a process goes through
 
 
 def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
@@ -299,7 +300,9 @@ def _position(gm: fx.GraphModule, value: fx.Node) -> int:
 
 
 def _require_static(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Programs under guidance have static shapes: where Dynamo gave symbolic ones, it is asked to trace again."""
+    """Programs under guidance have static shapes: where Dynamo gave symbolic ones, it is asked to trace again. Every
+    size is a capture of its own, which Dynamo's limit for functions that it captures once more by mistake would end."""
+    _torch.allow_captures(_STATIC_CAPTURES)
     if _torch.is_symbolic(gm) and not _torch.restart_static(inputs):
         raise BatchError("symbolic sizes: cached guidance is compiled for static ones", where="torch.compile",
                          hint="compile with dynamic=False, and give integers that change from call to call as "

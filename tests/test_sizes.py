@@ -5,10 +5,15 @@ Expected is what the same model gives, compiled for each size by itself (``dynam
 
 from __future__ import annotations
 
+import copy
+import inspect
+
 import pytest
 import torch
+from reference import FasterCache
 from small_models import Attention, FeedForward
 from test_calling import settings
+from test_fastercache import SMALL, Guided, guided_calls, small
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -232,3 +237,61 @@ def test_a_size_that_no_input_tells():
     fake, slot = symbolic(["a * b"], [(1, 0, 0)])
     with pytest.raises(cachepass.CachepassError, match=r"no input tells the size s\d+.*\n.*dynamic=False"):
         SymbolBinder.of([fake], slot.shape)
+
+
+# ---- guidance: one static program for each size ---------------------------------------------------------------------
+
+
+class Prompted(Guided):
+    """The samples are moved by the mean of a prompt of any length, which carries the batch too."""
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states):
+        return super().forward(hidden_states, timestep, encoder_hidden_states.mean(1))
+
+
+def guided_run(length, size):
+    prompt = torch.randn(2, length, 8, generator=torch.Generator().manual_seed(length))
+    return [(x, t, prompt) for x, t in guided_calls(4, 2, size)]
+
+
+A_LIMIT_OF_ITS_OWN = pytest.mark.skipif(
+    "recompile_limit" not in inspect.signature(torch.compile).parameters,
+    reason="before torch 2.13 there is one limit of captures for all functions",
+)
+
+
+@A_LIMIT_OF_ITS_OWN
+@pytest.mark.parametrize("sizes", [
+    [(length, (6, 5)) for length in range(2, 22)], [(4, (6, 4 + width)) for width in range(12)],
+], ids=["20 prompts", "12 resolutions"])  # fmt: skip
+def test_fastercache_goes_through_many_sizes(sizes):
+    """More than Dynamo's limit of captures, which holds for others as before. Then all of them once more."""
+    torch.manual_seed(0)
+    model, limit = Prompted().eval().requires_grad_(False), torch._dynamo.config.recompile_limit
+    config = cachepass.FasterCacheConfig(**{key: value for key, value in SMALL.items() if key != "method"})
+    reference = FasterCache(copy.deepcopy(model), config, {f"inner.blocks.{i}.attn": "spatial" for i in range(2)})
+    plain = reference.model.forward
+    reference.model.forward = lambda **call: (plain(**call),)
+    cached = small(model=model, num_inference_steps=4)
+    for length, size in [*sizes, *sizes[:3]]:
+        reference.start()
+        for step, (x, t, prompt) in enumerate(guided_run(length, size)):
+            given = {"hidden_states": x, "timestep": t, "encoder_hidden_states": prompt}
+            expected = reference(float(t[0]), 2, **given)
+            error = relative_error(cached(**given), expected)
+            assert error < TOLERANCE, f"{length}, {size}, step {step}: {error:.1e}"
+    runs = len(sizes) + 3
+    assert counts_of(cached)[1:] == (runs, 4 * runs)
+    assert cachepass.summary(cached).predicted["unconditional"] == 2 * runs
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+@A_LIMIT_OF_ITS_OWN
+def test_a_limit_of_captures_that_is_given_holds():
+    torch.manual_seed(0)
+    model = torch.compile(Prompted().eval(), backend="cached_inductor", fullgraph=True, recompile_limit=2,
+                          options={"cache": SMALL, "lowering": "eager"})  # fmt: skip
+    for length in (2, 3):
+        model(*guided_run(length, (6, 5))[0])
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        model(*guided_run(4, (6, 5))[0])

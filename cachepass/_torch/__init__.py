@@ -46,6 +46,7 @@ from .inductor import (
 )
 from .stack import (
     ModuleCall,
+    allow_captures,
     calling_module,
     calling_modules,
     codes_of,
@@ -58,6 +59,7 @@ __all__ = [
     "Frame",
     "ModuleCall",
     "SavedContext",
+    "allow_captures",
     "cache_folder",
     "calling_module",
     "calling_modules",
