@@ -295,3 +295,47 @@ def test_a_limit_of_captures_that_is_given_holds():
         model(*guided_run(length, (6, 5))[0])
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         model(*guided_run(4, (6, 5))[0])
+
+
+# ---- sizes that depend on data --------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """As many prompt tokens as a mask says: what is computed of them has a size that only running it tells."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.attn, self.ff, self.proj_out = Attention(width), FeedForward(width), nn.Linear(width, width)
+
+    def forward(self, hidden_states, prompt, mask, timestep):
+        kept = torch.narrow(prompt, 1, 0, mask.sum().item())
+        both = self.attn(torch.cat([hidden_states * torch.cos(timestep / 1000)[:, None, None], kept], 1))
+        return self.proj_out(self.ff(hidden_states) + both[:, : hidden_states.shape[1]])
+
+
+def masked_run():
+    mask = torch.tensor([1, 1, 1, 0])
+    return [call | {"mask": mask} for call in joint_run(4)]
+
+
+MASKED = {"method": "taylorseer", **SCHEDULE, "cache_identifiers": ["ff"]}
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_flops_of_sizes_that_depend_on_data_are_unknown():
+    """In everything that tells of them; the page is written all the same."""
+    model, calls = joint(Masked), masked_run()
+    explanation = cachepass.explain(model, **calls[0], cache=MASKED)
+    assert {cut.region for cut in explanation.plan.cuts} == {"ff"}
+    reasons = {skip.region: skip.reason for skip in explanation.skips}
+    assert reasons["attn"] == "the size of an output depends on data"
+    assert explanation.flops("compute") is explanation.flops("plain") is explanation.flops("predict") is None
+    assert explanation.as_dict()["flops"] == {"compute": None, "predict": None}
+    assert "unknown" in str(explanation) and "unknown" in explanation.to_html(num_inference_steps=STEPS)
+    compiled = torch.compile(model, fullgraph=True, **settings(MASKED))
+    for call in calls:
+        compiled(**call)
+    summary = cachepass.summary(compiled)
+    assert summary.predicted == {"taylorseer": 3}
+    assert (summary.flops, summary.plain_flops, summary.saved) == (None, None, None)
+    assert "compute: unknown: sizes depend on data" in str(summary)

@@ -16,14 +16,21 @@ from torch import fx
 from .. import _torch
 
 
-def count_flops(graph: fx.Graph) -> int:
-    """FLOPs of one call. Sizes that are symbols count as the sizes that the graph was captured with."""
-    total = 0
+def count_flops(graph: fx.Graph) -> int | None:
+    """FLOPs of one call. Sizes that are symbols count as the sizes that the graph was captured with. None: unknown,
+    because sizes depend on data."""
+    counts: list[int | None] = []
     for node in graph.nodes:
         if node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), _value)
-            total += _torch.flops(node.target, args, kwargs, node.meta.get("val"))
-    return total
+            counts.append(_torch.flops(node.target, args, kwargs, node.meta.get("val")))
+    return add_known(*counts)
+
+
+def add_known(*counts: int | None) -> int | None:
+    """The sum; None, if one of them is unknown."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _value(node: fx.Node) -> Any:
