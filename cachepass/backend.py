@@ -41,7 +41,7 @@ from .graph.annotate import (
 from .graph.dump import dump
 from .graph.half import HalfCall, capture_half, check_halves, common_targets
 from .graph.hoist import hoist, invariant_regions
-from .graph.inputs import read_inputs
+from .graph.inputs import kind_of, read_inputs
 from .graph.kept import LeftOut
 from .graph.numbers import keep_numbers
 from .graph.outputs import paired_outputs, returned, sample_output
@@ -54,14 +54,17 @@ from .options import CompileOptions, is_declared, parse_options
 from .prepare import Prepared, prepare
 from .runtime.context import current_context, guidance_partner, hear
 from .runtime.dispatch import Dispatcher
+from .runtime.guidance import comes_alone
 from .runtime.instance import HalfRun
 from .runtime.live import reset_around
 from .runtime.place import locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
+from .runtime.registry import model_of
 from .runtime.sizes import SymbolBinder
 
 logger = logging.getLogger(__name__)
 listen(on_context=hear, on_end=reset_around)
+_STATIC_CAPTURES = 128  # of one function under guidance: sizes of prompts and images that a process goes through
 
 
 def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
@@ -118,7 +121,8 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
         dispatcher.compiled = _uncached(gm, inputs, options)
         return dispatcher
     sizes = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
-    built = build(gm, inputs, prepared, options, dispatcher.current)
+    alone = prepared.method.guidance is not None and _comes_alone(inputs, prepared, options, root)
+    built = build(gm, inputs, prepared, options, dispatcher.current, alone=alone)
     dispatcher.compiled, dispatcher.half, dispatcher.program = built.run, built.half, built.program
     dispatcher.binder = SymbolBinder.of(sizes, built.program.plan.sizes)
     return dispatcher
@@ -133,15 +137,28 @@ class Built:
     half: HalfRun | None
 
 
+def _comes_alone(inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
+                 root: torch.nn.Module | None) -> bool:  # fmt: skip
+    """The call that is captured is one in a run of guidance batches, and brings their conditional half alone."""
+    layout, context = prepared.layout, current_context()
+    if root is None or guidance_partner(context) is not None:
+        return False
+    kind = kind_of([inputs[i] for i in layout.latents])
+    timestep = None if layout.timestep is None else inputs[layout.timestep]
+    return comes_alone(model_of(root, prepared.method, options), kind, timestep)
+
+
 def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
-          current: CurrentCall) -> Built:  # fmt: skip
-    """From the Dynamo graph to the program whose variants are compiled on demand."""
+          current: CurrentCall, *, alone: bool = False) -> Built:  # fmt: skip
+    """From the Dynamo graph to the program whose variants are compiled on demand. ``alone``: its batch is the
+    conditional half of guidance batches, so nothing is done with guidance."""
     method, targets, skips, notes = prepared.method, prepared.targets, prepared.skips, prepared.notes
-    guidance = method.guidance
+    guidance = None if alone else method.guidance
     outputs: list[fx.Node] = []
     latents = half = None
-    if guidance is not None:
+    if method.guidance is not None:
         _require_static(gm, inputs)
+    if guidance is not None:
         latents = guidance.latents
         if guidance_partner(current_context()) is not None:
             outputs = sample_output(gm, guidance)
@@ -320,7 +337,9 @@ def _position(gm: fx.GraphModule, value: fx.Node) -> int:
 
 
 def _require_static(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Programs under guidance have static shapes: where Dynamo gave symbolic ones, it is asked to trace again."""
+    """Programs under guidance have static shapes: where Dynamo gave symbolic ones, it is asked to trace again. Every
+    size is a capture of its own, which Dynamo's limit for functions that it captures once more by mistake would end."""
+    _torch.allow_captures(_STATIC_CAPTURES)
     if _torch.is_symbolic(gm) and not _torch.restart_static(inputs):
         raise BatchError("symbolic sizes: cached guidance is compiled for static ones", where="torch.compile",
                          hint="compile with dynamic=False, and give integers that change from call to call as "

@@ -131,7 +131,7 @@ class FasterCache:
 
     def __init__(self, model, config, kinds):
         """``kinds``: path of each module that is forecast -> its kind."""
-        self.model, self.config, self.half = model, config, False
+        self.model, self.config, self.half, self.alone = model, config, False, False
         self.kept = {path: [] for path in kinds}
         for path, kind in kinds.items():
             module = model.get_submodule(path)
@@ -139,7 +139,7 @@ class FasterCache:
         self.start()
 
     def start(self):
-        self.step, self.weights = 0, (1.0, 1.0)
+        self.step, self.weights, self.spectrum = 0, (1.0, 1.0), None
         for outputs in self.kept.values():
             outputs.clear()
 
@@ -150,7 +150,7 @@ class FasterCache:
     def _cached(self, forward, path, skip_range, bounds):
         def call(*args, **kwargs):
             kept = self.kept[path]
-            if self.half and bounds[0] < self.now < bounds[1] and self.step % skip_range:
+            if kept and (self.half or self.alone) and bounds[0] < self.now < bounds[1] and self.step % skip_range:
                 new, old = kept[-1], kept[-2] if len(kept) > 1 else kept[-1]
                 output = tuple(a + 0.5 * (a - b) for a, b in zip(new, old, strict=True))
                 kept.append(output)
@@ -158,16 +158,18 @@ class FasterCache:
             output = forward(*args, **kwargs)
             self.tuples[path] = isinstance(output, tuple)
             values = output if isinstance(output, tuple) else (output,)
-            kept.append(tuple(v if self.half else self._cond(v) for v in values))
+            kept.append(tuple(v if self.half or self.alone else self._cond(v) for v in values))
             return output
 
         self.tuples = {}
         return call
 
-    def __call__(self, now, batch, **kwargs):
-        config, self.now = self.config, now
+    def __call__(self, now, batch, *, alone=False, **kwargs):
+        """``alone``: the batch is the conditional half, because there is no guidance in this step."""
+        config, self.now, self.alone = self.config, now, alone
         low, high = config.unconditional_batch_timestep_skip_range
-        self.half = self.step > 0 and low < now < high and self.step % config.unconditional_batch_skip_range != 0
+        skips = low < now < high and self.step % config.unconditional_batch_skip_range != 0
+        self.half = not alone and self.spectrum is not None and skips
         if self.half:
             kwargs = {k: self._halved(k, v, batch) for k, v in kwargs.items()}
         output = self.model(**kwargs)
@@ -178,7 +180,7 @@ class FasterCache:
             first = config.unconditional_first
             estimate = self._estimate(output)
             output = torch.cat([estimate, output] if first else [output, estimate])
-        else:
+        elif not alone:
             cond = self._cond(output)
             uncond = output[: len(cond)] if config.unconditional_first else output[len(cond) :]
             self.spectrum, self.weights = self._spectrum(uncond) - self._spectrum(cond), (1.0, 1.0)

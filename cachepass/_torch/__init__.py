@@ -47,6 +47,7 @@ from .inductor import (
 from .memory import HeldStorage, addresses, has_trace, held_storage, is_rewritten, offsets, versions
 from .stack import (
     ModuleCall,
+    allow_captures,
     calling_module,
     calling_modules,
     codes_of,
@@ -61,6 +62,7 @@ __all__ = [
     "ModuleCall",
     "SavedContext",
     "addresses",
+    "allow_captures",
     "cache_folder",
     "calling_module",
     "calling_modules",

@@ -140,7 +140,7 @@ def depends_on_data(value: torch.Tensor) -> bool:
 
 def hint(size: int | torch.SymInt) -> int:
     """A size as it was in the call of the capture; 1 where only running the graph tells."""
-    return size if isinstance(size, int) else int(size.node.hint or 1)
+    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else int(size)
 
 
 class _ValuedTracer(GraphAppendingTracer):
@@ -207,16 +207,16 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     )
 
 
-def flops(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> int:
-    """FLOPs of an operation on these (fake) tensors, by torch's own formulas; 0 where there is none."""
+def flops(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> int | None:
+    """FLOPs of an operation on these (fake) tensors, by torch's own formulas; 0 where there is none. None: they depend
+    on sizes that only running the graph tells, of which the formulas would ask."""
     packet = getattr(target, "_overloadpacket", None)
-    if packet in flop_registry:
-        count = flop_registry[packet](*args, **kwargs, out_val=value)
-    elif packet is not None and "scaled_dot_product" in packet.__name__ and "backward" not in packet.__name__:
-        count = sdpa_flop_count(*(tensor.shape for tensor in args[:3]))  # of these torch registers CUDA's only
-    else:
+    is_attention = packet is not None and "scaled_dot_product" in packet.__name__ and "backward" not in packet.__name__
+    if packet not in flop_registry and not is_attention:
         return 0
-    if isinstance(count, torch.SymInt):
-        hint = count.node.hint
-        return 0 if hint is None else int(hint)
-    return int(count)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs, value)) if isinstance(leaf, torch.Tensor)]
+    if any(map(depends_on_data, tensors)):
+        return None
+    if packet in flop_registry:
+        return hint(flop_registry[packet](*args, **kwargs, out_val=value))
+    return hint(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))  # of these torch registers CUDA's only

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo import convert_frame, eval_frame
+from torch._dynamo import config, convert_frame, eval_frame
 from torch._dynamo.eval_frame import OptimizedModule
 
 
@@ -23,6 +23,7 @@ class ModuleCall:
 
 
 _CALL = torch.nn.Module._call_impl.__code__
+_CONVERT = convert_frame.ConvertFrameAssert.__call__.__code__
 
 
 def calling_modules() -> tuple[list[ModuleCall], int | None]:
@@ -70,6 +71,20 @@ def codes_of(function: Callable[..., Any] | None) -> list[types.CodeType]:
             found.append(code)
         function = getattr(function, "__wrapped__", None)
     return found
+
+
+def allow_captures(count: int) -> None:
+    """Let what is being compiled be captured up to so many times, as ``torch.compile(recompile_limit=...)`` would: only
+    this one function, and only where its user gave no limit. Before torch 2.13, which has no limit of one function,
+    nothing is changed."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CONVERT:
+            converter: Any = frame.f_locals["self"]
+            if getattr(converter, "_recompile_limit", 0) is None:
+                converter._recompile_limit = max(count, config.recompile_limit)
+            return
+        frame = frame.f_back
 
 
 def _is_of(frame: types.FrameType, module: types.ModuleType) -> bool:

@@ -119,9 +119,9 @@ class Explanation:
             self._variants[phase] = self._program.specialized(self._phase(phase)).gm
         return self._variants[phase]
 
-    def flops(self, phase: str = "predict") -> int:
+    def flops(self, phase: str = "predict") -> int | None:
         """FLOPs of one call in a phase, a multiply-add counted as two; also of ``"plain"``, and of ``"once"`` (at half
-        batch ``"half/once"``): what is computed once per run."""
+        batch ``"half/once"``): what is computed once per run. None: unknown, because sizes depend on data."""
         if phase in ("once", "half/once"):
             traced = self._program.full if phase == "once" else self._program.half
             hoisted = None if traced is None else traced.hoisted

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import NotCompiledError
+from ..graph.flops import add_known
 from ..graph.plan import Phase
 from ..methods import PLAIN
 from ..runtime.dispatch import LIVE, Dispatcher
@@ -36,7 +37,8 @@ class Summary:
         invariant_bytes: Bytes of all that is kept for a run, over all contexts.
         held_bytes: Bytes of both, runs that are over included: their memory waits for the next ones.
         max_bytes: The most that may be held (``max_cache_bytes``); None: nothing was kept yet.
-        flops: What all calls took in matrix products, convolutions and attentions, estimated from shapes.
+        flops: What all calls took in matrix products, convolutions and attentions, estimated from shapes. None:
+            unknown, because sizes depend on data.
         plain_flops: What they would have taken without a cache.
         warnings: All that were given for this model.
         by_context: Steps computed and predicted, by context and group.
@@ -60,16 +62,18 @@ class Summary:
     invariant_bytes: int = 0
     held_bytes: int = 0
     max_bytes: int | None = None
-    flops: int = 0
-    plain_flops: int = 0
+    flops: int | None = 0
+    plain_flops: int | None = 0
     warnings: tuple[str, ...] = ()
     by_context: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     last_runs: dict[str, dict[str, str]] = field(default_factory=dict)
     distances: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     @property
-    def saved(self) -> float:
-        """Share of FLOPs that caching saved, 0 to 1."""
+    def saved(self) -> float | None:
+        """Share of FLOPs that caching saved, 0 to 1; None: unknown."""
+        if self.flops is None or self.plain_flops is None:
+            return None
         return 1 - self.flops / self.plain_flops if self.plain_flops else 0.0
 
     def __str__(self) -> str:
@@ -86,7 +90,9 @@ class Summary:
             for group, (computed, predicted) in groups.items()
         ]
         compiled = ", ".join(f"{name} ({seconds:.1f} s)" for name, seconds in self.variants.items()) or "none"
-        saved = f"{human_flops(self.flops)} of {human_flops(self.plain_flops)}, {100 * self.saved:.0f} % saved"
+        saved = "unknown: sizes depend on data"
+        if self.saved is not None:
+            saved = f"{human_flops(self.flops)} of {human_flops(self.plain_flops)}, {100 * self.saved:.0f} % saved"
         columns = ("context", "group", "computed", "predicted", "share predicted", "last run")
         return (
             f"{self.method}: {self.steps} steps in {self.runs} runs, contexts: {', '.join(self.contexts) or 'none'}\n"
@@ -95,7 +101,7 @@ class Summary:
             + (f"kept for a run: {human_bytes(self.invariant_bytes)}\n" if self.invariant_bytes else "")
             + (f"held in all: {human_bytes(self.held_bytes)} of at most {human_bytes(self.max_bytes)}\n"
                if self.max_bytes is not None else "")
-            + (f"compute: {saved}\n" if self.plain_flops else "")
+            + (f"compute: {saved}\n" if self.plain_flops != 0 else "")
             + "".join(f"warning: {message}\n" for message in self.warnings)
         )  # fmt: skip
 
@@ -160,18 +166,24 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
     )  # fmt: skip
 
 
-def _flops(found: Iterable[tuple[Dispatcher, Instance]]) -> tuple[int, int]:
-    """What all calls took, and would have taken without a cache."""
-    taken = plain = 0
+def _flops(found: Iterable[tuple[Dispatcher, Instance]]) -> tuple[int | None, int | None]:
+    """What all calls took, and would have taken without a cache; None: unknown."""
+    taken: int | None = 0
+    plain: int | None = 0
     for dispatcher, instance in found:
         program = dispatcher.program
         if program is not None:
-            whole = program.flops(Phase(route=PLAIN)) + program.flops_once()
+            whole = add_known(program.flops(Phase(route=PLAIN)), program.flops_once())
             for phase, calls in instance.phases.items():
-                taken += calls * program.flops(phase)
-                plain += calls * whole
-            taken += sum(times * program.flops_once(route) for route, times in instance.once.items())
+                taken = add_known(taken, _times(calls, program.flops(phase)))
+                plain = add_known(plain, _times(calls, whole))
+            for route, times in instance.once.items():
+                taken = add_known(taken, _times(times, program.flops_once(route)))
     return taken, plain
+
+
+def _times(calls: int, flops: int | None) -> int | None:
+    return None if flops is None else calls * flops
 
 
 _Counts = dict[tuple[str, str], int]  # by context and group

@@ -25,9 +25,9 @@ def human_bytes(count: int) -> str:
     return _human(count, 1024, ("B", "KiB", "MiB", "GiB"))
 
 
-def human_flops(count: int) -> str:
-    """``1500`` -> ``"1.5 kFLOP"``."""
-    return _human(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
+def human_flops(count: int | None) -> str:
+    """``1500`` -> ``"1.5 kFLOP"``. None: where sizes depend on data."""
+    return "unknown" if count is None else _human(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
 
 
 def _human(count: int, base: int, units: Sequence[str]) -> str:

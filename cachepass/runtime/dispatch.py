@@ -81,8 +81,7 @@ class Dispatcher:
             return self._plain(inputs)  # nothing tells which trajectory it is a step of
         run.acquire()
         try:
-            guided = self.program is not None and self.method.guidance is not None
-            partner = partner_of(self.method, instance.model, halved=self.half is not None) if guided else None
+            partner = self._partner(instance.model)
             if partner is None:
                 return self._whole_step(instance, run, call, None, inputs)
             with partner.exclusively():
@@ -100,6 +99,13 @@ class Dispatcher:
             if self.part is None:
                 instance.model.finish(call, succeeded=succeeded)
         return result
+
+    def _partner(self, model: Model) -> Run | None:
+        """The run of the other call of a guidance step; None for a guidance batch, or without guidance."""
+        if self.program is None or self.method.guidance is None:
+            return None
+        output = self.program.plan.output
+        return partner_of(model, two_calls=output is not None and not output.halved)
 
     def _call(self, model: Model, inputs: Sequence[Any]) -> Call | None:
         """The model's call that this is, or is a part of; None for a part that is called by itself."""

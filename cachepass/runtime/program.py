@@ -127,7 +127,7 @@ class Program:
         self.warnings: list[str] = []
         self._restless: set[str] = set()  # inputs that were warned of
         self._canonical: dict[Route, Canonical] = {}
-        self._flops: dict[Phase, int] = {}
+        self._flops: dict[Phase, int | None] = {}
         self._by_phase: dict[tuple[Route, tuple[str, ...]], LoweredVariant] = {}
         self._weights: dict[tuple[object, ...], torch.Tensor] = {}
         devices = {cut.group: cut.device for cut in plan.live_cuts if cut.history}
@@ -138,13 +138,13 @@ class Program:
         self._once: dict[Traced, tuple[LoweredVariant, SymbolBinder]] = {}
         self._lock = threading.RLock()
 
-    def flops(self, phase: Phase) -> int:
-        """Of one call in a phase."""
+    def flops(self, phase: Phase) -> int | None:
+        """Of one call in a phase; None: unknown."""
         if phase not in self._flops:
             self._flops[phase] = count_flops(self.specialized(phase).gm.graph)
         return self._flops[phase]
 
-    def flops_once(self, route: Route = WHOLE) -> int:
+    def flops_once(self, route: Route = WHOLE) -> int | None:
         """Of what is computed once per run."""
         hoisted = self.traced(route).hoisted
         return 0 if hoisted is None else count_flops(hoisted.once.graph)

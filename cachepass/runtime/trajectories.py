@@ -101,6 +101,7 @@ class Trajectories:
         # What was in doubt stayed as it was: its run began in the last call.
         if (run.doubts and not run.failed) or self._is_of_another_run(run, given, timestep):
             self._end(run)
+            run.memories = {kind: run.memories[kind]}  # of this run it is not known yet which batches it has
         self._habits.note_same(given.names)
         return run
 

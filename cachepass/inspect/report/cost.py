@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...graph.flops import add_known
 from ...graph.plan import phase_name
 from ..timeline import SimulatedCall
 
@@ -19,16 +20,28 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StepCost:
     """FLOPs of one step, over all of its calls: with the cache, of what is computed once in the run and falls into this
-    step, and of the model as it is."""
+    step, and of the model as it is. None: unknown, because sizes depend on data."""
 
-    flops: int
-    once: int
-    uncached: int
+    flops: int | None
+    once: int | None
+    uncached: int | None
 
     @property
-    def share(self) -> float:
+    def total(self) -> int | None:
+        """With the cache, and with what is computed once."""
+        return add_known(self.flops, self.once)
+
+    @property
+    def share(self) -> float | None:
         """Of the uncached step, between 0 and 1 (and a little more, where a step pays for the whole run)."""
-        return (self.flops + self.once) / self.uncached if self.uncached else 1.0
+        return share_of(self.total, self.uncached)
+
+
+def share_of(part: int | None, whole: int | None) -> float | None:
+    """None: unknown."""
+    if part is None or whole is None:
+        return None
+    return part / whole if whole else 1.0
 
 
 def run_costs(explanation: Explanation, calls: Sequence[SimulatedCall]) -> tuple[StepCost, ...]:
@@ -38,20 +51,22 @@ def run_costs(explanation: Explanation, calls: Sequence[SimulatedCall]) -> tuple
     flops = {phase: explanation.flops(name) for phase, name in names.items()}
     once = {half: explanation.flops("half/once" if half else "once")
             for half in {call.phase.route.half for call in calls}}  # fmt: skip
-    uncached = explanation.flops("plain") + explanation.flops("once")
+    uncached = add_known(explanation.flops("plain"), explanation.flops("once"))
     paid: set[tuple[str, bool]] = set()
     costs: dict[int, StepCost] = {}
     for call in calls:
         before = costs.get(call.step, StepCost(0, 0, 0))
         key = call.context, call.phase.route.half
-        first = 0 if key in paid or not flops[call.phase] else once[call.phase.route.half]
-        if flops[call.phase]:  # an answered call runs nothing that would read it
+        own = flops[call.phase]
+        first = 0 if key in paid or own == 0 else once[call.phase.route.half]
+        if own != 0:  # an answered call runs nothing that would read it
             paid.add(key)
-        costs[call.step] = StepCost(before.flops + flops[call.phase], before.once + first, before.uncached + uncached)
+        costs[call.step] = StepCost(add_known(before.flops, own), add_known(before.once, first),
+                                    add_known(before.uncached, uncached))  # fmt: skip
     return tuple(costs.values())
 
 
-def saved(costs: Sequence[StepCost]) -> float:
-    """Share of the run's FLOPs that the cache saves."""
-    uncached = sum(cost.uncached for cost in costs)
-    return 1 - sum(cost.flops + cost.once for cost in costs) / uncached if uncached else 0.0
+def saved(costs: Sequence[StepCost]) -> float | None:
+    """Share of the run's FLOPs that the cache saves; None: unknown."""
+    share = share_of(add_known(*(cost.total for cost in costs)), add_known(*(cost.uncached for cost in costs)))
+    return None if share is None else 1 - share

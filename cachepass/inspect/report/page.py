@@ -9,18 +9,20 @@ that it can be read and searched where scripts do not run.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from ...graph.flops import add_known
 from ...graph.plan import Cut
 from ...graph.slots import NamedSlot
 from ..tables import human_bytes, human_flops
 from ..timeline import SimulatedCall, lanes
 from .align import align
-from .cost import StepCost, run_costs, saved
+from .cost import StepCost, run_costs, saved, share_of
 from .tree import Module, module_tree
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def render(explanation: Explanation, calls: Sequence[SimulatedCall], *, assumed:
 def _least(explanation: Explanation) -> str:
     """The phase that computes least, but for those that do not run the model at all."""
     flops = {phase: explanation.flops(phase) for phase in explanation.phases}
-    return min((phase for phase in flops if flops[phase]), key=flops.__getitem__, default=explanation.phases[-1])
+    known = {phase: count for phase, count in flops.items() if count}
+    return min(known, key=known.__getitem__, default=explanation.phases[-1])
 
 
 def _own(name: str) -> str:
@@ -61,8 +64,8 @@ def _own(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.1f} %"
 
 
 def _fields(config: Any) -> Iterator[tuple[str, str, bool]]:
@@ -76,10 +79,12 @@ def _fields(config: Any) -> Iterator[tuple[str, str, bool]]:
 
 def _totals(explanation: Explanation, costs: Sequence[StepCost]) -> Iterator[tuple[str, str, str]]:
     """What a reader wants to know first: label, value, remark."""
-    dearest, cheapest = (pick(costs, key=lambda cost: cost.flops) for pick in (max, min))
-    yield "saved over the run", _percent(saved(costs)), f"of {human_flops(sum(cost.uncached for cost in costs))}"
+    # A step whose FLOPs are unknown runs what depends on data: more than one whose FLOPs are known.
+    dearest, cheapest = (pick(costs, key=lambda c: math.inf if c.flops is None else c.flops) for pick in (max, min))
+    uncached = add_known(*(cost.uncached for cost in costs))
+    yield "saved over the run", _percent(saved(costs)), f"of {human_flops(uncached)}"
     yield "a computed step", human_flops(dearest.flops), f"without a cache {human_flops(dearest.uncached)}"
-    share = cheapest.flops / cheapest.uncached if cheapest.uncached else 1.0
+    share = share_of(cheapest.flops, cheapest.uncached)
     yield "the cheapest step", human_flops(cheapest.flops), f"{_percent(share)} of an uncached one"
     yield f"cache per {_per(explanation)}", human_bytes(explanation.cache_bytes), f"{explanation.cache_bytes:,} B"
     hoisted = explanation.hoisted
@@ -106,8 +111,9 @@ def _steps(calls: Sequence[SimulatedCall], costs: Sequence[StepCost]) -> Iterato
     """Head of each column of the timeline: the step, its timestep and what it costs."""
     timesteps = {call.step: call.timestep for call in calls}
     for (step, timestep), cost in zip(timesteps.items(), costs, strict=True):
-        yield {"index": step, "timestep": f"{timestep:.4g}", "share": min(cost.share, 1.0), "percent":
-               _percent(cost.share), "flops": human_flops(cost.flops + cost.once), "once": cost.once}  # fmt: skip
+        height = 1.0 if cost.share is None else min(cost.share, 1.0)
+        yield {"index": step, "timestep": f"{timestep:.4g}", "share": height, "percent": _percent(cost.share),
+               "flops": human_flops(cost.total), "once": cost.once}  # fmt: skip
 
 
 def _memory(explanation: Explanation) -> Iterator[dict[str, Any]]:
@@ -138,8 +144,9 @@ def _phases(explanation: Explanation) -> Iterator[dict[str, Any]]:
     graphs = [*dict.fromkeys(map(explanation.baseline, explanation.phases)), *explanation.phases]
     for name in graphs:
         flops = explanation.flops(name)
+        share = share_of(flops, plain) if plain else None
         yield {"name": name, "operations": explanation.nodes(name), "flops": human_flops(flops),
-               "share": flops / plain if plain else 0.0, "percent": _percent(flops / plain) if plain else "-",
+               "share": share or 0.0, "percent": _percent(share) if plain != 0 else "-",
                "plain": name not in explanation.phases}  # fmt: skip
 
 
