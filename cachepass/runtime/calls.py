@@ -28,13 +28,18 @@ from .evidence import Given, Habits, schedule_of
 from .hooks import watch_calls
 from .room import Room
 from .runs import Call, Run
-from .trajectories import MOST_CALLS, Trajectories
+from .trajectories import MOST_CALLS, Beginnings, Trajectories
 
 logger = logging.getLogger(__name__)
 _MOST_CONTEXTS = 256  # that are remembered: a server may name one for each request
 _EARLIER = "earlier contexts"  # what was counted in the others
 _QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
 _stamps = itertools.count(1)
+
+
+def is_far(value: torch.Tensor) -> bool:
+    """Reading it waits for a device."""
+    return value.device.type != "cpu"
 
 
 class Model:
@@ -90,7 +95,10 @@ class Model:
             if found is None:
                 self._forget_contexts()
                 steps = self.options.num_inference_steps
-                found = Trajectories(context, said.names, self._habits, steps, self._end_run)
+                pair = guidance_partner(context)
+                both = self._trajectories.get((key[0], pair[1])) if pair is not None else None
+                beginnings = Beginnings() if both is None else both.beginnings
+                found = Trajectories(context, said.names, self._habits, beginnings, steps, self._end_run)
             found.adopt(thread)
             return self._trajectories.setdefault(key, found)
 
@@ -110,7 +118,7 @@ class Model:
         """Find out which run a call is a step of, from its context and from what it is given."""
         said = told()
         trajectories = self.trajectories(said)
-        timestep = call.read_timestep(self.read_timestep)
+        timestep = call.read_timestep(lambda value: self.read_timestep(value, wait=not trajectories.settled))
         given.step_index = said.step_index
         given.schedule = schedule_of(call.timestep) if said.schedule is None else said.schedule
         with self._lock:
@@ -123,6 +131,8 @@ class Model:
                 self._unseen = call
             run = call.run = trajectories.find(call, given, timestep)
             if run is not None:
+                if timestep is None and run.clock.index == 0:  # where the next run begins is told by where this one did
+                    call.read_again(lambda value: self.read_timestep(value, wait=True))
                 if run.schedule is None or run.schedule() is not given.schedule:
                     run.schedule = None if given.schedule is None else weakref.ref(given.schedule)
                 if said.num_inference_steps is not None:
@@ -289,16 +299,17 @@ class Model:
             'cachepass.cache_context("image-1"): ..., or call cachepass.reset(model) between images', stacklevel=6,
         )  # fmt: skip
 
-    def read_timestep(self, value: Any) -> float | None:
+    def read_timestep(self, value: Any, *, wait: bool = False) -> float | None:
         """The timestep in the unit of the config's ranges; of a tensor of many, the highest (tokens or samples that
-        are clean already have 0). None: it lies on a device that would have to be waited for, and no schedule asks."""
+        are clean already have 0). None: it lies on a device that would have to be waited for, and neither the schedule
+        nor the caller asks to ``wait``."""
         if self._callback is not None:
             return float(self._callback())
         said, scale = told().timestep, self.options.timestep_scale
         if said is not None:
             value, scale = said, 1.0
         if isinstance(value, torch.Tensor):
-            if value.device.type != "cpu" and not self._watched:
+            if not (self._watched or wait) and is_far(value):
                 return None
             value = value.amax() if value.numel() > 1 else value
             value = value.item() if value.device.type != "cpu" else value.flatten().tolist()[0]

@@ -58,6 +58,10 @@ class Call:
             self._read.append(read(self.timestep))
         return self._read[0]
 
+    def read_again(self, read: Callable[[Any], float | None]) -> None:
+        """Read the timestep though it was not to be read before."""
+        self._read[:] = [read(self.timestep)]
+
 
 class Run:
     """The steps of one trajectory, run after run, and what is kept from step to step for each graph that runs in them.
@@ -75,6 +79,7 @@ class Run:
         computed, predicted: Schedules that did so in this call.
         predictions: Steps of this run in which something was predicted.
         cached: Some graph of this run may predict.
+        called: Which call of its context's loop the last one was.
         stamp: Rises with every step of any run.
         record: What computed and what predicted, in each of its (last) steps.
         distance: What the probe measured in this call.
@@ -98,7 +103,7 @@ class Run:
         self.predicted: set[str] = set()
         self.predictions = 0
         self.cached = self.dropped = self.grew = False
-        self.stamp = 0
+        self.stamp = self.called = 0
         self.record: deque[tuple[set[str], set[str]]] = deque(maxlen=_RECORDED)
         self.distance: float | None = None
         self.distances: deque[float | None] = deque(maxlen=_RECORDED)

@@ -27,11 +27,24 @@ from .evidence import Given, Habits, Memory
 from .runs import Call, Run
 
 MOST_CALLS = 8  # of one step that are told apart; images of a model of one step may come by the thousand
+_SETTLED = 2  # steps after which it is known how many calls a step has
 _MOST_RUNS = 2 * MOST_CALLS  # that are remembered, in each context
 
 
 def _nobody() -> None:
     return None
+
+
+class Beginnings:
+    """Where runs began, in the contexts of one loop: the two of guidance by two calls, or one by itself.
+
+    Attributes:
+        calls: How many calls there were.
+        last: The call that began the last run, of those that followed another one.
+    """
+
+    def __init__(self) -> None:
+        self.calls = self.last = 0
 
 
 class Trajectories:
@@ -43,9 +56,10 @@ class Trajectories:
         runs: In the order of their first calls.
     """
 
-    def __init__(self, context: str, names: tuple[str, ...], habits: Habits, num_inference_steps: int | None,
-                 end: Callable[[Run], None]) -> None:  # fmt: skip
+    def __init__(self, context: str, names: tuple[str, ...], habits: Habits, beginnings: Beginnings,
+                 num_inference_steps: int | None, end: Callable[[Run], None]) -> None:  # fmt: skip
         self.context, self.names, self.runs = context, names, list[Run]()
+        self.beginnings = beginnings
         self._habits, self._steps = habits, num_inference_steps
         self._ending = weakref.WeakMethod(end)  # no cycle: slots are freed with their model, not by a collector
         self._thread: Callable[[], threading.Thread | None] = _nobody
@@ -65,6 +79,13 @@ class Trajectories:
         owner = self._thread()
         return owner is thread or owner is None or not owner.is_alive()
 
+    @property
+    def settled(self) -> bool:
+        """How many calls a step has is known, and whose they are: every run that was called since the last one began
+        has two steps at least. Until then a timestep is waited for, wherever it lies: two or three times in a run."""
+        going = [run.clock for run in self.runs if run.called >= self.beginnings.last]
+        return bool(going) and all(clock.index >= _SETTLED and not clock.is_over for clock in going)
+
     def latest(self) -> Run | None:
         """The run that made the last step."""
         return max((run for run in self.runs if run.call is not None), key=lambda run: run.stamp, default=None)
@@ -76,6 +97,7 @@ class Trajectories:
     def find(self, call: Call, given: Given, timestep: float | None) -> Run | None:
         """The run that a call is a step of, which may be a new one; None: nothing tells. What the call is given is
         remembered."""
+        self.beginnings.calls += 1
         run = self._same(call.kind, given, timestep)
         if run is None:
             run = self._other(call.kind, given, timestep)
@@ -85,6 +107,7 @@ class Trajectories:
                 memory = run.memories[call.kind] = Memory()
             memory.keep(given)
             run.unsure = run.clock.rises_again(timestep)
+            run.called = self.beginnings.calls
         self._previous = run
         return run
 
@@ -95,8 +118,10 @@ class Trajectories:
                    and not run.had(timestep, given, kind)]  # fmt: skip
         if not waiting:
             return None
-        if len(waiting) > 1:  # of calls that differ in a constant only, each has a graph of its own
-            waiting.sort(key=lambda run: run.memories[kind].graph != given.graph)
+        if len(waiting) > 1:
+            # Of calls that differ in a constant only, each has a graph of its own. Else the place in the step tells.
+            placed = timestep is None
+            waiting.sort(key=lambda run: (run.memories[kind].graph != given.graph, run.called if placed else 0))
         run = waiting[0]
         # What was in doubt stayed as it was: its run began in the last call.
         if (run.doubts and not run.failed) or self._is_of_another_run(run, given, timestep):
@@ -160,6 +185,8 @@ class Trajectories:
         """A call that goes on with a trajectory begins a new run of it."""
         if given.step_index is not None and run.clock.index:
             return run.clock.is_over or run.clock.goes_back(given.step_index)
+        if run.clock.index and run.timestep is None and run.called < self.beginnings.last:
+            return True  # others began anew since its last step, whose timestep is not known
         if run.clock.index and given.schedule is not None:
             known = None if run.schedule is None else run.schedule()
             if known is given.schedule:
@@ -223,6 +250,8 @@ class Trajectories:
         """A run is over; its model tells of it."""
         end = self._ending()
         assert end is not None, "a model outlives its trajectories"
+        if run.clock.index:
+            self.beginnings.last = self.beginnings.calls
         end(run)
 
     def _add(self, context: str) -> Run:
