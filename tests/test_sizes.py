@@ -10,6 +10,7 @@ import inspect
 
 import pytest
 import torch
+from pipelines import PIPELINES
 from reference import FasterCache
 from small_models import Attention, FeedForward
 from test_calling import settings
@@ -20,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from zoo import build, first_tensor, is_one_graph, relative_error, timestep_scale, trajectory
 
 import cachepass
+from cachepass.integrations.diffusers import enable_cache
 from cachepass.runtime.sizes import SymbolBinder
 from cachepass.testing import count_compiles
 
@@ -76,6 +78,15 @@ def compiled(name, cache, dynamic=None):
                          options=options)  # fmt: skip
 
 
+def plain_graphs(name, lengths):
+    """How often Dynamo captures a model without a cache: Qwen-Image's for each length."""
+    model = torch.compile(build(name), backend="eager", fullgraph=is_one_graph(name))
+    with count_compiles() as counts:
+        for length in lengths:
+            model(**run_of(name, length)[0])
+    return counts.graphs
+
+
 def counts_of(model):
     summary = cachepass.summary(model)
     return sum(summary.predicted.values()), summary.runs, summary.steps
@@ -90,18 +101,46 @@ MANY = ("FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer
     *((name, cache) for name in MANY for cache in CACHES if cache != "blocks"),
 ])  # fmt: skip
 def test_prompts_of_other_lengths(name, cache):
-    """The second length makes the sizes symbolic; the third needs no graph more."""
+    """The second length makes the sizes symbolic; no more graphs are captured than without a cache."""
+    lengths = (9, 17, 13)
+    graphs = plain_graphs(name, lengths)
     model = compiled(name, CACHES[cache])
     with count_compiles() as counts:
-        for length in (9, 17, 13):
+        for length in lengths:
             results = [first_tensor(model(**call)) for call in run_of(name, length)]
-    assert counts.graphs == 2 or not is_one_graph(name)
+    assert counts.graphs == graphs
     expected = compiled(name, CACHES[cache], dynamic=False)
     for step, (call, result) in enumerate(zip(run_of(name, 13), results, strict=True)):
         error = relative_error(result, first_tensor(expected(**call)))
         assert error < TOLERANCE, f"step {step}: {error:.1e}"
     fired, runs, steps = counts_of(expected)
     assert fired > 0 and counts_of(model) == (3 * fired, 3 * runs, 3 * steps)
+
+
+SIGNS = ("", "negative_")
+
+
+@pytest.mark.parametrize("name", ["QwenImage", "SD3", "Flux"])
+def test_pipelines_with_prompts_of_other_lengths(name):
+    """Each request has another; Qwen-Image's negative prompt has a length of its own."""
+    case = PIPELINES[name]
+
+    def results(dynamic):
+        pipe = case.make()
+        enable_cache(pipe, CACHES["blocks"], dynamic=dynamic, lowering="eager")
+        given = case.inputs()
+        found = []
+        for lengths in ((6, 4), (5, 3), (3, 6)):
+            both = lengths if name == "QwenImage" else lengths[:1] * 2
+            cut = {f"{sign}{key}": given[f"{sign}{key}"][:, :length] for sign, length in zip(SIGNS, both, strict=True)
+                   for key in ("prompt_embeds", "prompt_embeds_mask") if f"{sign}{key}" in given}  # fmt: skip
+            found.append(case.run(pipe, STEPS, **cut))
+        return found, counts_of(pipe.transformer)
+
+    automatic, static = results(None), results(False)
+    assert automatic[1] == static[1] and static[1][0] > 0
+    for a, b in zip(automatic[0], static[0], strict=True):
+        assert relative_error(a, b) < TOLERANCE
 
 
 # ---- sizes that inputs carry in expressions --------------------------------------------------------------------------
