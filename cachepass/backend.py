@@ -52,7 +52,7 @@ from .integrations.listening import listen
 from .methods import Method, Skip, Target
 from .options import CompileOptions, is_declared, parse_options
 from .prepare import Prepared, prepare
-from .runtime.context import current_context, guidance_partner, hear
+from .runtime.context import context_of, guidance_partner, hear
 from .runtime.dispatch import Dispatcher
 from .runtime.guidance import comes_alone
 from .runtime.instance import HalfRun
@@ -140,8 +140,8 @@ class Built:
 def _comes_alone(inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
                  root: torch.nn.Module | None) -> bool:  # fmt: skip
     """The call that is captured is one in a run of guidance batches, and brings their conditional half alone."""
-    layout, context = prepared.layout, current_context()
-    if root is None or guidance_partner(context) is not None:
+    layout = prepared.layout
+    if root is None or guidance_partner(context_of(root)) is not None:
         return False
     kind = kind_of([inputs[i] for i in layout.latents])
     timestep = None if layout.timestep is None else inputs[layout.timestep]
@@ -160,7 +160,7 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
         _require_static(gm, inputs)
     if guidance is not None:
         latents = guidance.latents
-        if guidance_partner(current_context()) is not None:
+        if guidance_partner(context_of(next(iter(_torch.root_modules()), None))) is not None:
             outputs = sample_output(gm, guidance)
         else:
             half = _build_half(gm, inputs, prepared, options, current)

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from cachepass.runtime.guided import is_half
 from pipelines import PIPELINES
 from reference import FasterCache
 from test_diffusers import Defined
@@ -16,6 +15,7 @@ from zoo import relative_error
 import cachepass
 from cachepass.inspect.summary import programs_of
 from cachepass.integrations.diffusers import enable_cache
+from cachepass.runtime.guidance import is_half
 from cachepass.testing import count_compiles
 
 STEPS, TOLERANCE = 9, 1e-5

@@ -19,13 +19,13 @@ import wrapt
 _HEARD = "_cachepass_heard"  # marks a function that listens already
 
 
-def listen(on_context: Callable[[Any], None], on_end: Callable[[Any], None]) -> None:
-    """Call ``on_context`` with every context that diffusers opens (None: closes) around the calls of a model, and
+def listen(on_context: Callable[[Any, Any], None], on_end: Callable[[Any], None]) -> None:
+    """Call ``on_context`` with a model and every context that diffusers opens (None: closes) around its calls, and
     ``on_end`` with every model whose caches diffusers empties. Versions of diffusers that have no such function say
     nothing."""
 
     def hear_contexts(hooks: Any) -> None:
-        _hear(hooks, "_set_cache_context", lambda module, context: on_context(context))  # noqa: ARG005
+        _hear(hooks, "_set_cache_context", on_context)
 
     def hear_ends(cache_utils: Any) -> None:
         _hear(getattr(cache_utils, "CacheMixin", None), "_reset_stateful_cache", lambda model, *_, **__: on_end(model))

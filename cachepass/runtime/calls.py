@@ -116,7 +116,7 @@ class Model:
 
     def find_run(self, call: Call, given: Given) -> None:
         """Find out which run a call is a step of, from its context and from what it is given."""
-        said = told()
+        said = told(self.module)
         trajectories = self.trajectories(said)
         timestep = call.read_timestep(lambda value: self.read_timestep(value, wait=not trajectories.settled))
         given.step_index = said.step_index
@@ -162,10 +162,11 @@ class Model:
 
     def partner(self, context: str) -> Run:
         """The run of the other call of a guidance step."""
-        said = told()
+        said = told(self.module)
         names, library = said.names, context.rpartition("/")[2]
-        if said.library is None:
-            names, library = (*names[:-1], library), None
+        if said.library is None:  # the user's own name may be of several parts, too
+            own = guidance_partner(names[-1])
+            names, library = (*names[:-1], library if own is None else own[1]), None
         with self._lock:
             return self.trajectories(Told(names, library)).first()
 
@@ -251,7 +252,7 @@ class Model:
             ConcurrencyError: One of them is in the middle of a step.
         """
         self.settle()
-        names, thread = told().names, threading.current_thread()
+        names, thread = told(self.module).names, threading.current_thread()
         with self._lock:
             own = [t for t in self._trajectories.values()
                    if t.names[: len(names)] == names and (names or t.is_of(thread))]  # fmt: skip
@@ -305,7 +306,7 @@ class Model:
         nor the caller asks to ``wait``."""
         if self._callback is not None:
             return float(self._callback())
-        said, scale = told().timestep, self.options.timestep_scale
+        said, scale = told(self.module).timestep, self.options.timestep_scale
         if said is not None:
             value, scale = said, 1.0
         if isinstance(value, torch.Tensor):

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ..errors import BatchError
 
@@ -28,21 +31,25 @@ class Told:
 
     Attributes:
         names: The user's contexts, outermost first.
-        library: The name that the model's library gave.
+        library: The name that a model's library gave.
+        module: The model that it gave it for, held weakly.
         timestep: In the unit of the config's ranges; a tensor is read where that costs no wait, or is needed anyway.
         step_index: The step of the run.
         num_inference_steps: The length of the run.
         schedule: The timesteps of the run, as an object: another one belongs to another run.
         before: What was said before the library said something.
+        said_timestep: The timestep that the library said.
     """
 
     names: tuple[str, ...] = ()
     library: str | None = None
+    module: weakref.ref[torch.nn.Module] | None = None
     timestep: Any = None
     step_index: int | None = None
     num_inference_steps: int | None = None
     schedule: Any = None
     before: Told | None = None
+    said_timestep: Any = None
 
     @property
     def context(self) -> str:
@@ -59,9 +66,30 @@ _NOTHING = Told()
 _told: contextvars.ContextVar[Told] = contextvars.ContextVar("cachepass_told", default=_NOTHING)
 
 
-def told() -> Told:
-    """What the surroundings of the current code say."""
-    return _told.get()
+def told(model: torch.nn.Module | None) -> Told:
+    """What the surroundings of the current code say of calls of a model; what a library says of another one is left
+    out. None: the model is not known."""
+    said = _told.get()
+    if said.module is None or model is None:
+        return said
+    named = said.module()
+    if named is model or (named is not None and _belong(named, model)):
+        return said
+    before = said.before or _NOTHING
+    timestep = before.timestep if said.timestep is said.said_timestep else said.timestep
+    return _with(said, library=None, module=None, timestep=timestep, step_index=None, num_inference_steps=None)
+
+
+_pairs: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakKeyDictionary[torch.nn.Module, bool]]
+_pairs = weakref.WeakKeyDictionary()
+
+
+def _belong(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """One of two modules is in the other: a model in a wrapper that was compiled, or a part of a model."""
+    known = _pairs.setdefault(one, weakref.WeakKeyDictionary())
+    if other not in known:
+        known[other] = any(one is part for part in other.modules()) or any(other is part for part in one.modules())
+    return known[other]
 
 
 @contextlib.contextmanager
@@ -123,8 +151,8 @@ def warming_up() -> Iterator[None]:
         yield
 
 
-def hear(context: Any) -> None:
-    """The model's library opened a context (an object with ``name`` and, if it knows them, ``step_index``,
+def hear(module: torch.nn.Module, context: Any) -> None:
+    """The library of a model opened a context (an object with ``name`` and, if it knows them, ``step_index``,
     ``num_inference_steps`` and ``timestep``), or closed it (None)."""
     known = _told.get()
     if context is None:
@@ -132,11 +160,13 @@ def hear(context: Any) -> None:
         return
     fields = ("step_index", "num_inference_steps", "timestep")
     said = {name: value for name in fields if (value := getattr(context, name, None)) is not None}
-    _told.set(_with(known, library=str(context.name), before=known, **said))
+    own = {"library": str(context.name), "module": weakref.ref(module), "said_timestep": said.get("timestep")}
+    _told.set(_with(known, before=known, **own, **said))
 
 
-def current_context() -> str:
-    return _told.get().context
+def context_of(model: torch.nn.Module | None) -> str:
+    """The name of the context that a call of a model is in."""
+    return told(model).context
 
 
 def guidance_partner(context: str) -> tuple[str, str] | None:

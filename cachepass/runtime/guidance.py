@@ -12,7 +12,7 @@ from typing import Any
 
 from ..methods import PLAIN, WHOLE, Method, Route, Step
 from .calls import Model
-from .context import current_context, guidance_partner, other_guidance, told
+from .context import context_of, guidance_partner, other_guidance, told
 from .decide import route_of
 from .runs import Run
 from .state import OutputState
@@ -24,7 +24,7 @@ def partner_of(model: Model, *, two_calls: bool) -> Run | None:
     Raises:
         BatchError: It was captured for the other way of calling than it is called in.
     """
-    context = current_context()
+    context = context_of(model.module)
     pair = guidance_partner(context)
     if (pair is None) == two_calls:
         raise other_guidance(context, two_calls=two_calls)
@@ -46,7 +46,7 @@ def route_in(method: Method, model: Model, run: Run, partner: Run | None, output
         if run.beside:
             _warn_calls(method, model)
         return route_of(method, step, known=known and not run.beside)
-    pair = guidance_partner(current_context())
+    pair = guidance_partner(context_of(model.module))
     assert pair is not None, "a call with a partner has a context of guidance"
     follows = partner.clock.index == run.clock.index + 1
     return route_of(method, step, known=known, side=pair[0], follows=follows)
@@ -67,7 +67,8 @@ def _warn_calls(method: Method, model: Model) -> None:
 def comes_alone(model: Model, kind: Hashable, timestep: Any) -> bool:
     """A call that is about to be captured brings conditional samples alone: it goes on with a run of guidance batches,
     or its batch is odd, and the context had runs of guidance batches."""
-    runs = [run for run in model.trajectories(told()).runs if any(is_half(kind, known) for known in run.memories)]
+    known = model.trajectories(told(model.module)).runs
+    runs = [run for run in known if any(is_half(kind, whole) for whole in run.memories)]
     now = model.read_timestep(timestep)
     goes_on = [run for run in runs if run.clock.index and run.timestep != now and not run.clock.starts_run(now)]
     return bool(goes_on) or (bool(runs) and _is_odd(kind))
