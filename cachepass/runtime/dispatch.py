@@ -318,7 +318,9 @@ class Dispatcher:
             prefix = "" if self.part is None else self.part.siblings.prefix
             self._layouts[sizes] = self.program.plan.layout(resolve, prefix), resolve
         layout, resolve = self._layouts[sizes]
-        place = call.kind, instance.prefix, layout
+        # Batches of both branches and conditional ones alone keep the same: the conditional half.
+        kind = call.kind if self.method.guidance is None else None
+        place = kind, instance.prefix, layout
         key = *place, call.occurrence(place)
         state = run.states.get(key)
         if state is None:
