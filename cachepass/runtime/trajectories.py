@@ -123,8 +123,11 @@ class Trajectories:
             placed = timestep is None
             waiting.sort(key=lambda run: (run.memories[kind].graph != given.graph, run.called if placed else 0))
         run = waiting[0]
+        begins = self._is_of_another_run(run, given, timestep)
+        if begins and self._of_another_batch_size(kind, given, timestep) is self._previous is not None:
+            return self._previous  # the run of the last call goes on, and an older one had batches of this size
         # What was in doubt stayed as it was: its run began in the last call.
-        if (run.doubts and not run.failed) or self._is_of_another_run(run, given, timestep):
+        if (run.doubts and not run.failed) or begins:
             self._end(run)
             run.memories = {kind: run.memories[kind]}  # of this run it is not known yet which batches it has
         self._habits.note_same(given.names)
