@@ -201,7 +201,8 @@ class Trajectories:
     def _of_another_batch_size(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:
         """The one run that goes on with more samples, or fewer: guidance begins or ends within it."""
         candidates = [run for run in self.runs
-                      if run.clock.index and any(_same_samples(kind, known) for known in run.memories)
+                      if run.clock.index and kind not in run.memories
+                      and any(_same_samples(kind, known) for known in run.memories)
                       and not (timestep is not None and run.timestep == timestep)
                       and not self._is_of_another_run(run, given, timestep)]  # fmt: skip
         return candidates[0] if len(candidates) == 1 else None
