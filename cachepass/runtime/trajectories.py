@@ -122,8 +122,9 @@ class Trajectories:
             # Of calls that differ in a constant only, each has a graph of its own. Else the place in the step tells.
             placed = timestep is None
             waiting.sort(key=lambda run: (run.memories[kind].graph != given.graph, run.called if placed else 0))
-        run = waiting[0]
-        begins = self._is_of_another_run(run, given, timestep)
+        run = next((run for run in waiting if not self._is_of_another_run(run, given, timestep)), None)
+        begins = run is None
+        run = run or waiting[0]
         if begins and self._of_another_batch_size(kind, given, timestep) is self._previous is not None:
             return self._previous  # the run of the last call goes on, and an older one had batches of this size
         # What was in doubt stayed as it was: its run began in the last call.
