@@ -183,6 +183,15 @@ class Case:
     fresh_text: bool = False  # on all ranks but the first, another tensor of the same values in every step
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def alone(self) -> tuple[object, ...]:
+        """Equal for cases that one process alone runs alike."""
+        return id(self.cache), self.nan_at, self.fresh_text
+
+    def inputs(self, *, fresh_text: bool) -> list[tuple[torch.Tensor, ...]]:
+        made = calls(self.nan_at)
+        return [(x, t, text.clone()) for x, t, text in made] if fresh_text else list(made)
+
 
 FIRST_BLOCK = FirstBlockCacheConfig(threshold=0.1)
 LATENTS = CacheConfig(cut=Blocks(first=1), schedule=Threshold(0.05), forecast=Taylor(1), probe=Latents())
@@ -211,11 +220,9 @@ SPLITS = {"tensor": tensor_parallel, "dtensor": dtensor_parallel, "context": con
 
 
 def run_case(case: Case, rank: int, world: int) -> dict[str, Any]:
-    inputs = calls(case.nan_at)
+    inputs = case.inputs(fresh_text=case.fresh_text and rank > 0)
     if case.split == "context":
         inputs = [(x.chunk(world, 1)[rank], t, text) for x, t, text in inputs]
-    if case.fresh_text and rank:
-        inputs = [(x, t, text.clone()) for x, t, text in inputs]
     options = {**({"process_group": "world"} if case.grouped else {}), **case.options}
     found = run(SPLITS[case.split](rank, world), case.cache, inputs, **options)
     if case.split == "context":
@@ -231,12 +238,12 @@ def main(job: str, rank: int, world: int, folder: Path) -> None:
                             timeout=datetime.timedelta(seconds=60))  # fmt: skip
     cases = JOBS[job]
     together = {name: run_case(case, rank, world) for name, case in cases.items()}
-    wanted = list(dict.fromkeys((id(case.cache), case.nan_at) for case in cases.values() if case.grouped))
+    wanted = list(dict.fromkeys(case.alone for case in cases.values() if case.grouped))
     alone = {}
     for key in wanted[rank::world]:
-        names = [name for name, case in cases.items() if (id(case.cache), case.nan_at) == key]
+        names = [name for name, case in cases.items() if case.alone == key]
         case = cases[names[0]]
-        alone |= dict.fromkeys(names, run(whole(), case.cache, calls(case.nan_at)))
+        alone |= dict.fromkeys(names, run(whole(), case.cache, case.inputs(fresh_text=case.fresh_text)))
     torch.save((together, alone), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -24,6 +24,7 @@ from zoo import relative_error
 import cachepass
 from cachepass import CachepassWarning
 from cachepass.integrations.diffusers import enable_cache
+from cachepass.runtime.calls import Model
 
 TOLERANCE = 1e-5  # relative, fp32
 
@@ -222,6 +223,27 @@ def test_with_the_number_of_steps(scenario, way):
     bench = Bench(way, num_inference_steps=9)
     bench.run(scenario)
     assert bench.predicted() > 0
+
+
+@pytest.mark.parametrize(("way", "scenario"), pairs((compiled, by_blocks)))
+def test_timesteps_that_lie_on_a_device(scenario, way, monkeypatch):
+    """With the number of steps given they are waited for in the first steps of each run, until it is known whose calls
+    a step has, and not after that."""
+    reads: list[bool] = []
+    read = Model.read_timestep
+
+    def counted(self: Model, value: Any, **how: Any) -> float | None:
+        timestep = read(self, value, **how)
+        reads.append(timestep is not None)
+        return timestep
+
+    monkeypatch.setattr("cachepass.runtime.calls.is_far", lambda _: True)
+    monkeypatch.setattr(Model, "read_timestep", counted)
+    bench = Bench(way, num_inference_steps=len(trajectories.TIMES))
+    bench.run(scenario)
+    assert bench.predicted() > 0
+    runs = cachepass.summary(bench.model).runs
+    assert sum(reads) <= 3 * runs
 
 
 @every_way

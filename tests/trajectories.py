@@ -25,6 +25,19 @@ def nothing(_: Any) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def left_open(name: str, **told: Any) -> Said:
+    """What diffusers says of a call, and nobody takes back: it holds until something else is said."""
+
+    @contextlib.contextmanager
+    def say(model: Any) -> Iterator[None]:
+        from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+        _set_cache_context(model, CacheContext(name, **told))
+        yield
+
+    return say
+
+
 def named(name: str) -> Said:
     return lambda _: cachepass.cache_context(name)
 
@@ -167,6 +180,16 @@ def contexts_of_diffusers() -> Calls:
             place = {"step_index": step, "num_inference_steps": len(TIMES), "timestep": t[0], "sigma": t[0] / 1000}
             for call, name in enumerate(("cond", "uncond")):
                 yield Call(f"{name}@{run}", (x, t, prompts[call]), by_diffusers(name, **place))
+
+
+def contexts_left_open() -> Calls:
+    """A loop that says which step it is in and closes no context; then one that says nothing but names."""
+    prompts = [prompt(0), prompt(1)]
+    for step, (x, t) in enumerate(latents(0)):
+        for call, name in enumerate(("cond", "uncond")):
+            yield Call(f"{name}@0", (x, t, prompts[call]), left_open(name, step_index=step, timestep=t[0]))
+    yield from guided(1, prompts, saids=[left_open("cond"), left_open("uncond")])
+    yield from guided(2, prompts, saids=[by_diffusers("cond"), by_diffusers("uncond")])
 
 
 def silent() -> Calls:
@@ -330,6 +353,7 @@ TOLD_APART: dict[Scenario, set[str] | None] = {
     contexts: {"cond", "uncond"},
     nested_contexts: {f"request-{request}/{name}" for request in (1, 2) for name in ("cond", "uncond")},
     contexts_of_diffusers: {"cond", "uncond"},
+    contexts_left_open: {"cond", "uncond"},
     silent: TWO,
     silent_of_different_lengths: TWO,
     silent_views: TWO,

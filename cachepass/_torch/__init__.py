@@ -3,7 +3,7 @@
 Nothing here knows what caching is. Whatever a new torch release renames is renamed in this package and nowhere else.
 """
 
-from .collectives import default_group, is_collective, is_process_group, is_wait, sum_over, world_size
+from .collectives import any_of_ranks, default_group, is_collective, is_process_group, is_wait, sum_over, world_size
 from .dynamo import (
     Frame,
     capture,
@@ -63,6 +63,7 @@ __all__ = [
     "SavedContext",
     "addresses",
     "allow_captures",
+    "any_of_ranks",
     "cache_folder",
     "calling_module",
     "calling_modules",

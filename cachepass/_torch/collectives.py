@@ -42,4 +42,11 @@ def sum_over(value: torch.Tensor, group: Any) -> torch.Tensor:
     return functional.all_reduce(value, "sum", group)
 
 
-__all__ = ["default_group", "is_collective", "is_process_group", "is_wait", "sum_over", "world_size"]
+def any_of_ranks(value: bool, group: Any, device: torch.device) -> bool:
+    """Whether it holds on any rank of a group. All of them ask, and wait for each other."""
+    flag = torch.tensor([int(value)], dtype=torch.int32, device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+    return bool(flag.item())
+
+
+__all__ = ["any_of_ranks", "default_group", "is_collective", "is_process_group", "is_wait", "sum_over", "world_size"]

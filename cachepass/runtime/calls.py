@@ -118,7 +118,8 @@ class Model:
         """Find out which run a call is a step of, from its context and from what it is given."""
         said = told(self.module)
         trajectories = self.trajectories(said)
-        timestep = call.read_timestep(lambda value: self.read_timestep(value, wait=not trajectories.settled))
+        settled = trajectories.settled
+        timestep = call.read_timestep(lambda value: self.read_timestep(value, wait=not settled))
         given.step_index = said.step_index
         given.schedule = schedule_of(call.timestep) if said.schedule is None else said.schedule
         with self._lock:
@@ -139,8 +140,17 @@ class Model:
                     run.clock.num_inference_steps = said.num_inference_steps
                 if said.step_index is not None:
                     run.clock.tell(said.step_index)
+        if self.options.process_group is not None and not settled:
+            self._doubt_together(run, given.latents.device)
         if run is None:
             self._warn_untold(trajectories.context, timestep)
+
+    def _doubt_together(self, run: Run | None, device: torch.device) -> None:
+        """Ranks that run one model together compute a step if one of them is in doubt whose it is: the tensors that
+        they are given may be made anew on some of them only."""
+        doubtful = run is None or run.is_doubtful
+        if _torch.any_of_ranks(doubtful, self.options.process_group, device) and run is not None:
+            run.unsure = True
 
     def make_room(self, needed: int, device: torch.device, own: Run) -> None:
         """A step of a run is about to keep so many bytes more on a device, as far as sizes are known ahead, or has done

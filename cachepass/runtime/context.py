@@ -75,9 +75,14 @@ def told(model: torch.nn.Module | None) -> Told:
     named = said.module()
     if named is model or (named is not None and _belong(named, model)):
         return said
+    return _with(said, **_of_nobody(said))
+
+
+def _of_nobody(said: Told) -> dict[str, Any]:
+    """The fields that a library gave, as they are without its word."""
     before = said.before or _NOTHING
     timestep = before.timestep if said.timestep is said.said_timestep else said.timestep
-    return _with(said, library=None, module=None, timestep=timestep, step_index=None, num_inference_steps=None)
+    return {"library": None, "module": None, "timestep": timestep, "step_index": None, "num_inference_steps": None}
 
 
 _pairs: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakKeyDictionary[torch.nn.Module, bool]]
@@ -153,15 +158,18 @@ def warming_up() -> Iterator[None]:
 
 def hear(module: torch.nn.Module, context: Any) -> None:
     """The library of a model opened a context (an object with ``name`` and, if it knows them, ``step_index``,
-    ``num_inference_steps`` and ``timestep``), or closed it (None)."""
+    ``num_inference_steps`` and ``timestep``), or closed it (None). It takes the place of one that the same model left
+    open; nothing of another one is left in it."""
     known = _told.get()
     if context is None:
         _told.set(known.before or known)
         return
     fields = ("step_index", "num_inference_steps", "timestep")
     said = {name: value for name in fields if (value := getattr(context, name, None)) is not None}
-    own = {"library": str(context.name), "module": weakref.ref(module), "said_timestep": said.get("timestep")}
-    _told.set(_with(known, before=known, **own, **said))
+    left_open = known.module is not None and known.module() in (None, module)
+    own = {"library": str(context.name), "module": weakref.ref(module), "said_timestep": said.get("timestep"),
+           "before": known.before if left_open else known}  # fmt: skip
+    _told.set(_with(known, **_of_nobody(known) | own | said))
 
 
 def context_of(model: torch.nn.Module | None) -> str:

@@ -182,6 +182,7 @@ def measure(curve: str, value: Any, known: Calibration, noise: torch.Tensor, lab
     images = sample(compiled, noise, labels, steps, guidance, advance)
     done = cachepass.summary(compiled)
     (computed,) = done.computed.values()
+    assert done.saved is not None, "the model's sizes depend on no data"
     return Point(curve, knob, value, computed, 100 * (1 - done.saved), psnr(images, reference),
                  accuracy(images, labels), done.cache_bytes)  # fmt: skip
 
