@@ -47,6 +47,7 @@ from .graph.numbers import keep_numbers
 from .graph.outputs import paired_outputs, returned, sample_output
 from .graph.plan import make_plan
 from .graph.regions import find_regions
+from .graph.sizes import SymbolBinder
 from .graph.streams import resolve
 from .integrations.listening import listen
 from .methods import Method, Skip, Target
@@ -60,7 +61,6 @@ from .runtime.live import reset_around
 from .runtime.place import locate
 from .runtime.program import CurrentCall, Program, Traced, step_runner
 from .runtime.registry import model_of
-from .runtime.sizes import SymbolBinder
 
 logger = logging.getLogger(__name__)
 listen(on_context=hear, on_end=reset_around)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import _torch
 from ._torch import SavedContext
 from .graph.emit import EMITTED
+from .graph.sizes import SymbolBinder
 from .graph.specialize import Variant
 from .graph.state_inputs import Role
 
@@ -60,13 +62,48 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
         placeholders = variant.gm.graph.find_nodes(op="placeholder")
         inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
         # Slots stay where they are: a CUDA graph reads and writes them in place, and may write to nothing else.
-        static = [i for i, role in enumerate(variant.inputs, len(own_inputs)) if role.kind not in _MOVING]
-        with _no_advice_on_complex_numbers(variant.gm):
-            run = context.compile(variant.gm, inputs, static, cudagraphs=variant.repeated)
+        static = [i for i, role in enumerate(variant.inputs, len(own_inputs)) if role.kind not in _MOVING
+                  and not _torch.depends_on_data(inputs[i])]  # fmt: skip
+        gm, numbers = _given_numbers(variant.gm)
+        with _no_advice_on_complex_numbers(gm):
+            compiled = context.compile(gm, [*inputs, *numbers], static, cudagraphs=variant.repeated)
+        run = _giving_numbers(compiled, inputs, numbers) if numbers else compiled
     parts = [tuple(role for role in variant.inputs if role.kind in kinds) for kinds in _PARTS]
     lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes)  # pyright: ignore
     assert lowered.inputs == variant.inputs, "what is added stands in this order"
     return lowered
+
+
+def _given_numbers(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.SymInt]]:
+    """The graph with the numbers as inputs, behind all others, that sizes of its inputs are made of and that only
+    running it tells: Inductor must know them where it begins. Also what they are."""
+    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    made = {symbol: size for size in sizes if isinstance(size, torch.SymInt) for symbol in _torch.data_symbols(size)}
+    if not made:
+        return gm, []
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env)).meta = dict(gm.graph.output_node().meta)
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    numbers = [_torch.number_of(symbol, size) for symbol, size in made.items()]
+    with graph.inserting_after(last):
+        for number in reversed(numbers):
+            graph.placeholder(f"number_{number}").meta["val"] = number
+    return fx.GraphModule(gm, graph), numbers
+
+
+def _giving_numbers(run: Callable[[list[Any]], Any], inputs: Sequence[Any],
+                    numbers: Sequence[torch.SymInt]) -> Callable[[list[Any]], Any]:  # fmt: skip
+    """Read the numbers from the sizes of the other inputs."""
+    binder = SymbolBinder.of(inputs, numbers)
+
+    def run_with_numbers(given: list[Any]) -> Any:
+        resolve = binder.resolver(given)
+        given.extend([resolve(number) for number in numbers])
+        return run(given)
+
+    return run_with_numbers
 
 
 @contextlib.contextmanager

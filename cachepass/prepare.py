@@ -26,6 +26,7 @@ from .errors import (
     warn,
 )
 from .graph.annotate import outermost
+from .graph.data_sizes import sizing_inputs, why_unfit
 from .graph.inputs import (
     Arguments,
     GraphInputs,
@@ -119,14 +120,54 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     skips = (*table.skips, *selection.skips, *nested)
     found = find_latents([named.names[i] for i in named.own], [inputs[i] for i in named.own])
     latents = tuple(i for i in (named.own[k] for k in found) if isinstance(inputs[i], torch.Tensor))
+    targets, resized, sizing = _sized_by_data(gm, table, targets, {*latents, timestep}, method, options)
+    _refuse_probe_sized_by_data(table, selection.probe)
+    skips = (*skips, *resized)
     static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
     telling = _telling(named, inputs, {*latents, timestep}, options)
     names = tuple(named.names[i] for i in telling)
-    layout = InputLayout(named.identity, latents, timestep, static, telling, names)
+    layout = InputLayout(named.identity, latents, timestep, static, telling, names, sizing)
     notes, probe = selection.notes, selection.probe
     if probe is not None and probe.region is None and not probe.of_model:
         notes = (*notes, f"the probe looks at the input {listing([named.names[i] for i in latents[:1]])}")
     return Prepared(method, table, tuple(targets), skips, notes, named.names, layout, tuple(named.own), probe, siblings)
+
+
+def _sized_by_data(gm: fx.GraphModule, table: RegionTable, targets: Sequence[Target], varying: set[int | None],
+                   method: Method, options: CompileOptions) -> tuple[list[Target], list[Skip],
+                                                                     tuple[int, ...]]:  # fmt: skip
+    """The targets that can be kept though their sizes may depend on data, why others cannot, and the indices of the
+    inputs that the sizes come from.
+
+    Raises:
+        NoMatchError: Nothing is left.
+    """
+    kept, skips, sizing = list[Target](), list[Skip](), set[int]()
+    for target in targets:
+        outputs = [o for o in table.outputs[target.region.id] if _torch.depends_on_data(o.meta["example_value"])]
+        reason = why_unfit(gm, outputs, varying) if outputs else None
+        if outputs and (options.lowering == "cond" or method.guidance is not None):
+            only = 'lowering="cond"' if options.lowering == "cond" else "guidance"
+            reason = f"the size of an output depends on data, which {only} does not allow"
+        if reason is None:
+            kept.append(target)
+            sizing.update(sizing_inputs(gm, outputs) or ())
+        else:
+            skips.append(Skip(target.region.id, reason))
+    if targets and not kept:
+        raise NoMatchError(f"nothing can be cached: {skips[0].reason}", where=skips[0].region,
+                           hint="cut modules whose outputs have a size of their own")  # fmt: skip
+    return kept, skips, tuple(sorted(sizing))
+
+
+def _refuse_probe_sized_by_data(table: RegionTable, probe: Probe | None) -> None:
+    if probe is None or probe.region is None:
+        return
+    outputs = table.outputs[probe.region.id]
+    looked = outputs if probe.region.blocks else outputs[probe.output :][:1]
+    if any(_torch.depends_on_data(output.meta["example_value"]) for output in looked):
+        raise NoMatchError("what a decision looks at has a size that depends on data", where=probe.region.id,
+                           hint="look at the latents, or at an output whose size is its own")  # fmt: skip
 
 
 def _add_spans(gm: fx.GraphModule, table: RegionTable, selection: Selection) -> None:

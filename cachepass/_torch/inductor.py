@@ -133,9 +133,40 @@ def input_index(placeholder: fx.Node) -> int | None:
     return getattr(placeholder.meta.get("desc"), "idx", None)
 
 
-def depends_on_data(value: torch.Tensor) -> bool:
-    """A (fake) tensor has a size that only running the graph can tell."""
-    return bool(free_unbacked_symbols(value))
+def depends_on_data(value: object) -> bool:
+    """A value is a (fake) tensor with a size that only running the graph can tell."""
+    return isinstance(value, torch.Tensor) and bool(free_unbacked_symbols(value))
+
+
+def data_symbols(value: torch.Tensor | torch.SymInt) -> set[sympy.Symbol]:
+    """The numbers in a symbolic number, or in the sizes of a (fake) tensor, that only running the graph can tell."""
+    return set(free_unbacked_symbols(value))
+
+
+def number_of(symbol: sympy.Symbol, size: torch.SymInt) -> torch.SymInt:
+    """A number that a size is made of, as a symbolic number by itself."""
+    return size.node.shape_env.create_symintnode(symbol, hint=None)
+
+
+def defined_symbols(node: fx.Node) -> set[sympy.Symbol]:
+    """The numbers that running a node tells."""
+    return set(node.meta.get("unbacked_bindings") or ())
+
+
+def surely_contiguous(value: torch.Tensor) -> bool:
+    """A copy of a (fake) tensor is contiguous, whatever its sizes turn out to be."""
+    return surely_strided_alike(torch.empty_like(value), value.new_empty(value.shape))
+
+
+def surely_strided_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Two (fake) tensors have the same strides, whatever numbers that depend on data turn out to be."""
+    if not (depends_on_data(one) or depends_on_data(other)):
+        return one.stride() == other.stride()
+    return [_expression(step) for step in one.stride()] == [_expression(step) for step in other.stride()]
+
+
+def _expression(number: int | torch.SymInt) -> object:
+    return number.node.expr if isinstance(number, torch.SymInt) else number
 
 
 def hint(size: int | torch.SymInt) -> int:

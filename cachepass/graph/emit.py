@@ -46,7 +46,7 @@ class Emitter:
 
     def dense(self, value: fx.Node, marker: fx.Node) -> fx.Node:
         """``value`` with the strides that the marker gave to everything behind it (it densifies, as clone does)."""
-        same = value.meta["val"].stride() == marker.meta["val"].stride()
+        same = _torch.surely_strided_alike(value.meta["val"], marker.meta["val"])
         return value if same else self(aten.clone.default, value)
 
     def strided(self, value: fx.Node, strides: Sequence[int | torch.SymInt]) -> fx.Node:
@@ -62,7 +62,7 @@ class Emitter:
     def restrided(self, value: fx.Node, strides: Sequence[int | torch.SymInt]) -> fx.Node:
         """``value`` with exactly these dense strides: copied where they differ."""
         own = value.meta["val"].stride()
-        if tuple(own) == tuple(strides) or any(isinstance(step, torch.SymInt) for step in (*own, *strides)):
+        if any(isinstance(step, torch.SymInt) for step in (*own, *strides)) or tuple(own) == tuple(strides):
             return value
         order = sorted(range(len(strides)), key=lambda d: (-int(strides[d]), d))
         ordered = self(aten.permute.default, value, order)

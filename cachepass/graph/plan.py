@@ -46,6 +46,7 @@ class Cut:
         live: Some phase reads its forecast; if not, it has no slots.
         row: Which region of its group it belongs to: where weights differ by region, its row of them.
         residual: What is kept and forecast is the value minus what the region was given.
+        sized_by_data: Only running the graph tells its size: programs return it, and no slot is made ahead.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Cut:
     live: bool = True
     row: int = 0
     residual: bool = False
+    sized_by_data: bool = False
 
     @property
     def name(self) -> str:
@@ -210,8 +212,8 @@ class CachePlan:
                         c.group,
                         c.forecast,
                         # Of a dead cut nothing is kept: its sizes are asked of no input.
-                        tuple(map(resolve, c.shape)) if c.live else (),
-                        tuple(map(resolve, c.stride)) if c.live else (),
+                        tuple(map(resolve, c.shape)) if c.live and not c.sized_by_data else (),
+                        tuple(map(resolve, c.stride)) if c.live and not c.sized_by_data else (),
                         c.slot_dtype,
                         c.device,
                         c.live,
@@ -225,8 +227,11 @@ class CachePlan:
 
     @property
     def sizes(self) -> list[int | torch.SymInt]:
-        """All sizes and strides of the live cuts, and of the probe's slot."""
-        slots = [*self.live_cuts, *(() if self.probe is None else (self.probe.slot,))]
+        """All sizes and strides of the live cuts, and of the probe's slot, but those that depend on data."""
+        slots = [
+            *(c for c in self.live_cuts if not c.sized_by_data),
+            *(() if self.probe is None else (self.probe.slot,)),
+        ]
         return [size for slot in slots for size in (*slot.shape, *slot.stride)]
 
     def history(self, group: str) -> int:
@@ -364,7 +369,7 @@ def _make_cut(index: int, node: fx.Node, target: Target, live: bool, row: int) -
     return Cut(
         index, region, output, target.group, target.forecast, tuple(value.shape), dense_strides(value),
         value.dtype, value.device, _slot_dtype(value.dtype, target.history_dtype), live, row,
-        base_of(node) is not None,
+        base_of(node) is not None, _torch.depends_on_data(value),
     )  # fmt: skip
 
 

@@ -113,8 +113,6 @@ def unfit(region: Region, table: RegionTable, aliases: Aliases) -> str | None:
     nodes, outputs = table.nodes[region.id], table.outputs[region.id]
     if not outputs:
         return "no floating-point tensor leaves it"
-    if any(_torch.depends_on_data(output.meta["example_value"]) for output in outputs):
-        return "the size of an output depends on data"
     last = nodes[-1]
     members = set(nodes)
     for output in outputs:

@@ -85,11 +85,10 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
         _transform_output(graph, ends, plan.output, route, added, emit)
     for marker in ends:
         drop_marker(marker, emit)
-    kept: tuple[Role, ...] = ()
-    if plan.returns and route.predicts:
-        kept = _return_kept(graph, writes, plan, emit)
-    elif route.keeps:
-        _write_slots(graph, writes, plan, added, emit)
+    returned = [(cut, value) for cut, value in writes if cut.sized_by_data or (plan.returns and route.predicts)]
+    kept = _return_kept(graph, returned, plan, emit)
+    if route.keeps:
+        _write_slots(graph, [write for write in writes if write not in returned], plan, added, emit)
     if decision is not None:
         kept = (*kept, *_keep_probe(graph, decision, added, emit, returns=plan.returns))
     graph.eliminate_dead_code(is_impure_node=is_impure)
@@ -198,7 +197,7 @@ def _return_kept(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], plan: C
             # A clone in the graph is no help: Inductor removes it, as one that changes no value.
             shared = root in taken or root.op == "placeholder" or root.meta["val"].shape != kept.meta["val"].shape
             taken.add(root)
-            outputs.append(emit.held(kept, cut.stride))
+            outputs.append(kept if cut.sized_by_data else emit.held(kept, cut.stride))
             roles.append(Role("next", cut.group, cut.index, slot="shared" if shared else ""))
     end.args = (tuple(outputs),)
     return tuple(roles)

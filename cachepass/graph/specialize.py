@@ -10,6 +10,7 @@ together with the placeholders that nobody reads any more. What remains is a str
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,15 +43,15 @@ class Variant:
 
 def specialize(canonical: Canonical, plan: CachePlan, phase: Phase) -> Variant:
     """The straight-line program in which exactly the groups of ``phase`` are predicted."""
-    graph = _evaluate(canonical, plan, phase)
-    return _finish(canonical, phase_name(phase, plan.groups), graph, canonical.roles, canonical.kept)
+    graph, kept = _evaluate(canonical, plan, phase)
+    return _finish(canonical, phase_name(phase, plan.groups), graph, canonical.roles, kept)
 
 
 def specialize_rest(canonical: Canonical, plan: CachePlan, phase: Phase) -> Variant:
     """The same, without what runs before the host decides on the phase (``graph/split.py``)."""
-    graph = _evaluate(canonical, plan, phase)
+    graph, kept = _evaluate(canonical, plan, phase)
     roles = suffix(graph, canonical.roles)
-    return _finish(canonical, phase_name(phase, plan.groups), graph, roles, canonical.kept[:-1])
+    return _finish(canonical, phase_name(phase, plan.groups), graph, roles, kept[:-1])
 
 
 def up_to_decision(canonical: Canonical, name: str) -> Variant:
@@ -68,8 +69,9 @@ def _finish(canonical: Canonical, name: str, graph: fx.Graph, roles: dict[str, R
     return Variant(name, fx.GraphModule(canonical.gm, graph), tuple(read.values()), kept=kept)
 
 
-def _evaluate(canonical: Canonical, plan: CachePlan, phase: Phase) -> fx.Graph:
-    """Fold the predicates, and drop the slot writes of groups whose predictions are not kept."""
+def _evaluate(canonical: Canonical, plan: CachePlan, phase: Phase) -> tuple[fx.Graph, tuple[Role, ...]]:
+    """Fold the predicates, and drop what would be kept of groups whose predictions are not; what its last outputs are
+    kept as."""
     predicted = set(phase.predicted)
     silent = {group for group in phase.predicted if not plan.recursive(group)}
     source, graph = canonical.gm, fx.Graph()
@@ -84,9 +86,20 @@ def _evaluate(canonical: Canonical, plan: CachePlan, phase: Phase) -> fx.Graph:
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])  # pyright: ignore
     fake_mode = _torch.fake_mode_of([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
-    _own_outputs(graph, canonical.roles, Emitter(graph, fake_mode))
+    kept = _drop_returned(graph, canonical.kept, silent)
+    _own_outputs(graph, canonical.roles, Emitter(graph, fake_mode), kept=len(kept))
     graph.eliminate_dead_code(is_impure_node=is_impure)
-    return graph
+    return graph, kept
+
+
+def _drop_returned(graph: fx.Graph, kept: Sequence[Role], silent: set[str]) -> tuple[Role, ...]:
+    """Return nothing to be kept of some groups; what the last outputs are then."""
+    output = graph.output_node()
+    returned = tuple(output.args[0])  # pyright: ignore[reportArgumentType]
+    own = len(returned) - len(kept)
+    left = [i for i, role in enumerate(kept) if role.kind != "next" or role.group not in silent]
+    output.args = ((*returned[:own], *(returned[own + i] for i in left)),)
+    return tuple(kept[i] for i in left)
 
 
 def all_phases(canonical: Canonical, name: str) -> Variant:

@@ -91,7 +91,7 @@ class StateInputs:
             self._add(f"{stem}_h{age}", empty_slot(cut), "history", cut.group, cut.index, age)
             for age in range(cut.history)
         ]
-        if returns:
+        if returns or cut.sized_by_data:
             return
         if cut.history and cut.forecast.recursive:
             # A predicted step reads the slot that it writes: as one placeholder, so that the compiler knows it.

@@ -17,7 +17,7 @@ from ..config import parse_cache
 from ..errors import CachepassError, OptionError
 from ..graph.flops import count_flops
 from ..graph.hoist import Hoisted
-from ..graph.plan import CachePlan, Phase, phase_name
+from ..graph.plan import CachePlan, Cut, Phase, phase_name
 from ..graph.show import diff, readable
 from ..methods import PLAIN, PLAIN_HALF, Method, Region, Route, Skip, Target
 from ..options import CompileOptions
@@ -197,7 +197,7 @@ class Explanation:
         plan, forecasts = self.plan, {cut.name: cut for cut in self.plan.cuts}
         rows = [
             (cut.region, cut.output, cut.group, cut.forecast, _shape(cut.shape), f"{cut.history}",
-             human_bytes(cut.history * cut.slot_bytes) if cut.live else "dead: no phase reads it")
+             _bytes(cut) if cut.live else "dead: no phase reads it")
             for cut in forecasts.values()
         ]  # fmt: skip
         if plan.output is not None:
@@ -210,7 +210,9 @@ class Explanation:
         text += table(("phase", "operations", "FLOPs"), phases, title="phases")
         if self.skips:
             text += "\n" + table(("region", "reason"), [(s.region, s.reason) for s in self.skips], title="not cut")
-        text += f"\ncache per context: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B)\n"
+        unknown = any(cut.sized_by_data for cut in plan.live_cuts)
+        text += f"\ncache per context: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B)"
+        text += " and what sizes that depend on data take\n" if unknown else "\n"
         hoisted = self.hoisted
         if hoisted is not None:
             text += (f"kept for a run: {len(hoisted.slots)} value{'s' * (len(hoisted.slots) > 1)}, "
@@ -219,6 +221,10 @@ class Explanation:
         for note in (*self.notes, *([f"never predicts: {self.never}"] if self.never else [])):
             text += f"note: {note}\n"
         return text
+
+
+def _bytes(cut: Cut) -> str:
+    return "as data says" if cut.sized_by_data else human_bytes(cut.history * cut.slot_bytes)
 
 
 def _shape(shape: Sequence[object]) -> str:

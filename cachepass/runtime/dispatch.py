@@ -19,6 +19,7 @@ from ..errors import warn
 from ..graph.inputs import kind_of
 from ..graph.plan import Phase
 from ..graph.probe import numbers_of
+from ..graph.sizes import SymbolBinder
 from ..methods import PLAIN, Method, Route, Step
 from ..options import CompileOptions
 from .calls import Model
@@ -32,7 +33,6 @@ from .program import CurrentCall, Pending, Program, StepCall
 from .reach import WARMING
 from .registry import model_of, step_call
 from .runs import Call, Run
-from .sizes import SymbolBinder
 from .state import OutputState, RunState
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
@@ -329,6 +329,12 @@ class Dispatcher:
             state = run.states.setdefault(key, state)
         state.stamp = run.stamp
         state.follow(run.epoch, run.clock.index)
+        if self.layout.sizing and state.follow_sizes([inputs[i] for i in self.layout.sizing]):
+            instance.model.warn_once(
+                "sizing", "an input that the sizes of kept values depend on is another tensor in the middle of a run, "
+                "so what was kept is dropped and computed anew: give the same tensor object in all steps of a run",
+                stacklevel=6,
+            )  # fmt: skip
         return state
 
     def _device(self, inputs: Sequence[Any]) -> torch.device:

@@ -28,6 +28,7 @@ class InputLayout:
         timestep: Index of the timestep input, if there is one.
         static: Shape, dtype and device of the latents, where they are the same in all calls.
         conditioning: Indices of what tells one conditioning from another, and their names.
+        sizing: Indices of what the sizes of kept values come from, where these depend on data.
     """
 
     identity: tuple[int, ...]
@@ -36,6 +37,7 @@ class InputLayout:
     static: Hashable = None
     conditioning: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
+    sizing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from .. import _torch
 from ..graph.hoist import Hoisted
-from .sizes import SymbolBinder
+from ..graph.sizes import SymbolBinder
 from .state import allocate
 from .unseen import UNSEEN
 

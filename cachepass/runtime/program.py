@@ -23,12 +23,12 @@ from ..graph.hoist import Hoisted
 from ..graph.plan import CachePlan, Phase
 from ..graph.probe import BOUND_NUMBERS, quotient
 from ..graph.rewrite import Canonical, rewrite
+from ..graph.sizes import SymbolBinder
 from ..graph.specialize import Variant, all_phases, specialize, specialize_rest, up_to_decision
 from ..graph.state_inputs import Role, role_names, weights_dtype
 from ..lower import LoweredVariant, lower
 from ..methods import WHOLE, Route
 from .invariants import InvariantState
-from .sizes import SymbolBinder
 from .state import OutputState, RunState
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class Program:
         phase = call.phase
         variant = self._by_phase.get((phase.route, phase.predicted)) or self.compile(phase)
         if call.state is not None:
-            call.state.begin(call.computed, phase.predicted, writes=not variant.kept)
+            call.state.begin(call.computed, phase.predicted, writes=not (variant.kept and self.plan.returns))
         if call.output is not None and call.difference:
             call.output.begin()
         self._add_state(inputs, variant, call)

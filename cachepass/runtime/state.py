@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from ..graph.slots import NamedSlot
 from ..graph.state_inputs import Role
 from ..methods import GroupHistory
 from ..schedule import Step
+from .evidence import Seen
 
 
 @dataclass
@@ -33,13 +35,14 @@ class RunState:
         self.plan, self.resolve = plan, resolve
         self.groups = {group: GroupState() for group in plan.groups}
         self.stamp = 0  # of the last step that used it
-        self.rings: dict[int, list[torch.Tensor]] = {}
+        self.rings: dict[int, list[torch.Tensor | None]] = {}
         self.epoch = 0
         self._slot_lists: dict[tuple[object, ...], tuple[Sequence[Role], list[torch.Tensor]]] = {}
         self._received: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self._stale = False
         self._probe: torch.Tensor | None = None
         self._looked: torch.Tensor | None = None  # what the probe's value of this step is, where the program returns it
+        self._sizing: list[Seen] | None = None  # what the sizes of kept values come from
         self._grams: tuple[tuple[object, ...], list[torch.Tensor]] = (), []
         self.probed = False  # the probe's slot holds the value of a step of this run
 
@@ -55,6 +58,21 @@ class RunState:
                 state.head = (state.head + 1) % self._ring(group)
                 self._stale = True
 
+    def follow_sizes(self, values: Sequence[Any]) -> bool:
+        """The step that comes is given these inputs, which the sizes of kept values depend on. Whether something kept
+        was dropped because one of them is another tensor: what is kept may have another size now."""
+        seen = self._sizing
+        if seen is not None and all(known.is_same(value) for known, value in zip(seen, values, strict=True)):
+            return False
+        self._sizing = [Seen(value) for value in values]
+        dropped = any(state.steps for state in self.groups.values())
+        self.forget_history()
+        for cut in self.plan.live_cuts:
+            if cut.sized_by_data:
+                self.rings.pop(cut.index, None)
+        self._slot_lists.clear()
+        return dropped
+
     # ---- memory -----------------------------------------------------------------------------------------------------
 
     def _clear_slots(self) -> None:
@@ -63,7 +81,8 @@ class RunState:
         slots = []
         for index, ring in self.rings.items():
             state = self.groups[self.plan.cuts[index].group]
-            slots += [ring[(state.head + age) % len(ring)] for age in range(len(state.steps), len(ring))]
+            old = [ring[(state.head + age) % len(ring)] for age in range(len(state.steps), len(ring))]
+            slots += [slot for slot in old if slot is not None]
         if slots:
             with torch.inference_mode():  # what a program returned under it may be written to nowhere else
                 torch._foreach_zero_(slots)
@@ -71,8 +90,9 @@ class RunState:
 
     @property
     def planned_bytes(self) -> int:
-        """Bytes of the slots that the plan has; they are made when a program first asks for them."""
-        live = [(cut, math.prod(map(self.resolve, cut.shape))) for cut in self.plan.live_cuts]
+        """Bytes of the slots that the plan has; they are made when a program first asks for them. Where a size depends
+        on data, nothing is known ahead."""
+        live = [(cut, math.prod(map(self.resolve, cut.shape))) for cut in self.plan.live_cuts if not cut.sized_by_data]
         total = sum(cut.history * numel * cut.slot_dtype.itemsize for cut, numel in live)
         if self.plan.probe is not None:
             slot = self.plan.probe.slot
@@ -83,7 +103,8 @@ class RunState:
     def cache_bytes(self) -> int:
         """Bytes of the slots that are allocated."""
         probe = 0 if self._probe is None else self._probe.untyped_storage().nbytes()
-        return probe + sum(slot.untyped_storage().nbytes() for ring in self.rings.values() for slot in ring)
+        slots = [slot for ring in self.rings.values() for slot in ring if slot is not None]
+        return probe + sum(slot.untyped_storage().nbytes() for slot in slots)
 
     def slot_list(self, inputs: Sequence[Role]) -> list[torch.Tensor]:
         """The slots for a variant's history and next placeholders (``inputs``), as the rings stand now."""
@@ -95,11 +116,22 @@ class RunState:
         return known[1]
 
     def _slot(self, role: Role) -> torch.Tensor:
-        ring = self.rings.get(role.cut)
+        ring, head = self._ring_of(role.cut), self.groups[role.group].head
+        index = (head + (role.age if role.kind == "history" else -1)) % len(ring)
+        slot = ring[index]
+        if slot is None:  # of a size that the last kept value tells
+            newest = ring[head]
+            assert newest is not None, "what is predicted was computed in this run"
+            slot = ring[index] = torch.zeros_like(newest)
+        return slot
+
+    def _ring_of(self, index: int) -> list[torch.Tensor | None]:
+        ring = self.rings.get(index)
         if ring is None:
-            cut = self.plan.cuts[role.cut]
-            ring = self.rings[role.cut] = [allocate(cut, self.resolve) for _ in range(cut.history)]
-        return ring[(self.groups[role.group].head + (role.age if role.kind == "history" else -1)) % len(ring)]
+            cut = self.plan.cuts[index]
+            slots = range(cut.history)
+            ring = self.rings[index] = [None if cut.sized_by_data else allocate(cut, self.resolve) for _ in slots]
+        return ring
 
     def grams(self, group: str) -> list[torch.Tensor]:
         """Inner products of what is kept, newest first, for each cut of a group, in fp64 on the host: one transfer,
@@ -110,8 +142,8 @@ class RunState:
             found = []
             for cut in self.plan.live_cuts:
                 if cut.group == group and cut.history:
-                    ring = self.rings[cut.index]
-                    kept = [ring[(state.head + age) % len(ring)].flatten() for age in range(len(state.steps))]
+                    kept = [self._slot(Role("history", group, cut.index, age)).flatten()
+                            for age in range(len(state.steps))]  # fmt: skip
                     # The smallest modes that count are 1e-4 of the largest: 1e-8 here, below what fp32 sums hold.
                     found.append(torch.stack([(a.double() * b.double()).sum() for a in kept for b in kept]))
             grams = torch.stack(found)
@@ -164,6 +196,8 @@ class RunState:
                 self._looked = value
                 continue
             own = value.clone() if role.slot == "shared" else value
+            if self.plan.cuts[role.cut].sized_by_data and own.untyped_storage().nbytes() != own.nbytes:
+                own = own.clone(memory_format=torch.contiguous_format)  # a part of something larger
             self._received.setdefault(role.group, []).append((role.cut, own))
 
     def commit(self, step: Step, computed: Sequence[str], predicted: Mapping[str, tuple[float, ...]],
@@ -200,7 +234,7 @@ class RunState:
         state.keep(step, max(self.plan.history(group), 1))
         state.head = (state.head - 1) % self._ring(group)
         for cut, value in self._received.pop(group, ()):
-            self.rings[cut][state.head] = value
+            self._ring_of(cut)[state.head] = value
             self._slot_lists.clear()
 
 
