@@ -59,8 +59,9 @@ from .runtime.guidance import comes_alone
 from .runtime.instance import HalfRun
 from .runtime.live import reset_around
 from .runtime.place import locate
-from .runtime.program import CurrentCall, Program, Traced, step_runner
-from .runtime.registry import model_of
+from .runtime.program import Program, Traced
+from .runtime.registry import model_of, part_of
+from .runtime.step import CurrentCall, step_runner
 
 logger = logging.getLogger(__name__)
 listen(on_context=hear, on_end=reset_around)
@@ -106,7 +107,7 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
     prepared = prepare(gm, inputs, options, place)
     part = None
     if place is not None and prepared.siblings is not None:
-        part = place.part(prepared.siblings, prepared.targets, options)
+        part = part_of(place, prepared.siblings, prepared.targets, options)
     root = next(iter(_torch.root_modules()), None)
     dispatcher = Dispatcher(prepared.method, options, prepared.layout, root, part)
     if part is not None and not prepared.targets:

@@ -30,6 +30,7 @@ from .graph.data_sizes import sizing_inputs, why_unfit
 from .graph.inputs import (
     Arguments,
     GraphInputs,
+    InputLayout,
     find_latents,
     find_timestep,
     find_timestep_input,
@@ -42,7 +43,6 @@ from .graph.regions import RegionTable, find_regions
 from .graph.spans import add_span
 from .methods import Method, Probe, Selection, Skip, Target, make_method
 from .options import CompileOptions, is_declared
-from .runtime.instance import InputLayout
 from .runtime.place import Place
 from .runtime.siblings import Siblings
 

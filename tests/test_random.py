@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from zoo import relative_error
 
 import cachepass
-from cachepass.runtime.program import Program
+from cachepass.runtime.step import StepCall
 from cachepass.testing import count_compiles
 
 WIDTH = 4
@@ -140,20 +140,20 @@ def config_of(method, kinds):
 @contextlib.contextmanager
 def failing(after: int):
     """The ``after``-th program of a call runs, and raises."""
-    run, count = Program.run, [0]
+    run, count = StepCall.run, [0]
 
-    def broken(self, inputs, call):
-        result = run(self, inputs, call)
+    def broken(self, inputs):
+        result = run(self, inputs)
         count[0] += 1
         if count[0] > after:
             raise RuntimeError("injected")
         return result
 
-    Program.run = broken
+    StepCall.run = broken
     try:
         yield
     finally:
-        Program.run = run
+        StepCall.run = run
 
 
 def compile_as(way, model, options):

@@ -10,7 +10,8 @@ from torch import fx
 
 from .. import _torch
 from .emit import Emitter, alias_root, aten, operands_of
-from .liveness import base_of, is_impure
+from .liveness import is_impure
+from .markers import base_of
 from .plan import Cut
 from .state_inputs import StateInputs, identifier
 

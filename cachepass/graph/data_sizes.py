@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .. import _torch
-from .liveness import reach_back
+from .markers import reach_back
 
 _CUTS = {operator.getitem, torch.narrow, torch.split, "narrow", "split"}  # a part of a tensor, by numbers
 

@@ -20,9 +20,8 @@ from .. import _torch
 from ..errors import BatchError, CachepassError, listing
 from ..methods import Guidance, Skip, Target
 from .inputs import Arguments, input_name
-from .liveness import cut_nodes
+from .markers import cut_nodes
 from .regions import RegionTable
-from .rewrite import halved_dimension
 
 _NAMES = "_unconditional_conditional_input_kwargs_identifiers"
 _HINT = (
@@ -251,3 +250,11 @@ def check_halves(full: fx.Graph, half: fx.Graph) -> None:
                 f"its output is {_shape(whole.meta['val'])} at full and {_shape(part.meta['val'])} at half batch",
                 where=str(whole.args[1]), hint="leave the module out of the config's identifiers",
             )  # fmt: skip
+
+
+def halved_dimension(full: Sequence[int | torch.SymInt], half: Sequence[int | torch.SymInt]) -> int | None:
+    """The one dimension in which ``full`` is twice ``half``; None if they do not differ so."""
+    if len(full) != len(half):
+        return None
+    differing = [d for d, (a, b) in enumerate(zip(full, half, strict=True)) if a != b]
+    return differing[0] if len(differing) == 1 and full[differing[0]] == 2 * half[differing[0]] else None

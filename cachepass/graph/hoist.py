@@ -24,7 +24,8 @@ from .. import _torch
 from .annotate import CUT, OUTPUT
 from .emit import Emitter, aten
 from .kept import LeftOut, choose, is_heavy
-from .liveness import is_impure, reach_back
+from .liveness import is_impure
+from .markers import reach_back
 from .rewrite import drop_marker
 from .slots import NamedSlot
 from .state_inputs import Role, empty_slot

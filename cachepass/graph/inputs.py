@@ -94,6 +94,28 @@ def find_timestep(names: dict[int, str], wanted: str | None) -> int | None:
 
 
 @dataclass(frozen=True)
+class InputLayout:
+    """Where things stand among the inputs of a Dynamo graph.
+
+    Attributes:
+        identity: Indices of the tensors whose identity tells which instance of the model is called.
+        latents: Indices of the latents.
+        timestep: Index of the timestep input, if there is one.
+        static: Shape, dtype and device of the latents, where they are the same in all calls.
+        conditioning: Indices of what tells one conditioning from another, and their names.
+        sizing: Indices of what the sizes of kept values come from, where these depend on data.
+    """
+
+    identity: tuple[int, ...]
+    latents: tuple[int, ...] = ()
+    timestep: int | None = None
+    static: Hashable = None
+    conditioning: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    sizing: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class GraphInputs:
     """The inputs of a Dynamo graph.
 

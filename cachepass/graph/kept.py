@@ -24,7 +24,7 @@ from .. import _torch
 from ..errors import listing
 from .emit import alias_root
 from .flops import flops_of
-from .liveness import reach_back
+from .markers import reach_back
 
 _HEAVY_NUMEL = 4096  # elements from which a reduction or a transcendental function outweighs reading a kept value
 _PRODUCTS = {

@@ -21,7 +21,8 @@ from ..errors import ConfigError
 from ..forecast import Forecast
 from ..frequency import Latents, wide_dtype
 from ..methods import WHOLE, Guidance, Probe, Route, Skip, Target
-from .liveness import base_of, cut_nodes, live_markers, output_nodes, probe_node, reach_back, subsets
+from .liveness import live_markers, subsets
+from .markers import base_of, cut_nodes, output_nodes, probe_node, reach_back
 from .slots import NamedSlot, bytes_of, dense_strides
 
 

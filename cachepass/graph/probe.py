@@ -27,7 +27,7 @@ from ..frequency import wide_dtype
 from ..methods import Probe
 from ..schedule import MAX_DEGREE, Past, Threshold
 from .emit import Emitter
-from .liveness import base_of, probe_node, reach_back
+from .markers import base_of, probe_node, reach_back
 from .plan import CachePlan
 
 if TYPE_CHECKING:

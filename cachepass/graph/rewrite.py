@@ -22,14 +22,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from .. import _torch
 from ..methods import WHOLE, Route
 from .branches import make_cond
 from .emit import EMITTED, Emitter, alias_root, aten
-from .liveness import base_of, cut_nodes, is_impure, output_nodes
+from .half import halved_dimension
+from .liveness import is_impure
+from .markers import base_of, cut_nodes, output_nodes
 from .plan import CachePlan, Cut, OutputPlan
 from .probe import Decision, look, tag_prefix
 from .state_inputs import Role, StateInputs
@@ -213,11 +214,3 @@ def _conditional_half(cut: Cut, value: fx.Node, output: OutputPlan, emit: Emitte
     size = cut.shape[doubled]
     start = size if output.latents.unconditional_first else 0
     return emit(aten.slice.Tensor, value, doubled, start, start + size)
-
-
-def halved_dimension(full: Sequence[int | torch.SymInt], half: Sequence[int | torch.SymInt]) -> int | None:
-    """The one dimension in which ``full`` is twice ``half``; None if they do not differ so."""
-    if len(full) != len(half):
-        return None
-    differing = [d for d, (a, b) in enumerate(zip(full, half, strict=True)) if a != b]
-    return differing[0] if len(differing) == 1 and full[differing[0]] == 2 * half[differing[0]] else None

@@ -22,7 +22,8 @@ from ..graph.show import diff, readable
 from ..methods import PLAIN, PLAIN_HALF, Method, Region, Route, Skip, Target
 from ..options import CompileOptions
 from ..prepare import Prepared, prepare
-from ..runtime.program import CurrentCall, Program
+from ..runtime.program import Program
+from ..runtime.step import CurrentCall
 from .tables import human_bytes, human_flops, table
 from .timeline import Lane, SimulatedCall, default_contexts, even_timesteps, lanes, simulate_calls
 

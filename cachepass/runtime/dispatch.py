@@ -16,7 +16,7 @@ import torch
 
 from .. import _torch
 from ..errors import warn
-from ..graph.inputs import kind_of
+from ..graph.inputs import InputLayout, kind_of
 from ..graph.plan import Phase
 from ..graph.probe import numbers_of
 from ..graph.sizes import SymbolBinder
@@ -27,13 +27,15 @@ from .capture import refuse_capture
 from .decide import allows, asks
 from .evidence import Given
 from .guidance import partner_of, route_in
-from .instance import HalfRun, InputLayout, Instance, Instances, Part
+from .instance import HalfRun, Instance, Instances, Part
 from .invariants import InvariantState
-from .program import CurrentCall, Pending, Program, StepCall
+from .place import step_call
+from .program import Program
 from .reach import WARMING
-from .registry import model_of, step_call
+from .registry import model_of
 from .runs import Call, Run
 from .state import OutputState, RunState
+from .step import CurrentCall, Pending, StepCall
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 _MOST_LAYOUTS = 64  # of sizes that were seen; made anew in a moment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,28 +16,6 @@ from ..graph.plan import Phase
 from ..methods import Route, Target
 from .calls import Model
 from .siblings import Siblings
-
-
-@dataclass(frozen=True)
-class InputLayout:
-    """Where things stand among the inputs of a Dynamo graph.
-
-    Attributes:
-        identity: Indices of the tensors whose identity tells which instance of the model is called.
-        latents: Indices of the latents.
-        timestep: Index of the timestep input, if there is one.
-        static: Shape, dtype and device of the latents, where they are the same in all calls.
-        conditioning: Indices of what tells one conditioning from another, and their names.
-        sizing: Indices of what the sizes of kept values come from, where these depend on data.
-    """
-
-    identity: tuple[int, ...]
-    latents: tuple[int, ...] = ()
-    timestep: int | None = None
-    static: Hashable = None
-    conditioning: tuple[int, ...] = ()
-    names: tuple[str, ...] = ()
-    sizing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

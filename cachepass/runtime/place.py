@@ -12,17 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from .. import _torch
 from ..graph.inputs import find_timestep_input, named_inputs
-from ..methods import Target
 from ..options import CompileOptions
-from .instance import Part
-from .registry import model_of, step_call
-from .siblings import Siblings
 
 
 @dataclass(frozen=True)
@@ -55,21 +52,6 @@ class Place:
     def inputs(self) -> list[str]:
         """Names of the model's inputs in this call."""
         return list(named_inputs(self.call))
-
-    def part(self, siblings: Siblings, targets: Sequence[Target], options: CompileOptions) -> Part:
-        """What the dispatcher needs to know of it. It outlives this call, so nothing of the call goes into it.
-
-        Raises:
-            ConfigError: The method's settings cut a group in part of a module and wholly in another of its class.
-        """
-        for prefix in siblings.prefixes:
-            siblings.groups(prefix, targets)
-        model = model_of(self.call.module, siblings.method, options)
-        model.watch(self.call)
-        model.found(region for prefix in siblings.prefixes for region in siblings.under(prefix))
-        if self.prefix and (self.rest or self.root is None):
-            model.broken.update(siblings.prefixes)
-        return Part(model, siblings, tuple(targets))
 
 
 def locate(gm: fx.GraphModule, options: CompileOptions) -> Place | None:
@@ -109,3 +91,31 @@ def _path(model: torch.nn.Module, module: torch.nn.Module) -> tuple[str, tuple[s
     prefix = next((name for name, m in named.items() if m is module), "")
     alike = tuple(name for name, m in named.items() if type(m) is type(module)) if prefix else ("",)
     return prefix, alike
+
+
+def step_call(calls: Sequence[_torch.ModuleCall], timestep: str | None) -> _torch.ModuleCall:
+    """Of nested calls of modules, from the compiled one outwards, the one that is a step: its module is the model.
+
+    It is the innermost call with a timestep, or the one that hands its timestep on to it, if that is a module many
+    times as large: a block. (One timestep for each token is told from an embedding of the timestep, which some blocks
+    get under the same name, by standing further out.) Without a timestep, it is the outermost call.
+    """
+    inputs = [named_inputs(call) for call in calls]
+    step: tuple[_torch.ModuleCall, Any] | None = None
+    for call, named in zip(calls, inputs, strict=True):
+        name = find_timestep_input(named, timestep, per_token=False)
+        if name is not None and (step is None or (named[name] is step[1] and _is_part(step[0].module, call.module))):
+            step = call, named[name]
+    if step is not None:
+        return step[0]
+    for call, named in zip(reversed(calls), reversed(inputs), strict=True):
+        if find_timestep_input(named, timestep) is not None:
+            return call
+    return calls[-1]
+
+
+def _is_part(module: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """A block rather than a model in a wrapper: there are others of its class, or most parameters are elsewhere."""
+    alike = sum(type(other) is type(module) for other in model.modules())
+    own, whole = (sum(p.numel() for p in m.parameters()) for m in (module, model))
+    return alike > 1 or 2 * own < whole

@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from .. import _torch
-from ..graph.inputs import find_timestep_input, named_inputs
-from ..methods import Method
+from ..methods import Method, Target
 from ..options import CompileOptions
 from .calls import Model
+from .instance import Part
+from .place import Place
+from .siblings import Siblings
 
 _models: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet[Model]] = weakref.WeakKeyDictionary()
 _registry_lock = threading.Lock()
@@ -33,29 +33,18 @@ def model_of(module: torch.nn.Module | None, method: Method, options: CompileOpt
         return record
 
 
-def step_call(calls: Sequence[_torch.ModuleCall], timestep: str | None) -> _torch.ModuleCall:
-    """Of nested calls of modules, from the compiled one outwards, the one that is a step: its module is the model.
+def part_of(place: Place, siblings: Siblings, targets: Sequence[Target], options: CompileOptions) -> Part:
+    """What the dispatcher needs to know of a graph that is a part of its model. It outlives the call in which it was
+    captured, so nothing of the call goes into it.
 
-    It is the innermost call with a timestep, or the one that hands its timestep on to it, if that is a module many
-    times as large: a block. (One timestep for each token is told from an embedding of the timestep, which some blocks
-    get under the same name, by standing further out.) Without a timestep, it is the outermost call.
+    Raises:
+        ConfigError: The method's settings cut a group in part of a module and wholly in another of its class.
     """
-    inputs = [named_inputs(call) for call in calls]
-    step: tuple[_torch.ModuleCall, Any] | None = None
-    for call, named in zip(calls, inputs, strict=True):
-        name = find_timestep_input(named, timestep, per_token=False)
-        if name is not None and (step is None or (named[name] is step[1] and _is_part(step[0].module, call.module))):
-            step = call, named[name]
-    if step is not None:
-        return step[0]
-    for call, named in zip(reversed(calls), reversed(inputs), strict=True):
-        if find_timestep_input(named, timestep) is not None:
-            return call
-    return calls[-1]
-
-
-def _is_part(module: torch.nn.Module, model: torch.nn.Module) -> bool:
-    """A block rather than a model in a wrapper: there are others of its class, or most parameters are elsewhere."""
-    alike = sum(type(other) is type(module) for other in model.modules())
-    own, whole = (sum(p.numel() for p in m.parameters()) for m in (module, model))
-    return alike > 1 or 2 * own < whole
+    for prefix in siblings.prefixes:
+        siblings.groups(prefix, targets)
+    model = model_of(place.call.module, siblings.method, options)
+    model.watch(place.call)
+    model.found(region for prefix in siblings.prefixes for region in siblings.under(prefix))
+    if place.prefix and (place.rest or place.root is None):
+        model.broken.update(siblings.prefixes)
+    return Part(model, siblings, tuple(targets))
