@@ -25,8 +25,8 @@ from subjects import TAYLOR
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-from cachepass.runtime.dispatch import Dispatcher
-from cachepass.runtime.live import programs_of
+from cachepass.run.dispatch import Dispatcher
+from cachepass.run.live import programs_of
 
 STEPS = 12
 METHODS: dict[str, dict[str, Any]] = {

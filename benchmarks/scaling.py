@@ -26,7 +26,7 @@ from subjects import TAYLOR, taylor_phase
 from worker import KEEP_FREED, pay_once
 
 import cachepass
-from cachepass.runtime.live import programs_of
+from cachepass.run.live import programs_of
 
 CONFIGS = [(3, 32, 28), (6, 32, 28), (12, 32, 28), (6, 16, 28), (6, 64, 28), (6, 32, 14), (6, 32, 56)]
 COLUMNS: tuple[Column, ...] = (

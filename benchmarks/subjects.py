@@ -14,7 +14,7 @@ from shapes import SHAPES, build, step_inputs, timestep_of
 
 import cachepass
 from cachepass.forecast import Taylor
-from cachepass.runtime.live import programs_of
+from cachepass.run.live import programs_of
 
 TAYLOR: dict[str, Any] = {"cache_interval": 4, "disable_cache_before_step": 2, "max_order": 1}
 PAB: dict[str, Any] = {"spatial_attention_block_skip_range": 3}

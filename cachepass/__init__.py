@@ -36,8 +36,8 @@ from .errors import (
 from .inspect.explain import Explanation, explain
 from .inspect.summary import Summary, summary
 from .options import CompileOptions
-from .runtime.context import cache_context
-from .runtime.live import reset
+from .run.context import cache_context
+from .run.live import reset
 from .warmup import warmup
 
 __version__ = "0.2.0"

@@ -27,10 +27,7 @@ import torch
 from torch import fx
 
 from . import _torch
-from .config import method_names
-from .errors import BatchError, CachepassError, hearing, warn
-from .frequency import Latents
-from .graph.annotate import (
+from .capture.annotate import (
     annotate,
     annotate_entry,
     annotate_output,
@@ -38,30 +35,33 @@ from .graph.annotate import (
     annotate_probe_of_input,
     annotate_probe_of_output,
 )
-from .graph.dump import dump
-from .graph.half import HalfCall, capture_half, check_halves, common_targets
-from .graph.hoist import hoist, invariant_regions
-from .graph.inputs import kind_of, read_inputs
-from .graph.kept import LeftOut
-from .graph.numbers import keep_numbers
-from .graph.outputs import paired_outputs, returned, sample_output
-from .graph.plan import make_plan
-from .graph.regions import find_regions
-from .graph.sizes import SymbolBinder
-from .graph.streams import resolve
+from .capture.half import HalfCall, capture_half, check_halves, common_targets
+from .capture.inputs import kind_of, read_inputs
+from .capture.numbers import keep_numbers
+from .capture.outputs import paired_outputs, returned, sample_output
+from .capture.place import locate
+from .capture.prepare import Prepared, prepare
+from .capture.regions import find_regions
+from .config import method_names
+from .errors import BatchError, CachepassError, hearing, warn
 from .integrations.listening import listen
 from .methods import Method, Skip, Target
 from .options import CompileOptions, is_declared, parse_options
-from .prepare import Prepared, prepare
-from .runtime.context import context_of, guidance_partner, hear
-from .runtime.dispatch import Dispatcher
-from .runtime.guidance import comes_alone
-from .runtime.instance import HalfRun
-from .runtime.live import reset_around
-from .runtime.place import locate
-from .runtime.program import Program, Traced
-from .runtime.registry import model_of, part_of
-from .runtime.step import CurrentCall, step_runner
+from .program.dump import dump
+from .program.hoist import hoist, invariant_regions
+from .program.kept import LeftOut
+from .program.plan import make_plan
+from .program.sizes import SymbolBinder
+from .program.streams import resolve
+from .program.variants import Program, Traced
+from .recipe.frequency import Latents
+from .run.context import context_of, guidance_partner, hear
+from .run.dispatch import Dispatcher
+from .run.guidance import comes_alone
+from .run.instance import HalfRun
+from .run.live import reset_around
+from .run.registry import model_of, part_of
+from .run.step import CurrentCall, step_runner
 
 logger = logging.getLogger(__name__)
 listen(on_context=hear, on_end=reset_around)

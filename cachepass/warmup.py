@@ -9,9 +9,9 @@ import torch
 from rich.progress import Progress
 
 from .inspect.summary import Summary, summary
-from .runtime.context import warming_up
-from .runtime.live import programs_of
-from .runtime.reach import WARMING, WarmUp
+from .run.context import warming_up
+from .run.live import programs_of
+from .run.reach import WARMING, WarmUp
 
 
 def warmup(model: Callable[..., Any], *args: Any, timesteps: Sequence[float] | None = None, progress: bool = True,

@@ -219,7 +219,7 @@ def test_a_failed_step_leaves_the_decisions_as_they_were(monkeypatch, lowering):
         cachepass.reset(compiled)
         for step, call in enumerate(calls(STEPS)):
             if step == failing:
-                from cachepass.runtime.state import RunState
+                from cachepass.run.state import RunState
 
                 with monkeypatch.context() as patch:
                     patch.setattr(RunState, "commit", _fail)

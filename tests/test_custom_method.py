@@ -15,8 +15,8 @@ from small_models import calls, transformer
 import cachepass
 from cachepass.config import MethodConfig, cache_config, parse_cache
 from cachepass.forecast import Forecast
-from cachepass.forecast.form import REUSE, ZEROS
 from cachepass.methods import Selection, Target, implements, make_method
+from cachepass.recipe.forecast.form import REUSE, ZEROS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_method.py"
 sys.path.insert(0, str(EXAMPLE.parent))

@@ -18,7 +18,7 @@ from zoo import relative_error
 
 import cachepass
 from cachepass.integrations.diffusers import disable_cache, enable_cache
-from cachepass.runtime.live import programs_of
+from cachepass.run.live import programs_of
 from cachepass.testing import count_compiles
 
 STEPS = 9

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import cachepass
 from cachepass import cut
-from cachepass.graph.aliases import Aliases
+from cachepass.capture.aliases import Aliases
 from cachepass.schedule import Every, Threshold
 
 LOWERINGS = ["eager", pytest.param("specialize", marks=pytest.mark.inductor),

@@ -25,7 +25,7 @@ from zoo import (
 )
 
 import cachepass
-from cachepass.frequency import low_frequencies
+from cachepass.recipe.frequency import low_frequencies
 from cachepass.testing import count_compiles
 
 STEPS = 20

@@ -15,7 +15,7 @@ from zoo import relative_error
 import cachepass
 from cachepass.inspect.summary import programs_of
 from cachepass.integrations.diffusers import enable_cache
-from cachepass.runtime.guidance import is_half
+from cachepass.run.guidance import is_half
 from cachepass.testing import count_compiles
 
 STEPS, TOLERANCE = 9, 1e-5

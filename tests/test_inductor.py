@@ -224,7 +224,7 @@ def test_cuda(cache, lowering):
 @pytest.mark.parametrize("cache", [TAYLOR, PAB], ids=["taylorseer", "pab"])
 def test_cuda_waits_for_nothing_but_the_timestep(cache, regional, monkeypatch):
     """At most one synchronisation per step, in reading the timestep; none where nothing asks for it."""
-    from cachepass.runtime.calls import Model
+    from cachepass.run.model import Model
 
     device, reads = torch.device("cuda"), []
     steps = [(x.to(device), t.to(device)) for x, t in calls(9)]

@@ -11,8 +11,8 @@ from torch import nn
 from zoo import ZOO, build, first_tensor, is_one_graph, relative_error, timestep_scale, trajectory
 
 import cachepass
-from cachepass.runtime.dispatch import LIVE
-from cachepass.runtime.live import programs_of
+from cachepass.run.dispatch import LIVE
+from cachepass.run.live import programs_of
 from cachepass.testing import count_compiles
 
 OPTIONS = {"cache": "invariant", "lowering": "eager", "num_inference_steps": 4}

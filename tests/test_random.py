@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from zoo import relative_error
 
 import cachepass
-from cachepass.runtime.step import StepCall
+from cachepass.run.step import StepCall
 from cachepass.testing import count_compiles
 
 WIDTH = 4

@@ -18,11 +18,11 @@ from torch import nn
 
 from cachepass import CacheConfig, CachepassWarning, FirstBlockCacheConfig, MagCacheConfig, OptionError, _torch
 from cachepass.forecast import Reuse
-from cachepass.graph.plan import Phase
-from cachepass.graph.specialize import up_to_decision
 from cachepass.methods import WHOLE
 from cachepass.options import parse_options
-from cachepass.runtime.dispatch import LIVE
+from cachepass.program.plan import Phase
+from cachepass.program.specialize import up_to_decision
+from cachepass.run.dispatch import LIVE
 from cachepass.schedule import Every
 
 WORLD = 2

@@ -20,7 +20,7 @@ from zoo import relative_error
 
 import cachepass
 from cachepass import cache_context
-from cachepass.runtime.live import programs_of
+from cachepass.run.live import programs_of
 from cachepass.testing import CompileCounts, count_compiles
 
 # ---- blocks compiled one by one -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from zoo import relative_error
 
 import cachepass
 from cachepass import cache_context
-from cachepass.runtime.live import programs_of
+from cachepass.run.live import programs_of
 
 TAYLOR = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2, "taylor_factors_dtype": None}
 STEPS = 6

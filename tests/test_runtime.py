@@ -12,14 +12,14 @@ import weakref
 
 import pytest
 import torch
+from cachepass.graph import plan
 from small_models import calls, transformer
 from zoo import relative_error
 
 import cachepass
 from cachepass import TaylorSeerCacheConfig, cache_context
-from cachepass.graph import plan
 from cachepass.methods import WHOLE, Route
-from cachepass.runtime.clock import Clock
+from cachepass.run.clock import Clock
 from cachepass.testing import count_compiles
 
 TAYLOR = TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, taylor_factors_dtype=None)
@@ -211,13 +211,13 @@ def test_same_context_in_two_threads_raises_and_separate_contexts_work():
 
 
 def _dispatcher(model):
-    from cachepass.runtime.live import programs_of
+    from cachepass.run.live import programs_of
 
     return next(programs_of(model))[0]
 
 
 def _run(model, context="default"):
-    from cachepass.runtime.live import programs_of
+    from cachepass.run.live import programs_of
 
     return next(programs_of(model))[1].model.latest(context)
 

@@ -194,7 +194,7 @@ def test_the_polynomial_is_numpys():
     for _ in range(50):
         coefficients = [rng.uniform(-3, 3) for _ in range(rng.randint(1, 5))]
         past = Past((0,), distances=tuple(rng.uniform(0, 1) for _ in range(3)))
-        accumulated, value, same = Threshold(0.5, accumulate=True, coefficients=coefficients).bound(past)
+        accumulated, value, same, _ = Threshold(0.5, accumulate=True, coefficients=coefficients).bound(past)
         assert value == 0.5 and same == tuple(coefficients)
         assert accumulated == pytest.approx(sum(np.poly1d(coefficients)(d) for d in past.distances))
 
@@ -206,7 +206,7 @@ def test_the_polynomial_is_numpys():
 def test_bound_decides_as_predicts_does(value, distances, distance, accumulate, inclusive, coefficients):
     threshold = Threshold(value, accumulate, inclusive, coefficients)
     past = Past((0,), distances=tuple(distances))
-    accumulated, limit, polynomial = threshold.bound(past)
+    accumulated, limit, polynomial, _ = threshold.bound(past)
     total = accumulated + (sum(c * distance**i for i, c in enumerate(polynomial[::-1])) if polynomial else distance)
     if abs(total - limit) > 1e-9 or not polynomial:
         assert threshold.predicts(Step(1), past, distance) == (total <= limit if inclusive else total < limit)

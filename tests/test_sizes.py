@@ -21,8 +21,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from zoo import build, first_tensor, is_one_graph, relative_error, timestep_scale, trajectory
 
 import cachepass
-from cachepass.graph.sizes import SymbolBinder
 from cachepass.integrations.diffusers import enable_cache
+from cachepass.program.sizes import SymbolBinder
 from cachepass.testing import count_compiles
 
 STEPS, TOLERANCE = 6, 1e-5

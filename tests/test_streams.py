@@ -14,7 +14,7 @@ import cachepass
 from cachepass import CacheConfig, FirstBlockCacheConfig
 from cachepass.cut import BlockResidual, Blocks
 from cachepass.forecast import Linear
-from cachepass.graph.specialize import specialize_rest, up_to_decision
+from cachepass.program.specialize import specialize_rest, up_to_decision
 from cachepass.schedule import Every, Threshold
 from cachepass.testing import graph_diff
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import cachepass
 from cachepass.inspect.timeline import even_timesteps
-from cachepass.runtime.live import programs_of
+from cachepass.run.live import programs_of
 
 X, T = calls(1)[0]
 STEPS = 20

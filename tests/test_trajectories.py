@@ -24,7 +24,7 @@ from zoo import relative_error
 import cachepass
 from cachepass import CachepassWarning
 from cachepass.integrations.diffusers import enable_cache
-from cachepass.runtime.calls import Model
+from cachepass.run.model import Model
 
 TOLERANCE = 1e-5  # relative, fp32
 
@@ -237,7 +237,7 @@ def test_timesteps_that_lie_on_a_device(scenario, way, monkeypatch):
         reads.append(timestep is not None)
         return timestep
 
-    monkeypatch.setattr("cachepass.runtime.calls.is_far", lambda _: True)
+    monkeypatch.setattr("cachepass.run.model.is_far", lambda _: True)
     monkeypatch.setattr(Model, "read_timestep", counted)
     bench = Bench(way, num_inference_steps=len(trajectories.TIMES))
     bench.run(scenario)

@@ -7,7 +7,7 @@ import torch
 from small_models import calls, transformer
 
 import cachepass
-from cachepass.runtime.live import programs_of
+from cachepass.run.live import programs_of
 from cachepass.testing import count_compiles
 
 TAYLOR = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2, "taylor_factors_dtype": None}

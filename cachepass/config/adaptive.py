@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..cut import BlockOutput, BlockResidual, Blocks, Cut, Latents, ModelOutput, ModuleOutput, Modules, Probe
-from ..forecast import DMD, ForecastRule, Reuse, Taylor
-from ..schedule import (
+from ..recipe.cut import BlockOutput, BlockResidual, Blocks, Cut, Latents, ModelOutput, ModuleOutput, Modules, Probe
+from ..recipe.forecast import DMD, ForecastRule, Reuse, Taylor
+from ..recipe.schedule import (
     Always,
     Final,
     MagnitudeBudget,
@@ -26,7 +26,7 @@ from ..schedule import (
     Threshold,
     WarmUp,
 )
-from ..spectrum import sea_indicator
+from ..recipe.spectrum import sea_indicator
 from .base import MethodConfig, cache_config, check_int, check_number
 
 #: From diffusers 0.42.1 (``FLUX_MAG_RATIOS``), source https://github.com/Zehong-Ma/MagCache: FLUX.1 in 28 steps.

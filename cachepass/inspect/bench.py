@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from .. import _torch
+from ..capture.inputs import find_latents, find_timestep_input
 from ..config import MethodConfig
 from ..errors import OptionError, TimestepError, listing
-from ..graph.inputs import find_latents, find_timestep_input
 from ..options import parse_options
-from ..runtime.live import reset
+from ..run.live import reset
 from .summary import Summary, summary
 from .tables import human_bytes, table
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import _torch
-from ..runtime.context import cache_context
+from ..run.context import cache_context
 from .summary import summary
 
 OLDEST = (2, 11)

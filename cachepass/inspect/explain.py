@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,151 +13,17 @@ from torch import fx
 
 from .. import _torch
 from ..backend import build
+from ..capture.prepare import Prepared, prepare
 from ..config import parse_cache
-from ..errors import CachepassError, OptionError
-from ..graph.flops import count_flops
-from ..graph.hoist import Hoisted
-from ..graph.plan import CachePlan, Cut, Phase, phase_name
-from ..graph.show import diff, readable
-from ..methods import PLAIN, PLAIN_HALF, Method, Region, Route, Skip, Target
+from ..errors import CachepassError
 from ..options import CompileOptions
-from ..prepare import Prepared, prepare
-from ..runtime.program import Program
-from ..runtime.step import CurrentCall
-from .tables import human_bytes, human_flops, table
-from .timeline import Lane, SimulatedCall, default_contexts, even_timesteps, lanes, simulate_calls
-
-_STEPS = 28  # of a run whose length nobody gave: what pipelines of this kind of model take by default
+from ..run.step import CurrentCall
+from .findings import Findings
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """The plan for a model, and the graph of every phase.
-
-    Attributes:
-        targets: The regions that are cut, with group and forecast.
-        skips: Regions that are not cut, with the reason.
-        regions: All regions of the traced graph.
-        plan: Cuts, slots, bytes and phases.
-        notes: Remarks of the method.
-        never: Why the schedule cannot predict within a run, or None.
-        model: The class of the model.
-        method: The schedule.
-        options: What the model was explained with.
-    """
-
-    targets: tuple[Target, ...]
-    skips: tuple[Skip, ...]
-    regions: tuple[Region, ...]
-    plan: CachePlan
-    notes: tuple[str, ...]
-    never: str | None
-    model: str
-    method: Method = field(repr=False)
-    options: CompileOptions = field(repr=False)
-    _program: Program = field(repr=False)
-    _variants: dict[str, fx.GraphModule] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of all slots, for one context."""
-        return self.plan.cache_bytes
-
-    @property
-    def phases(self) -> tuple[str, ...]:
-        """Names for ``graph`` and ``diff``."""
-        return tuple(phase_name(phase, self.plan.groups) for phase in self.plan.phases)
-
-    def fx_graph(self, phase: str) -> fx.Graph:
-        """The graph of a phase, or of one of those that are no phase's (``"plain"``, ``"canonical"``)."""
-        if phase in self._routes:
-            return self._program.canonical(self._routes[phase]).gm.graph
-        return self.variant(phase).graph
-
-    def graph(self, phase: str = "canonical") -> str:
-        """The readable graph of a phase; ``"plain"``: without caching, ``"canonical"``: the conditional form.
-
-        Where calls take different routes, each has a canonical form: ``"canonical:half"``. The half-batch graph has a
-        plain form too: ``"plain:half"``.
-        """
-        route = self._routes.get(phase) or self._phase(phase).route
-        return readable(self.fx_graph(phase), self._program.names(route))
-
-    @property
-    def hoisted(self) -> Hoisted | None:
-        """What is computed once per run, if anything."""
-        return self._program.full.hoisted
-
-    @property
-    def _routes(self) -> dict[str, Route]:
-        """Graphs that are no phase's, by name."""
-        routes = dict.fromkeys(phase.route for phase in self.plan.phases)
-        plain = {route.name: route for route in (PLAIN, PLAIN_HALF)[: 1 + any(route.half for route in routes)]}
-        return plain | {f"canonical:{route.name}" if route.name else "canonical": route for route in routes}
-
-    def diff(self, phase: str = "predict", context: int = 1) -> str:
-        """Unified diff from the plain graph (of half the batch, for phases that run on it) to that of a phase."""
-        plain = self.baseline(phase)
-        return diff(self.graph(plain), self.graph(phase), fromfile=plain, tofile=phase, context=context)
-
-    def baseline(self, phase: str) -> str:
-        """The graph without caching that a phase is compared with: ``"plain"``, or ``"plain:half"`` at half batch."""
-        route = self._routes.get(phase) or self._phase(phase).route
-        return PLAIN_HALF.name if route.half else PLAIN.name
-
-    @property
-    def canonical_forms(self) -> tuple[str, ...]:
-        """Names of the graphs with conditionals, one for each route of a call."""
-        return tuple(name for name in self._routes if name.startswith("canonical"))
-
-    def nodes(self, phase: str) -> int:
-        """Number of ATen operations in a phase; also of ``"plain"``."""
-        return sum(node.op == "call_function" for node in self.fx_graph(phase).nodes)
-
-    def variant(self, phase: str) -> fx.GraphModule:
-        """The program of a phase as it is lowered."""
-        if phase not in self._variants:
-            self._variants[phase] = self._program.specialized(self._phase(phase)).gm
-        return self._variants[phase]
-
-    def flops(self, phase: str = "predict") -> int | None:
-        """FLOPs of one call in a phase, a multiply-add counted as two; also of ``"plain"``, and of ``"once"`` (at half
-        batch ``"half/once"``): what is computed once per run. None: unknown, because sizes depend on data."""
-        if phase in ("once", "half/once"):
-            traced = self._program.full if phase == "once" else self._program.half
-            hoisted = None if traced is None else traced.hoisted
-            return 0 if hoisted is None else count_flops(hoisted.once.graph)
-        return count_flops(self.fx_graph(phase))
-
-    def timeline(self, num_inference_steps: int | None = None, *, timesteps: Sequence[float] | None = None,
-                 contexts: Sequence[str] | None = None) -> tuple[Lane, ...]:  # fmt: skip
-        """What every group does in every step of a run, per context; nothing runs.
-
-        Args:
-            num_inference_steps: Steps of the run. None: as many as there are timesteps; without these the option of
-                this name, or 28.
-            timesteps: As the model gets them. None: an even descent from 1000, in the unit of the config's ranges.
-            contexts: Those that the model is called in, in this order within each step. None: ``"default"``, or
-                ``"cond"`` and ``"uncond"`` where the model was explained for two calls per step.
-
-        Raises:
-            OptionError: There are more or fewer timesteps than steps.
-            BatchError: The model was explained for guidance batches and the contexts are those of two calls, or the
-                reverse.
-        """
-        return lanes(self._calls(num_inference_steps, timesteps, contexts), self.plan)
-
-    def _calls(self, num_inference_steps: int | None, timesteps: Sequence[float] | None,
-               contexts: Sequence[str] | None) -> tuple[SimulatedCall, ...]:  # fmt: skip
-        steps = num_inference_steps or (len(timesteps) if timesteps else self.options.num_inference_steps or _STEPS)
-        if timesteps is None:
-            scaled = even_timesteps(steps)
-        elif len(timesteps) != steps:
-            raise OptionError(f"{len(timesteps)} timesteps for {steps} steps", where="timeline",
-                              hint="give one of the two, or one timestep for each step")  # fmt: skip
-        else:
-            scaled = tuple(timestep * self.options.timestep_scale for timestep in timesteps)
-        return simulate_calls(self.method, self.plan, scaled, contexts or default_contexts(self.plan))
+class Explanation(Findings):
+    __doc__ = Findings.__doc__  # the same, for those who read it here
 
     def to_html(self, path: str | Path | None = None, *, num_inference_steps: int | None = None,
                 timesteps: Sequence[float] | None = None, contexts: Sequence[str] | None = None) -> str:  # fmt: skip
@@ -171,65 +37,6 @@ class Explanation:
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
-
-    def _phase(self, name: str) -> Phase:
-        if name not in self.phases:
-            known = ", ".join((*self._routes, *self.phases))
-            raise CachepassError(f"there is no phase {name!r}", where="explain", hint=f"phases: {known}")
-        return self.plan.phases[self.phases.index(name)]
-
-    def as_dict(self) -> dict[str, Any]:
-        """What is printed, as plain values: cuts, phases with their operations, what is not cut, bytes, notes."""
-        cuts = [{"region": cut.region, "output": cut.output, "group": cut.group, "forecast": str(cut.forecast),
-                 "shape": [str(size) for size in cut.shape], "slots": cut.history,
-                 "bytes": cut.history * cut.slot_bytes}
-                for cut in self.plan.cuts]  # fmt: skip
-        return {"cuts": cuts, "operations": {phase: self.nodes(phase) for phase in self.phases},
-                "flops": {phase: self.flops(phase) for phase in self.phases},
-                "not_cut": {skip.region: skip.reason for skip in self.skips}, "cache_bytes": self.cache_bytes,
-                "notes": list(self.notes), "never": self.never}  # fmt: skip
-
-    @property
-    def _budget(self) -> str:
-        limit = self.options.invariant_bytes
-        return "" if limit is None else f" of at most {human_bytes(limit)}"
-
-    def __str__(self) -> str:
-        plan, forecasts = self.plan, {cut.name: cut for cut in self.plan.cuts}
-        rows = [
-            (cut.region, cut.output, cut.group, cut.forecast, _shape(cut.shape), f"{cut.history}",
-             _bytes(cut) if cut.live else "dead: no phase reads it")
-            for cut in forecasts.values()
-        ]  # fmt: skip
-        if plan.output is not None:
-            rows += [("(output)", slot.name, plan.output.guidance.group, "guidance", _shape(slot.shape), "1",
-                      human_bytes(slot.slot_bytes)) for slot in plan.output.slots]  # fmt: skip
-        text = ""
-        if rows:
-            text = table(("region", "out", "group", "forecast", "value", "slots", "bytes"), rows, title="cuts") + "\n"
-        phases = [(phase, self.nodes(phase), human_flops(self.flops(phase))) for phase in self.phases]
-        text += table(("phase", "operations", "FLOPs"), phases, title="phases")
-        if self.skips:
-            text += "\n" + table(("region", "reason"), [(s.region, s.reason) for s in self.skips], title="not cut")
-        unknown = any(cut.sized_by_data for cut in plan.live_cuts)
-        text += f"\ncache per context: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B)"
-        text += " and what sizes that depend on data take\n" if unknown else "\n"
-        hoisted = self.hoisted
-        if hoisted is not None:
-            text += (f"kept for a run: {len(hoisted.slots)} value{'s' * (len(hoisted.slots) > 1)}, "
-                     f"{human_bytes(hoisted.slot_bytes)} ({hoisted.slot_bytes} B){self._budget}; {hoisted.operations} "
-                     "operations run once in it\n")  # fmt: skip
-        for note in (*self.notes, *([f"never predicts: {self.never}"] if self.never else [])):
-            text += f"note: {note}\n"
-        return text
-
-
-def _bytes(cut: Cut) -> str:
-    return "as data says" if cut.sized_by_data else human_bytes(cut.history * cut.slot_bytes)
-
-
-def _shape(shape: Sequence[object]) -> str:
-    return "x".join(map(str, shape))
 
 
 def explain(model: Callable[..., Any], *args: Any, cache: object, options: Mapping[str, Any] | None = None,

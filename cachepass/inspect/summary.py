@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ..errors import NotCompiledError
-from ..graph.flops import add_known
-from ..graph.plan import Phase
 from ..methods import PLAIN
-from ..runtime.dispatch import LIVE, Dispatcher
-from ..runtime.instance import Instance
-from ..runtime.live import original_of, programs_of
+from ..program.flops import add_known
+from ..program.plan import Phase
+from ..run.dispatch import LIVE, Dispatcher
+from ..run.instance import Instance
+from ..run.live import original_of, programs_of
 from .tables import human_bytes, human_flops, table
 
 

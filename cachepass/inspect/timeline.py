@@ -3,7 +3,7 @@
     simulate_calls : method, plan, timesteps, contexts -> the calls of a run
     lanes          : calls -> one Lane per (context, group)
 
-It asks the very functions that the dispatcher asks (``runtime/decide.py``), about a run that begins with no history.
+It asks the very functions that the dispatcher asks (``run/decide.py``), about a run that begins with no history.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import BatchError
-from ..graph.plan import CachePlan, Phase, phase_name
 from ..methods import PLAIN, Method, Route, Step
-from ..runtime.context import DEFAULT, guidance_partner
-from ..runtime.decide import Rehearsal, allows, route_of
+from ..program.plan import CachePlan, Phase, phase_name
+from ..run.context import DEFAULT, guidance_partner
+from ..run.decide import Rehearsal, allows, route_of
 
 #: What a group does in a step. ``half``: the unconditional branch is not run, the batch is half as large; ``answered``:
 #: the call is answered without running the model; ``plain``: computed, and nothing of it is kept; ``decided``: what the

@@ -29,8 +29,8 @@ import torch
 from .. import _torch
 from ..errors import ConfigError, NotCompiledError, listing
 from ..options import parse_options
-from ..runtime.context import telling
-from ..runtime.live import forget
+from ..run.context import telling
+from ..run.live import forget
 
 _DENOISERS = re.compile(r"(transformer|unet)(_\d+)?")
 _STATE = "_cachepass"  # the attribute of a module whose cache is on

@@ -23,7 +23,7 @@ from ..config import (
     TeaCacheConfig,
 )
 from ..errors import ConfigError
-from ..schedule import Step
+from ..recipe.schedule import Step
 from .base import (
     PLAIN,
     PLAIN_HALF,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, NoMatchError, listing
-from ..forecast import Forecast
-from ..frequency import Latents
-from ..schedule import Past, Step, Threshold
+from ..recipe.forecast import Forecast
+from ..recipe.frequency import Latents
+from ..recipe.schedule import Bound, Past, Step
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ class Method(ABC):
         """What is kept of the group does not count from this step on."""
         return False
 
-    def threshold(self, group: str) -> Threshold:
+    def bound(self, group: str, history: GroupHistory) -> Bound:
         """What ``decides`` compares the distance with, where it has no answer without."""
         raise NotImplementedError
 

@@ -15,8 +15,8 @@ import torch
 
 from ..config import FasterCacheConfig
 from ..errors import ConfigError
-from ..forecast import Forecast
-from ..frequency import (
+from ..recipe.forecast import Forecast
+from ..recipe.frequency import (
     Latents,
     answer_unconditional,
     complete_batch,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..config import ATTENTION_KINDS, PyramidAttentionBroadcastConfig
 from ..errors import warn
-from ..forecast import REUSE
+from ..recipe.forecast import REUSE
 from .base import Method, Region, Selection, Skip, Step, Target
 from .kinds import describe_ranges, kind_of, out_of_range, require_kinds
 

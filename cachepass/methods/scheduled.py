@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from ..config.adaptive import Recipe, RecipeConfig
-from ..cut import BlockOutput, BlockResidual, Blocks, Latents, ModelOutput, ModuleOutput, Modules
 from ..errors import ConfigError, PartialGraphError, listing
-from ..schedule import Step, Threshold
+from ..recipe.cut import BlockOutput, BlockResidual, Blocks, Latents, ModelOutput, ModuleOutput, Modules
+from ..recipe.schedule import Bound, Step
 from .base import GroupHistory, Method, Probe, Region, Selection, Target, no_match, span_of
 
 # The lists of blocks that diffusers' hooks look for.
@@ -153,10 +153,8 @@ class Scheduled(Method):
     def forgets(self, group: str, step: Step) -> bool:  # noqa: ARG002
         return self._bound.schedule.refreshes(step.index)
 
-    def threshold(self, group: str) -> Threshold:  # noqa: ARG002
-        threshold = self._bound.schedule.threshold
-        assert threshold is not None
-        return threshold
+    def bound(self, group: str, history: GroupHistory) -> Bound:  # noqa: ARG002
+        return self._bound.schedule.bound(history.past)
 
     def probe_parameters(self, step: Step) -> tuple[float, ...]:
         if not self._sigma:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..config import TaylorSeerCacheConfig
 from ..errors import NoMatchError, warn
-from ..forecast import ZEROS, taylor, taylor_weights
+from ..recipe.forecast import ZEROS, taylor, taylor_weights
 from .base import GroupHistory, Method, Region, Selection, Step, Target, no_match
 
 GROUP = "taylorseer"

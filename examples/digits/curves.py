@@ -6,7 +6,7 @@
 
 Every point is one run with the same noise and labels, programs in eager lowering: what is measured is quality, and the
 work is counted, not timed. Work is the FLOPs of the programs that ran (matrix products, convolutions, attentions;
-``cachepass.graph.flops``), as a share of the uncached run's.
+``cachepass.program.flops``), as a share of the uncached run's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import cachepass
-from cachepass.graph.flops import count_flops
+from cachepass.program.flops import count_flops
 
 DOCS = Path(__file__).parents[2] / "docs"
 _EARLY = (100, 950)  # the timesteps in which PAB may skip, as in the demo

@@ -1,20 +1,17 @@
 """Cost: the floating-point operations of a simulated run, step by step, against those without a cache.
 
-run_costs : Explanation, calls -> one StepCost per step
+run_costs : Findings, calls -> one StepCost per step
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ...graph.flops import add_known
-from ...graph.plan import phase_name
+from ...program.flops import add_known
+from ...program.plan import phase_name
+from ..findings import Findings
 from ..timeline import SimulatedCall
-
-if TYPE_CHECKING:
-    from ..explain import Explanation
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def share_of(part: int | None, whole: int | None) -> float | None:
     return part / whole if whole else 1.0
 
 
-def run_costs(explanation: Explanation, calls: Sequence[SimulatedCall]) -> tuple[StepCost, ...]:
+def run_costs(explanation: Findings, calls: Sequence[SimulatedCall]) -> tuple[StepCost, ...]:
     """What every step of a run costs. What is computed once per run is paid by the first call that reads it in each
     context; without a cache every call pays for it."""
     names = {call.phase: phase_name(call.phase, explanation.plan.groups) for call in calls}

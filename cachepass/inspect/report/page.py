@@ -1,6 +1,6 @@
 """HTML: an explanation as one page that needs no network, no server and no other file.
 
-    render : Explanation, the calls of a simulated run -> the page
+    render : Findings, the calls of a simulated run -> the page
 
 The page is ``page.html`` with ``page.css`` and ``page.js`` inside; everything but the graphs is in it as text, so
 that it can be read and searched where scripts do not run.
@@ -12,26 +12,24 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
-from ...graph.flops import add_known
-from ...graph.plan import Cut
-from ...graph.slots import NamedSlot
+from ...program.flops import add_known
+from ...program.plan import Cut
+from ...program.slots import NamedSlot
+from ..findings import Findings
 from ..tables import human_bytes, human_flops
 from ..timeline import SimulatedCall, lanes
 from .align import align
 from .cost import StepCost, run_costs, saved, share_of
 from .tree import Module, module_tree
 
-if TYPE_CHECKING:
-    from ..explain import Explanation
-
 _HERE = Path(__file__).parent
 
 
-def render(explanation: Explanation, calls: Sequence[SimulatedCall], *, assumed: bool) -> str:
+def render(explanation: Findings, calls: Sequence[SimulatedCall], *, assumed: bool) -> str:
     """The page. ``assumed``: nobody gave the timesteps of the run."""
     costs = run_costs(explanation, calls)
     least = _least(explanation)
@@ -52,7 +50,7 @@ def render(explanation: Explanation, calls: Sequence[SimulatedCall], *, assumed:
     )  # fmt: skip
 
 
-def _least(explanation: Explanation) -> str:
+def _least(explanation: Findings) -> str:
     """The phase that computes least, but for those that do not run the model at all."""
     flops = {phase: explanation.flops(phase) for phase in explanation.phases}
     known = {phase: count for phase, count in flops.items() if count}
@@ -77,7 +75,7 @@ def _fields(config: Any) -> Iterator[tuple[str, str, bool]]:
         yield field.name, text or repr(value), bool(value != default)
 
 
-def _totals(explanation: Explanation, costs: Sequence[StepCost]) -> Iterator[tuple[str, str, str]]:
+def _totals(explanation: Findings, costs: Sequence[StepCost]) -> Iterator[tuple[str, str, str]]:
     """What a reader wants to know first: label, value, remark."""
     # A step whose FLOPs are unknown runs what depends on data: more than one whose FLOPs are known.
     dearest, cheapest = (pick(costs, key=lambda c: math.inf if c.flops is None else c.flops) for pick in (max, min))
@@ -92,7 +90,7 @@ def _totals(explanation: Explanation, costs: Sequence[StepCost]) -> Iterator[tup
         yield "kept for a run", human_bytes(hoisted.slot_bytes), f"{hoisted.operations} operations run once in it"
 
 
-def _per(explanation: Explanation) -> str:
+def _per(explanation: Findings) -> str:
     """What the plan's bytes are for: the two calls of guidance share theirs."""
     output = explanation.plan.output
     return "pair of contexts" if output is not None and not output.halved else "context"
@@ -116,7 +114,7 @@ def _steps(calls: Sequence[SimulatedCall], costs: Sequence[StepCost]) -> Iterato
                "flops": human_flops(cost.total), "once": cost.once}  # fmt: skip
 
 
-def _memory(explanation: Explanation) -> Iterator[dict[str, Any]]:
+def _memory(explanation: Findings) -> Iterator[dict[str, Any]]:
     """The slots: a row for each value that is kept."""
     plan, hoisted = explanation.plan, explanation.hoisted
     rows: list[tuple[str, str, str, Cut | NamedSlot, int]] = [
@@ -134,11 +132,11 @@ def _memory(explanation: Explanation) -> Iterator[dict[str, Any]]:
                "share": size / largest if largest else 0.0}  # fmt: skip
 
 
-def _dead(explanation: Explanation) -> int:
+def _dead(explanation: Findings) -> int:
     return sum(not cut.live for cut in explanation.plan.cuts)
 
 
-def _phases(explanation: Explanation) -> Iterator[dict[str, Any]]:
+def _phases(explanation: Findings) -> Iterator[dict[str, Any]]:
     """The programs: what each costs, against the model as it is."""
     plain = explanation.flops("plain")
     graphs = [*dict.fromkeys(map(explanation.baseline, explanation.phases)), *explanation.phases]
@@ -150,7 +148,7 @@ def _phases(explanation: Explanation) -> Iterator[dict[str, Any]]:
                "plain": name not in explanation.phases}  # fmt: skip
 
 
-def _graphs(explanation: Explanation, first: str) -> dict[str, Any]:
+def _graphs(explanation: Findings, first: str) -> dict[str, Any]:
     """The graphs and how they differ from the plain ones: each line of text once, graphs as lists of lines."""
     names = [*explanation.phases, *explanation.canonical_forms]
     bases = {name: explanation.baseline(name) for name in names}

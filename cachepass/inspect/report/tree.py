@@ -1,23 +1,21 @@
 """Tree: the modules of an explained model as a tree, and what becomes of each.
 
-module_tree : Explanation -> roots of a tree of Module, in the order of their first operations
+module_tree : Findings -> roots of a tree of Module, in the order of their first operations
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import fx
 
-from ...graph.plan import Cut
-from ...graph.regions import dotted
+from ...capture.regions import dotted
 from ...methods import Region
+from ...program.plan import Cut
+from ..findings import Findings
 from ..tables import human_bytes
-
-if TYPE_CHECKING:
-    from ..explain import Explanation
 
 #: ``inside``: part of what is cut; ``left``: no method's choice; ``holder``: groups others, and is called by nobody.
 Fate = Literal["cut", "dead", "once", "skipped", "inside", "left", "holder"]
@@ -58,7 +56,7 @@ class Module:
                    for module in child.walk())  # fmt: skip
 
 
-def module_tree(explanation: Explanation, plain: fx.Graph, least: fx.Graph) -> list[Module]:
+def module_tree(explanation: Findings, plain: fx.Graph, least: fx.Graph) -> list[Module]:
     """The modules of a model; ``plain`` and ``least``: graphs of which operations are counted."""
     regions = {region.id: region for region in explanation.regions}
     fates = _fates(explanation)
@@ -78,7 +76,7 @@ def module_tree(explanation: Explanation, plain: fx.Graph, least: fx.Graph) -> l
     return roots
 
 
-def _fates(explanation: Explanation) -> dict[str, tuple[Fate, str]]:
+def _fates(explanation: Findings) -> dict[str, tuple[Fate, str]]:
     """What becomes of the regions that the plan speaks of."""
     fates: dict[str, tuple[Fate, str]] = {}
     once = () if explanation.hoisted is None else explanation.hoisted.regions

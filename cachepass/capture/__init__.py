@@ -1,0 +1,1 @@
+"""The Dynamo graph: what is in it, and where it is cut."""

@@ -1,0 +1,41 @@
+"""Forecasts: what stands in for what is not computed."""
+
+from .recipe.forecast import (
+    DMD,
+    REUSE,
+    ZEROS,
+    Chebyshev,
+    Forecast,
+    ForecastRule,
+    Gram,
+    Hermite,
+    Lagrange,
+    Linear,
+    Newton,
+    Reuse,
+    Spacing,
+    Taylor,
+    Zeros,
+    taylor,
+    taylor_weights,
+)
+
+__all__ = [
+    "DMD",
+    "REUSE",
+    "ZEROS",
+    "Chebyshev",
+    "Forecast",
+    "ForecastRule",
+    "Gram",
+    "Hermite",
+    "Lagrange",
+    "Linear",
+    "Newton",
+    "Reuse",
+    "Spacing",
+    "Taylor",
+    "Zeros",
+    "taylor",
+    "taylor_weights",
+]

@@ -1,1 +1,0 @@
-"""The passes: graph in, graph out. Nothing here asks which method it serves."""

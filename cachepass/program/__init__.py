@@ -1,0 +1,1 @@
+"""The ATen graph: what is made of it, down to compiled variants."""

@@ -1,0 +1,128 @@
+"""Lower: a variant's graph becomes a callable, through Inductor or (``lowering="eager"``) as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import _torch
+from .._torch import SavedContext
+from .emit import EMITTED
+from .sizes import SymbolBinder
+from .specialize import Variant
+from .state_inputs import Role
+
+
+@dataclass(frozen=True)
+class LoweredVariant:
+    """A variant that can run: takes its inputs as one list, the model's own first, then ``inputs`` in order.
+
+    ``invariants``, ``scalars``, ``probes``, ``slots``, ``outputs`` and ``carried`` are the inputs in their parts: what
+    is kept for a run; predicates, weights and other numbers; what the probe compares with; the cuts' slots; the slots
+    of the model's output; what the program up to the decision computed. ``kept``: what the last of its results are;
+    the others are the model's.
+    """
+
+    name: str
+    run: Callable[[list[Any]], Any]
+    invariants: tuple[Role, ...]
+    scalars: tuple[Role, ...]
+    probes: tuple[Role, ...]
+    slots: tuple[Role, ...]
+    outputs: tuple[Role, ...]
+    carried: tuple[Role, ...]
+    kept: tuple[Role, ...]
+    compile_seconds: float
+    nodes: int
+
+    @property
+    def inputs(self) -> tuple[Role, ...]:
+        return (*self.invariants, *self.scalars, *self.probes, *self.slots, *self.outputs, *self.carried)
+
+
+_PARTS = (("invariant",), ("predicate", "weights", "parameters", "bound"), ("probe",), ("history", "next"), ("output",),
+          ("carried",))  # fmt: skip
+_MOVING = (*_PARTS[1], *_PARTS[5])  # another tensor at every call
+
+
+def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: SavedContext) -> LoweredVariant:
+    """Compile a variant. ``own_inputs`` are the example inputs that AOTAutograd gave for the model's placeholders."""
+    start = time.perf_counter()
+    nodes = sum(node.op not in ("placeholder", "output") for node in variant.gm.graph.nodes)
+    if lowering == "eager":
+        run = _eager(variant.gm)
+    else:
+        placeholders = variant.gm.graph.find_nodes(op="placeholder")
+        inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
+        # Slots stay where they are: a CUDA graph reads and writes them in place, and may write to nothing else.
+        static = [i for i, role in enumerate(variant.inputs, len(own_inputs)) if role.kind not in _MOVING
+                  and not _torch.depends_on_data(inputs[i])]  # fmt: skip
+        gm, numbers = _given_numbers(variant.gm)
+        with _no_advice_on_complex_numbers(gm):
+            compiled = context.compile(gm, [*inputs, *numbers], static, cudagraphs=variant.repeated)
+        run = _giving_numbers(compiled, inputs, numbers) if numbers else compiled
+    parts = [tuple(role for role in variant.inputs if role.kind in kinds) for kinds in _PARTS]
+    lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes)  # pyright: ignore
+    assert lowered.inputs == variant.inputs, "what is added stands in this order"
+    return lowered
+
+
+def _given_numbers(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.SymInt]]:
+    """The graph with the numbers as inputs, behind all others, that sizes of its inputs are made of and that only
+    running it tells: Inductor must know them where it begins. Also what they are."""
+    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    made = {symbol: size for size in sizes if isinstance(size, torch.SymInt) for symbol in _torch.data_symbols(size)}
+    if not made:
+        return gm, []
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env)).meta = dict(gm.graph.output_node().meta)
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    numbers = [_torch.number_of(symbol, size) for symbol, size in made.items()]
+    with graph.inserting_after(last):
+        for number in reversed(numbers):
+            graph.placeholder(f"number_{number}").meta["val"] = number
+    return fx.GraphModule(gm, graph), numbers
+
+
+def _giving_numbers(run: Callable[[list[Any]], Any], inputs: Sequence[Any],
+                    numbers: Sequence[torch.SymInt]) -> Callable[[list[Any]], Any]:  # fmt: skip
+    """Read the numbers from the sizes of the other inputs."""
+    binder = SymbolBinder.of(inputs, numbers)
+
+    def run_with_numbers(given: list[Any]) -> Any:
+        resolve = binder.resolver(given)
+        given.extend([resolve(number) for number in numbers])
+        return run(given)
+
+    return run_with_numbers
+
+
+@contextlib.contextmanager
+def _no_advice_on_complex_numbers(gm: fx.GraphModule) -> Iterator[None]:
+    """Inductor warns of complex numbers, which it leaves to eager kernels. Where the only ones are those of the Fourier
+    transform that a full step takes of the model's small output, that says nothing of the model."""
+    values = ((node.name, node.meta.get("val")) for node in gm.graph.nodes)
+    complex_nodes = [name for name, value in values if isinstance(value, torch.Tensor) and value.is_complex()]
+    with warnings.catch_warnings():
+        if complex_nodes and all(name.startswith(EMITTED) for name in complex_nodes):
+            warnings.filterwarnings("ignore", message=".*complex operators")
+        yield
+
+
+def _eager(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    gm.recompile()
+
+    def run(inputs: list[Any]) -> Any:
+        with torch.no_grad():
+            return gm(*inputs)
+
+    return run

@@ -1,0 +1,218 @@
+"""A program: everything that was made of one ATen graph.
+
+Variants are compiled when a step first needs them and then kept. The program knows no schedule and keeps nothing from
+step to step: how a call of it runs is told in ``step.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import _torch
+from ..errors import warn
+from ..methods import WHOLE, Route
+from .dump import dump
+from .flops import count_flops
+from .hoist import Hoisted
+from .lower import LoweredVariant, lower
+from .plan import CachePlan, Phase
+from .rewrite import Canonical, rewrite
+from .sizes import SymbolBinder
+from .specialize import Variant, all_phases, specialize, specialize_rest, up_to_decision
+from .state_inputs import role_names, weights_dtype
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """An ATen graph with markers, AOTAutograd's example inputs, the context to compile it in, and input names.
+
+    ``varying`` are the inputs (by index) that change from step to step, ``declared`` those that the user said do not;
+    of the others it is checked. ``parameters`` are the model's own. ``hoisted`` is what was taken out of the graph, to
+    be computed once per run.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[Any, ...]
+    context: _torch.SavedContext
+    names: dict[str, str]
+    varying: frozenset[int] = frozenset()
+    declared: frozenset[int] = frozenset()
+    parameters: frozenset[int] = frozenset()
+    hoisted: Hoisted | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Once:
+    """The program that computes what is kept for a run, and how the sizes of what it writes are found."""
+
+    run: Callable[[list[Any]], Any]
+    binder: SymbolBinder
+
+
+class Program:
+    """The variants of one model: of its graph and, where steps may skip half of the batch, of its half-batch graph."""
+
+    def __init__(self, full: Traced, half: Traced | None, plan: CachePlan, lowering: str) -> None:
+        self.full, self.half, self.plan, self.lowering = full, half, plan, lowering
+        self.on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in full.inputs)
+        self.variants: dict[str, LoweredVariant] = {}
+        self.warnings: list[str] = []
+        self._restless: set[str] = set()  # inputs that were warned of
+        self._canonical: dict[Route, Canonical] = {}
+        self._flops: dict[Phase, int | None] = {}
+        self._by_phase: dict[tuple[Route, tuple[str, ...]], LoweredVariant] = {}
+        self._weights: dict[tuple[object, ...], torch.Tensor] = {}
+        devices = {cut.group: cut.device for cut in plan.live_cuts if cut.history}
+        self.weights_at = {g: (weights_dtype(plan, g), devices[g]) for g in plan.groups if plan.weighted(g)}
+        if plan.output is not None:
+            group = plan.output.guidance.group
+            self.weights_at[group] = weights_dtype(plan, group), plan.output.slots[0].device
+        self._once: dict[Traced, Once] = {}
+        self._lock = threading.RLock()
+
+    def flops(self, phase: Phase) -> int | None:
+        """Of one call in a phase; None: unknown."""
+        if phase not in self._flops:
+            self._flops[phase] = count_flops(self.specialized(phase).gm.graph)
+        return self._flops[phase]
+
+    def flops_once(self, route: Route = WHOLE) -> int | None:
+        """Of what is computed once per run."""
+        hoisted = self.traced(route).hoisted
+        return 0 if hoisted is None else count_flops(hoisted.once.graph)
+
+    @property
+    def computed_once(self) -> list[str]:
+        """Paths of the modules that would be cut, and are computed once per run."""
+        regions = () if self.full.hoisted is None else self.full.hoisted.regions
+        return [region.split("@")[0] for region in regions]
+
+    def splits(self, route: Route) -> bool:
+        """The host decides in the middle of a call on this route."""
+        return self.plan.probe is not None and not self.plan.returns and route.predicts
+
+    def compile_decision(self, route: Route) -> LoweredVariant:
+        """The program up to the decision of a route, compiled once."""
+        name = "/".join(part for part in (route.name, "decide") if part)
+        with self._lock:
+            if name not in self.variants:
+                self._lower(up_to_decision(self.canonical(route), name), self.traced(route))
+            return self.variants[name]
+
+    def compile_once(self, route: Route) -> Once | None:
+        """The program that computes what is kept for a run, if a route has one, compiled once."""
+        traced = self.traced(route)
+        hoisted = traced.hoisted
+        with self._lock:
+            if hoisted is None or traced in self._once:
+                return self._once.get(traced)
+            name = "half/once" if route.half else "once"
+            lowered = self._lower(Variant(name, hoisted.once, tuple(hoisted.roles.values()), repeated=False), traced)
+            values = [node.meta.get("val") for node in traced.gm.graph.find_nodes(op="placeholder")]
+            binder = SymbolBinder.of(values[: len(traced.inputs)], hoisted.sizes)
+            self._once[traced] = once = Once(lowered.run, binder)
+            return once
+
+    def warn_restless(self, traced: Traced, index: int) -> None:
+        placeholder = traced.gm.graph.find_nodes(op="placeholder")[index]
+        name = traced.names.get(str(placeholder.name), str(placeholder.name))
+        if name not in self._restless:
+            self._restless.add(name)
+            warn(
+                f"the input {name} is another tensor at every step, so what depends on it alone is computed each time: "
+                "give the same tensor object in all steps of a run, or (if its values stay the same) name it in "
+                'options["invariant_inputs"], or switch this off with options["invariants"] = False',
+                self.warnings, stacklevel=2,
+            )  # fmt: skip
+
+    def compile(self, phase: Phase) -> LoweredVariant:
+        """The lowered variant of a phase, compiled once. The cond lowering has one for all phases of a route."""
+        key = phase.route, phase.predicted
+        known = self._by_phase.get(key)
+        if known is not None:
+            return known
+        with self._lock:
+            if key in self._by_phase:
+                return self._by_phase[key]
+            variant = self.variant(phase)
+            lowered = self.variants.get(variant.name)
+            if lowered is None:
+                lowered = self._lower(variant, self.traced(phase.route))
+            self._by_phase[key] = lowered
+            return lowered
+
+    def _lower(self, variant: Variant, traced: Traced) -> LoweredVariant:
+        with self._lock:
+            added = variant.gm.graph.find_nodes(op="placeholder")[len(traced.inputs) :]
+            roles = {node.name: role for node, role in zip(added, variant.inputs, strict=True)}
+            dump(variant.name, variant.gm.graph, {**traced.names, **role_names(roles, self.plan)})
+            lowered = lower(variant, traced.inputs, self.lowering, traced.context)
+            logger.info("variant %s: %d nodes, %.2f s", lowered.name, lowered.nodes, lowered.compile_seconds)
+            self.variants[variant.name] = lowered
+            return lowered
+
+    def variant(self, phase: Phase) -> Variant:
+        """The graph that runs in a phase, before it is lowered."""
+        if self.lowering == "cond" and phase.route.predicts:
+            name = "/".join(part for part in (phase.route.name, "cond") if part)
+            return all_phases(self.canonical(phase.route), name)
+        if self.splits(phase.route):
+            return specialize_rest(self.canonical(phase.route), self.plan, phase)
+        return self.specialized(phase)
+
+    def specialized(self, phase: Phase) -> Variant:
+        """The straight-line graph of a phase."""
+        return specialize(self.canonical(phase.route), self.plan, phase)
+
+    def canonical(self, route: Route = WHOLE) -> Canonical:
+        """The canonical form of a route."""
+        with self._lock:
+            if route not in self._canonical:
+                traced = self.traced(route)
+                invariants = None if traced.hoisted is None else traced.hoisted.roles
+                canonical = self._canonical[route] = rewrite(traced.gm, self.plan, route, invariants)
+                name = "/".join(part for part in (route.name, "canonical") if part)
+                dump(name, canonical.gm.graph, self.names(route))
+            return self._canonical[route]
+
+    def names(self, route: Route = WHOLE) -> dict[str, str]:
+        """What the inputs of a route's graphs are called in prints."""
+        return {**self.traced(route).names, **role_names(self.canonical(route).roles, self.plan)}
+
+    def traced(self, route: Route) -> Traced:
+        """The graph that a route runs on."""
+        if not route.half:
+            return self.full
+        assert self.half is not None, "a half-batch route needs the half-batch graph"
+        return self.half
+
+    def device_tensor(self, name: str, numbers: tuple[float, ...], dtype: torch.dtype,
+                      device: torch.device) -> torch.Tensor:  # fmt: skip
+        """Numbers on the device, made once per set of values: a schedule that repeats copies nothing.
+
+        On an accelerator the copy starts from pinned memory and does not wait for the device.
+        """
+        key = (name, numbers)
+        tensor = self._weights.get(key)
+        if tensor is None:
+            with torch.inference_mode(False):
+                tensor = torch.tensor(numbers, dtype=dtype)
+                if device.type == "cuda":
+                    tensor = tensor.pin_memory()
+                tensor = tensor.to(device, non_blocking=True)
+            if len(self._weights) >= 4096:
+                self._weights.clear()
+            self._weights[key] = tensor
+        return tensor
+
+
+__all__ = ["Once", "Program", "Traced"]

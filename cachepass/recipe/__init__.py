@@ -1,0 +1,1 @@
+"""What: cuts, schedules and forecasts."""

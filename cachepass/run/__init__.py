@@ -1,0 +1,1 @@
+"""Each call: whose step it is, what is predicted in it, and what is kept."""

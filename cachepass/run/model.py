@@ -1,0 +1,382 @@
+"""Models and their calls: which step of which run a graph is called in.
+
+    Model   a module as its user calls it, under one set of compile options; it has the runs of all contexts
+
+A model that is one graph makes a call of every call of that graph. Where the graph breaks, or blocks are compiled one
+by one, many graphs run in one call: then two forward hooks on the model say where its calls begin and end, with which
+inputs, and whether they succeeded. A call that fails leaves the clock where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .. import _torch
+from ..capture.inputs import conditioning_of, find_latents, find_timestep_input, kind_of, named_inputs
+from ..errors import NoMatchError, listing, warn
+from ..methods import Method, Region
+from ..options import CompileOptions
+from .context import DEFAULT, Told, guidance_partner, told
+from .evidence import Given, Habits, schedule_of
+from .hooks import watch_calls
+from .room import Room
+from .runs import Call, Run
+from .trajectories import MOST_CALLS, Beginnings, Trajectories
+
+logger = logging.getLogger(__name__)
+_MOST_CONTEXTS = 256  # that are remembered: a server may name one for each request
+_EARLIER = "earlier contexts"  # what was counted in the others
+_QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
+_stamps = itertools.count(1)
+
+
+def is_far(value: torch.Tensor) -> bool:
+    """Reading it waits for a device."""
+    return value.device.type != "cpu"
+
+
+class Model:
+    """A module under one set of compile options; ``module`` is None where a function was compiled."""
+
+    def __init__(self, module: torch.nn.Module | None, method: Method, options: CompileOptions) -> None:
+        self._module = None if module is None else weakref.ref(module)
+        self.method, self.options = method, options
+        self.steps = self.begun = 0
+        self.computed: dict[tuple[str, str], int] = {}  # by context and group
+        self.predicted: dict[tuple[str, str], int] = {}
+        self.warnings: list[str] = []
+        self.regions: dict[str, Region] = {}  # of all graphs, where it is many
+        self.broken: set[str] = set()  # paths of modules with a graph break inside
+        self.room = Room(options.max_cache_bytes)
+        self._checked = False
+        self._warned: set[str] = set()
+        self._watched = options.num_inference_steps is None or method.needs_timestep
+        self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
+        self._trajectories: dict[tuple[int | None, str], Trajectories] = {}
+        self._habits = Habits()
+        self._unseen: Call | None = None  # the call in which the model was first captured: hooks see no end of it
+        self._local = threading.local()
+        self._lock = threading.RLock()
+        self._hooks: tuple[Any, ...] = ()
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        return None if self._module is None else self._module()
+
+    # ---- runs -------------------------------------------------------------------------------------------------------
+
+    @property
+    def runs(self) -> list[Run]:
+        """Of all contexts."""
+        with self._lock:
+            return [run for trajectories in self._trajectories.values() for run in trajectories.runs]
+
+    def trajectories(self, said: Told) -> Trajectories:
+        """The trajectories of a context. Without the user's word for it they belong to this thread: a library's names
+        are the same in all of them."""
+        context = said.context
+        key = (None if said.names else threading.get_ident()), context
+        found = self._trajectories.get(key)
+        thread = threading.current_thread()
+        if found is not None and (said.names or found.is_of(thread)):
+            found.adopt(thread)
+            return found
+        with self._lock:
+            for other, known in list(self._trajectories.items()) if not said.names else ():
+                if other[0] is not None and other[1] == context and known.is_of(thread):  # of a thread that is over
+                    found = self._trajectories.pop(other)
+            if found is None:
+                self._forget_contexts()
+                steps = self.options.num_inference_steps
+                pair = guidance_partner(context)
+                both = self._trajectories.get((key[0], pair[1])) if pair is not None else None
+                beginnings = Beginnings() if both is None else both.beginnings
+                found = Trajectories(context, said.names, self._habits, beginnings, steps, self._end_run)
+            found.adopt(thread)
+            return self._trajectories.setdefault(key, found)
+
+    def _forget_contexts(self) -> None:
+        """Make room for another context: what the least recently used ones keep, and their names in the counts."""
+        free = [(key, t) for key, t in self._trajectories.items() if not any(run.in_step for run in t.runs)]
+        free.sort(key=lambda item: max((run.stamp for run in item[1].runs), default=0))
+        for key, trajectories in free[: max(len(self._trajectories) - _MOST_CONTEXTS + 1, 0)]:
+            del self._trajectories[key]
+            names = {run.context for run in trajectories.runs}
+            for counts in (self.computed, self.predicted):
+                for context, group in [known for known in counts if known[0] in names]:
+                    total = counts.get((_EARLIER, group), 0) + counts.pop((context, group))
+                    counts[_EARLIER, group] = total
+
+    def find_run(self, call: Call, given: Given) -> None:
+        """Find out which run a call is a step of, from its context and from what it is given."""
+        said = told(self.module)
+        trajectories = self.trajectories(said)
+        settled = trajectories.settled
+        timestep = call.read_timestep(lambda value: self.read_timestep(value, wait=not settled))
+        given.step_index = said.step_index
+        given.schedule = schedule_of(call.timestep) if said.schedule is None else said.schedule
+        with self._lock:
+            unseen = self._unseen
+            if unseen is not None and unseen.thread == call.thread:
+                # The model is called anew, so that call is over; it failed if this one repeats it.
+                self._unseen = None
+                self.finish(unseen, succeeded=not trajectories.repeats(unseen, call, given))
+            if not call.hooked:
+                self._unseen = call
+            run = call.run = trajectories.find(call, given, timestep)
+            if run is not None:
+                if timestep is None and run.clock.index == 0:  # where the next run begins is told by where this one did
+                    call.read_again(lambda value: self.read_timestep(value, wait=True))
+                if run.schedule is None or run.schedule() is not given.schedule:
+                    run.schedule = None if given.schedule is None else weakref.ref(given.schedule)
+                if said.num_inference_steps is not None:
+                    run.clock.num_inference_steps = said.num_inference_steps
+                if said.step_index is not None:
+                    run.clock.tell(said.step_index)
+        if self.options.process_group is not None and not settled:
+            self._doubt_together(run, given.latents.device)
+        if run is None:
+            self._warn_untold(trajectories.context, timestep)
+
+    def _doubt_together(self, run: Run | None, device: torch.device) -> None:
+        """Ranks that run one model together compute a step if one of them is in doubt whose it is: the tensors that
+        they are given may be made anew on some of them only."""
+        doubtful = run is None or run.is_doubtful
+        if _torch.any_of_ranks(doubtful, self.options.process_group, device) and run is not None:
+            run.unsure = True
+
+    def make_room(self, needed: int, device: torch.device, own: Run) -> None:
+        """A step of a run is about to keep so many bytes more on a device, as far as sizes are known ahead, or has done
+        so (0)."""
+        with self._lock:
+            self.room.make(needed, device, self.runs, own)
+        own.grew = True
+        if own.dropped and own.clock.index:
+            self.warn_once(
+                "room", f"what is kept would take more than {self.room.limit} bytes, so the history of {own.context!r} "
+                "was dropped in the middle of its run, which computes until it has one again: run fewer at a time, or "
+                'give options["max_cache_bytes"]', stacklevel=7,
+            )  # fmt: skip
+
+    def latest(self, context: str) -> Run | None:
+        """The run of a context that made the last step."""
+        runs = [run for run in self.runs if run.context == context and run.call is not None]
+        return max(runs, key=lambda run: run.stamp, default=None)
+
+    def partner(self, context: str) -> Run:
+        """The run of the other call of a guidance step."""
+        said = told(self.module)
+        names, library = said.names, context.rpartition("/")[2]
+        if said.library is None:  # the user's own name may be of several parts, too
+            own = guidance_partner(names[-1])
+            names, library = (*names[:-1], library if own is None else own[1]), None
+        with self._lock:
+            return self.trajectories(Told(names, library)).first()
+
+    def enter(self, call: Call) -> None:
+        """A graph of ``call`` is about to run; the first one of the call enters its run.
+
+        Raises:
+            ConcurrencyError: Another thread's call of the model is in the middle of a step of this run.
+        """
+        run = call.run
+        if call.joined or run is None:
+            return
+        previous = run.call
+        timestep = call.read_timestep(self.read_timestep)
+        if previous is not None and not previous.finished:
+            if previous.hooked and previous.thread != call.thread:
+                raise run.in_use()
+            self.finish(previous, succeeded=not previous.hooked)
+        call.joined = True
+        run.call, run.timestep, run.failed = call, timestep, False
+        run.stamp = next(_stamps)
+        run.computed, run.predicted, run.distance = set(), set(), None
+
+    def finish(self, call: Call, *, succeeded: bool) -> None:
+        """A call is over. If it succeeded, the run that it is a step of goes on by one."""
+        if call.finished:
+            return
+        call.finished = True
+        run = call.run if call.joined else None
+        call.run = None  # no cycle is left: slots are freed with their model, not by a collector
+        if run is None:
+            return
+        run.failed = not succeeded
+        if not succeeded or run.warms_up:
+            return
+        self._count(run)
+        run.clock.commit(run.timestep)
+        if run.clock.is_over:
+            self._report(run)
+
+    def _count(self, run: Run) -> None:
+        with self._lock:
+            self.begun += run.clock.index == 0
+            self.steps += 1
+            for counts, groups in ((self.computed, run.computed), (self.predicted, run.predicted)):
+                for group in groups:
+                    key = run.context, group
+                    counts[key] = counts.get(key, 0) + 1
+            if run.clock.index == 0:
+                run.record.clear()
+                run.distances.clear()
+            run.record.append((run.computed, run.predicted))
+            run.distances.append(run.distance)
+            logger.debug("%s, step %d (timestep %s): computed %s, predicted %s", run.context, run.clock.index,
+                         run.timestep, run.computed, run.predicted)  # fmt: skip
+            run.predictions += bool(run.predicted)
+
+    def settle(self) -> None:
+        """Call the calls over whose end could not be seen."""
+        for run in self.runs:
+            if run.call is not None and not run.call.hooked:
+                self.finish(run.call, succeeded=True)
+
+    def forget_warmup(self) -> None:
+        """Drop the runs of warm-up calls, with all that they keep."""
+        self.settle()
+        with self._lock:
+            for key, trajectories in list(self._trajectories.items()):
+                if trajectories.warms_up:
+                    del self._trajectories[key]
+
+    def forget(self) -> None:
+        """Drop all runs, with all that they keep."""
+        self.settle()
+        with self._lock:
+            self._trajectories.clear()
+
+    def reset(self) -> None:
+        """End the runs of the caller: those of the contexts that it stands in or, where it stands in none, all that
+        this thread made, or a thread that is over.
+
+        Raises:
+            ConcurrencyError: One of them is in the middle of a step.
+        """
+        self.settle()
+        names, thread = told(self.module).names, threading.current_thread()
+        with self._lock:
+            own = [t for t in self._trajectories.values()
+                   if t.names[: len(names)] == names and (names or t.is_of(thread))]  # fmt: skip
+        for run in [run for trajectories in own for run in trajectories.runs]:
+            with run.exclusively():
+                self._end_run(run)
+                run.forget()
+
+    def _end_run(self, run: Run) -> None:
+        if run.clock.index and not run.clock.is_over:
+            self._report(run)
+        run.end()
+
+    def _report(self, run: Run) -> None:
+        """A run is over: tell of it, and warn once if nothing was predicted in it."""
+        logger.info("run in %s over after %d steps: %s", run.context, run.clock.index, run.marks())
+        if "idle" in self._warned or not run.cached or run.predictions or self.method.measures:
+            return
+        if not run.clock.is_over and run.clock.index < _QUIET_STEPS:
+            return
+        pair = guidance_partner(run.context) if self.method.guidance is not None else None
+        partner = None if pair is None else self.latest(pair[1])
+        if partner is None or partner.predictions == 0:
+            self.warn_once(
+                "idle", f"the cache never fired in a run of {run.clock.index} steps: "
+                + self.method.why_idle(run.clock.seen), stacklevel=3,
+            )  # fmt: skip
+
+    def warn_once(self, about: str, message: str, *, stacklevel: int = 2) -> None:
+        """Say something of this model that the user should know, once."""
+        if about not in self._warned:
+            self._warned.add(about)
+            warn(message, self.warnings, stacklevel=stacklevel + 1)
+
+    def _warn_untold(self, context: str, timestep: float | None) -> None:
+        name = type(self.module).__name__ if self.module is not None else "the model"
+        where = "" if context == DEFAULT else f" in the cache context {context!r}"
+        if timestep is None:
+            why = ("is given other tensors in every call, and its timestep, if it has one, is not read from the "
+                   "device: nothing tells the calls of a step apart.")  # fmt: skip
+        else:
+            why = f"was called more than {MOST_CALLS} times at the timestep {timestep:g}: calls of one step, or images?"
+        self.warn_once(
+            "untold", f"{name} {why} Such calls are computed without a cache{where}; give each trajectory a name, with "
+            'cachepass.cache_context("image-1"): ..., or call cachepass.reset(model) between images', stacklevel=6,
+        )  # fmt: skip
+
+    def read_timestep(self, value: Any, *, wait: bool = False) -> float | None:
+        """The timestep in the unit of the config's ranges; of a tensor of many, the highest (tokens or samples that
+        are clean already have 0). None: it lies on a device that would have to be waited for, and neither the schedule
+        nor the caller asks to ``wait``."""
+        if self._callback is not None:
+            return float(self._callback())
+        said, scale = told(self.module).timestep, self.options.timestep_scale
+        if said is not None:
+            value, scale = said, 1.0
+        if isinstance(value, torch.Tensor):
+            if not (self._watched or wait) and is_far(value):
+                return None
+            value = value.amax() if value.numel() > 1 else value
+            value = value.item() if value.device.type != "cpu" else value.flatten().tolist()[0]
+        return None if value is None else float(value) * scale
+
+    # ---- calls of models that are many graphs -----------------------------------------------------------------------
+
+    @property
+    def current(self) -> Call | None:
+        """The call that this thread is in."""
+        call = getattr(self._local, "call", None)
+        return None if call is None or call.finished else call
+
+    def found(self, regions: Iterable[Region]) -> None:
+        """Another graph of the model was captured: these regions are in it."""
+        self.regions.update((region.id, region) for region in regions)
+        self._checked = False
+
+    def require_match(self) -> None:
+        """Raise NoMatchError if the method finds nothing, or not enough, in all graphs that are known by now."""
+        module = self.module
+        if not self._checked and module is not None:
+            try:
+                self.method.check(list(self.regions.values()), [name for name, _ in module.named_modules()])
+            except NoMatchError as error:
+                breaks = f"; graphs break inside {listing(sorted(self.broken))}" if self.broken else ""
+                raise NoMatchError(error.what, where=error.where, hint=(error.hint or "") + breaks) from None
+            self._checked = True
+
+    def watch(self, begun: _torch.ModuleCall) -> None:
+        """See where calls of the module begin and end, from now on; it is in the middle of one."""
+        if not self._hooks:
+            self._hooks = watch_calls(begun.module, weakref.ref(self))
+        if self.current is None:
+            self._local.call = self._new_call(begun, hooked=False)
+
+    def begin(self, begun: _torch.ModuleCall) -> None:
+        """A call of the module begins.
+
+        Raises:
+            NoMatchError: All graphs of the last call are known, and the method finds nothing to cache in them.
+        """
+        self.require_match()
+        self._local.call = self._new_call(begun, hooked=True)
+
+    def _new_call(self, begun: _torch.ModuleCall, *, hooked: bool) -> Call:
+        inputs = named_inputs(begun)
+        name = find_timestep_input(inputs, self.options.timestep_input)
+        values = list(inputs.values())
+        latents = find_latents(list(inputs), values)
+        call = Call(kind_of([values[i] for i in latents]), None if name is None else inputs[name], hooked)
+        declared = (*self.options.varying_inputs, *self.options.invariant_inputs)
+        varying = {name, *(list(inputs)[i] for i in latents), *declared}
+        conditioning = conditioning_of({name: value for name, value in inputs.items() if name not in varying})
+        first = values[latents[0]] if latents else None
+        while isinstance(first, (list, tuple)) and first:  # of a list of samples one is enough
+            first = first[0]
+        self.find_run(call, Given(first, tuple(conditioning), list(conditioning.values())))
+        return call

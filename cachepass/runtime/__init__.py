@@ -1,1 +1,0 @@
-"""What happens on each call of a compiled model: clock, state, program, dispatch."""
