@@ -45,7 +45,7 @@ from .capture.regions import find_regions
 from .config import method_names
 from .errors import BatchError, CachepassError, hearing, warn
 from .integrations.listening import listen
-from .methods import Method, Skip, Target
+from .method import Method
 from .options import CompileOptions, is_declared, parse_options
 from .program.dump import dump
 from .program.hoist import hoist, invariant_regions
@@ -54,7 +54,8 @@ from .program.plan import make_plan
 from .program.sizes import SymbolBinder
 from .program.streams import resolve
 from .program.variants import Program, Traced
-from .recipe.frequency import Latents
+from .recipe.frequency import LatentFormat
+from .recipe.vocabulary import Skip, Target
 from .run.context import context_of, guidance_partner, hear
 from .run.dispatch import Dispatcher
 from .run.guidance import comes_alone
@@ -290,7 +291,7 @@ class _Half:
     traced: Traced
     run: Callable[..., Any]
     call: HalfCall
-    latents: Latents
+    latents: LatentFormat
     outputs_of_full: list[fx.Node]
     targets: tuple[Target, ...]
     skips: tuple[Skip, ...]

@@ -15,7 +15,9 @@ from small_models import calls, transformer
 import cachepass
 from cachepass.config import MethodConfig, cache_config, parse_cache
 from cachepass.forecast import Forecast
-from cachepass.methods import Selection, Target, implements, make_method
+from cachepass.recipe.vocabulary import Selection, Target
+from cachepass.XXX import implements
+from cachepass.method import Method
 from cachepass.recipe.forecast.form import REUSE, ZEROS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_method.py"

@@ -18,7 +18,7 @@ from torch import nn
 
 from cachepass import CacheConfig, CachepassWarning, FirstBlockCacheConfig, MagCacheConfig, OptionError, _torch
 from cachepass.forecast import Reuse
-from cachepass.methods import WHOLE
+from cachepass.recipe.vocabulary import WHOLE
 from cachepass.options import parse_options
 from cachepass.program.plan import Phase
 from cachepass.program.specialize import up_to_decision

@@ -26,7 +26,7 @@ from cachepass import Explanation
 from cachepass.inspect.cli import main
 from cachepass.inspect.report.align import align
 from cachepass.inspect.tables import human_flops
-from cachepass.methods import Skip
+from cachepass.recipe.vocabulary import Skip
 
 X, T = calls(1)[0]
 CROSS = {"method": "pab", "spatial_attention_block_skip_range": 2, "mlp_block_skip_range": 3,

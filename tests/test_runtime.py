@@ -18,7 +18,7 @@ from zoo import relative_error
 
 import cachepass
 from cachepass import TaylorSeerCacheConfig, cache_context
-from cachepass.methods import WHOLE, Route
+from cachepass.recipe.vocabulary import WHOLE, Route
 from cachepass.run.clock import Clock
 from cachepass.testing import count_compiles
 

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch.library import custom_op
 
-from ..methods import Skip, Target
+from ..recipe.vocabulary import Skip, Target
 from .aliases import Aliases
 from .regions import RegionTable
 

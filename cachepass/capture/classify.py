@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..methods import Region, Skip
+from ..recipe.vocabulary import Region, Skip
 from .nodes import target_name
 
 _ATTENTION_CLASS = re.compile(r"(Attention|Attn)(\d*D?)$")

@@ -18,7 +18,8 @@ from torch import fx
 
 from .. import _torch
 from ..errors import BatchError, CachepassError, listing
-from ..methods import Guidance, Skip, Target
+from ..recipe.guidance import Guidance
+from ..recipe.vocabulary import Skip, Target
 from .inputs import Arguments, input_name
 from .markers import cut_nodes
 from .regions import RegionTable

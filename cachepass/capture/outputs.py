@@ -10,8 +10,8 @@ from torch import fx
 
 from .. import _torch
 from ..errors import OutputError
-from ..methods import Guidance
-from ..recipe.frequency import Latents
+from ..recipe.frequency import LatentFormat
+from ..recipe.guidance import Guidance
 
 
 def returned(gm: fx.GraphModule) -> list[fx.Node]:
@@ -42,7 +42,7 @@ def sample_output(gm: fx.GraphModule, guidance: Guidance) -> list[fx.Node]:
 
 
 def paired_outputs(full: fx.GraphModule, half: fx.GraphModule,
-                   guidance: Guidance) -> tuple[list[fx.Node], list[fx.Node], Latents]:  # fmt: skip
+                   guidance: Guidance) -> tuple[list[fx.Node], list[fx.Node], LatentFormat]:  # fmt: skip
     """The sample among the values that a model returns at full and at half batch; a list of samples, if it is one.
 
     Raises:

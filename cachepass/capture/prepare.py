@@ -25,8 +25,9 @@ from ..errors import (
     listing,
     warn,
 )
-from ..methods import Method, Probe, Selection, Skip, Target, make_method
+from ..method import Method
 from ..options import CompileOptions, is_declared
+from ..recipe.vocabulary import ProbeTarget, Selection, Skip, Target
 from .annotate import outermost
 from .data_sizes import sizing_inputs, why_unfit
 from .inputs import (
@@ -61,7 +62,7 @@ class Prepared:
     names: tuple[str, ...]
     layout: InputLayout
     own: tuple[int, ...] = ()
-    probe: Probe | None = None
+    probe: ProbeTarget | None = None
     siblings: Siblings | None = None
 
     @property
@@ -77,8 +78,7 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     assert options.cache is not None
     keep_numbers(gm)
     _refuse_training(gm, inputs)
-    method = make_method(options.cache)
-    method.bind(options.num_inference_steps)
+    method = Method(options.cache, options.num_inference_steps)
     named = read_inputs(gm, inputs)
     siblings = None
     _check_declared(named, options, whole=place is None)
@@ -160,7 +160,7 @@ def _sized_by_data(gm: fx.GraphModule, table: RegionTable, targets: Sequence[Tar
     return kept, skips, tuple(sorted(sizing))
 
 
-def _refuse_probe_sized_by_data(table: RegionTable, probe: Probe | None) -> None:
+def _refuse_probe_sized_by_data(table: RegionTable, probe: ProbeTarget | None) -> None:
     if probe is None or probe.region is None:
         return
     outputs = table.outputs[probe.region.id]

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..methods import Region, Skip
+from ..recipe.vocabulary import Region, Skip
 from .aliases import Aliases
 from .classify import RegionTable, classify
 

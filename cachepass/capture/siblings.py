@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError
-from ..methods import Method, Region, Selection, Target
+from ..method import Method
+from ..recipe.vocabulary import Region, Selection, Target
 
 
 @dataclass(frozen=True)

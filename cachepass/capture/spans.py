@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..errors import NoMatchError, listing
-from ..methods import Region
+from ..recipe.vocabulary import Region
 from .aliases import Aliases
 from .classify import RegionTable
 from .regions import is_floating, unfit

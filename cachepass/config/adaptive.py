@@ -5,16 +5,15 @@ Each says what it is made of as a :class:`Recipe`: where, when, and what stands 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..recipe.cut import BlockOutput, BlockResidual, Blocks, Cut, Latents, ModelOutput, ModuleOutput, Modules, Probe
 from ..recipe.forecast import DMD, ForecastRule, Reuse, Taylor
+from ..recipe.recipe import Group, Part, Recipe
 from ..recipe.schedule import (
     Always,
     Final,
@@ -26,7 +25,7 @@ from ..recipe.schedule import (
     Threshold,
     WarmUp,
 )
-from ..recipe.spectrum import sea_indicator
+from ..recipe.spectrum import SeaFilter
 from .base import MethodConfig, cache_config, check_int, check_number
 
 #: From diffusers 0.42.1 (``FLUX_MAG_RATIOS``), source https://github.com/Zehong-Ma/MagCache: FLUX.1 in 28 steps.
@@ -37,39 +36,14 @@ FLUX_MAG_RATIOS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a method is made of.
-
-    Attributes:
-        cut, schedule, forecast: Where, when, and what stands in.
-        probe: What the schedule's threshold looks at.
-        metric: What the probe measures: ``"relative_l1"``, or ``"magnitude"``, the growth of its tokens' norms.
-        measures: Every step is measured, and none predicted on purpose.
-    """
-
-    cut: Cut
-    schedule: Schedule
-    forecast: ForecastRule
-    probe: Probe | None = None
-    metric: str = "relative_l1"
-    measures: bool = False
-
-
-class RecipeConfig(MethodConfig):
-    """Base of the configs that say what they are made of."""
-
-    def recipe(self, num_inference_steps: int | None) -> Recipe:
-        """For runs of so many steps; None: unknown.
-
-        Raises:
-            ConfigError: The number of steps is needed.
-        """
-        raise NotImplementedError
+def _one_group(cut: Cut, schedule: Schedule, forecast: ForecastRule, probe: Probe | None = None,
+               metric: str = "relative_l1") -> Recipe:  # fmt: skip
+    name = "blocks" if isinstance(cut, Blocks) else "modules"
+    return Recipe((Group(name, schedule, (Part(cut, forecast),), probe, metric),))
 
 
 @cache_config("cache")
-class CacheConfig(RecipeConfig):
+class CacheConfig(MethodConfig):
     """Any cut with any schedule and any forecast.
 
     ::
@@ -114,12 +88,11 @@ class CacheConfig(RecipeConfig):
         assert isinstance(cut, (Blocks, Modules))
         if probe is None and schedule.threshold is not None:
             probe = BlockResidual(max(cut.first, 1) if isinstance(cut, Blocks) else 1)
-        measures = schedule.threshold == Threshold(0.0)  # no distance is below 0
-        return Recipe(cut, schedule, self.forecast, probe, measures=measures)
+        return _one_group(cut, schedule, self.forecast, probe)
 
 
 @cache_config("first_block_cache")
-class FirstBlockCacheConfig(RecipeConfig):
+class FirstBlockCacheConfig(MethodConfig):
     """First-block cache (ParaAttention; diffusers' hook): if the first block changes its stream much as it did at the
     last computed step, the other blocks are taken to do so too.
 
@@ -133,11 +106,11 @@ class FirstBlockCacheConfig(RecipeConfig):
         check_number(self, "threshold", 0)
 
     def recipe(self, num_inference_steps: int | None) -> Recipe:  # noqa: ARG002
-        return Recipe(Blocks(first=1), Threshold(self.threshold, inclusive=True), Reuse(), BlockResidual(1))
+        return _one_group(Blocks(first=1), Threshold(self.threshold, inclusive=True), Reuse(), BlockResidual(1))
 
 
 @cache_config("mag_cache")
-class MagCacheConfig(RecipeConfig):
+class MagCacheConfig(MethodConfig):
     """MagCache (https://arxiv.org/abs/2506.09045), with the semantics of diffusers' hook: the residual of all blocks is
     reused while the error that calibrated ratios of its magnitude foretell stays small. Nothing is read in the run.
 
@@ -179,13 +152,12 @@ class MagCacheConfig(RecipeConfig):
 
     def recipe(self, num_inference_steps: int | None) -> Recipe:
         if self.calibrate:
-            return Recipe(Blocks(), Threshold(0.0), Reuse(), BlockResidual(None, every=True), "magnitude",
-                          measures=True)  # fmt: skip
+            return _one_group(Blocks(), Threshold(0.0), Reuse(), BlockResidual(None, every=True), "magnitude")
         steps = num_inference_steps or self.num_inference_steps
         assert isinstance(self.mag_ratios, tuple)
         retained = int(self.retention_ratio * steps + 0.5)
         schedule = MagnitudeBudget(_stretched(self.mag_ratios, steps), self.threshold, self.max_skip_steps, retained)
-        return Recipe(Blocks(), schedule, Reuse())
+        return _one_group(Blocks(), schedule, Reuse())
 
 
 def _stretched(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
@@ -199,7 +171,7 @@ def _stretched(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
 
 
 @cache_config("sea_cache")
-class SeaCacheConfig(RecipeConfig):
+class SeaCacheConfig(MethodConfig):
     """SeaCache (https://arxiv.org/abs/2602.18993), with the semantics of diffusers' hook: steps are predicted while the
     latents, filtered by how much signal there is at their noise level, have changed little in sum.
 
@@ -247,13 +219,13 @@ class SeaCacheConfig(RecipeConfig):
         if self.max_consecutive_cached:
             schedule &= MaxSkips(consecutive=self.max_consecutive_cached)
         grid = None if self.latent_grid is None else tuple(self.latent_grid)
-        indicator = functools.partial(sea_indicator, self.power_exp, grid, self.raw_vision_callback)
+        indicator = SeaFilter(self.power_exp, grid, self.raw_vision_callback)
         forecast = Taylor(1) if self.residual_order else Reuse()
-        return Recipe(Blocks(), schedule.bind(num_inference_steps), forecast, Latents(indicator, sigma=True))
+        return _one_group(Blocks(), schedule.bind(num_inference_steps), forecast, Latents(indicator, sigma=True))
 
 
 @cache_config("teacache")
-class TeaCacheConfig(RecipeConfig):
+class TeaCacheConfig(MethodConfig):
     """TeaCache (https://arxiv.org/abs/2411.19108): steps are predicted while the modulated input of the first block,
     rescaled by a polynomial that was fitted to the model's outputs, has changed little in sum.
 
@@ -286,11 +258,11 @@ class TeaCacheConfig(RecipeConfig):
         schedule: Schedule = Threshold(self.rel_l1_thresh, accumulate=True, coefficients=self.coefficients)
         if self.final_steps:
             schedule &= Final(self.final_steps)
-        return Recipe(Blocks(), schedule.bind(num_inference_steps), Reuse(), ModuleOutput(self.module))
+        return _one_group(Blocks(), schedule.bind(num_inference_steps), Reuse(), ModuleOutput(self.module))
 
 
 @cache_config("dbcache")
-class DBCacheConfig(RecipeConfig):
+class DBCacheConfig(MethodConfig):
     """DBCache, with cache-dit 1.5's names and semantics: the first and last blocks are always computed, and the others'
     residual stands in for them where that of the first ones has changed little.
 
@@ -387,8 +359,10 @@ class DBCacheConfig(RecipeConfig):
             schedule = Refresh(schedule, self.force_refresh_step_hint, self.force_refresh_step_policy == "repeat")
         first = self.Fn_compute_blocks
         probe = None if schedule.threshold is None else BlockResidual(first)
-        return Recipe(Blocks(first, self.Bn_compute_blocks), schedule, self.calibrator or Reuse(), probe)
+        return _one_group(Blocks(first, self.Bn_compute_blocks), schedule, self.calibrator or Reuse(), probe)
 
 
-__all__ = ["FLUX_MAG_RATIOS", "CacheConfig", "DBCacheConfig", "FirstBlockCacheConfig", "MagCacheConfig", "Recipe",
-           "RecipeConfig", "SeaCacheConfig", "TeaCacheConfig"]  # fmt: skip
+__all__ = [
+    "FLUX_MAG_RATIOS", "CacheConfig", "DBCacheConfig", "FirstBlockCacheConfig", "MagCacheConfig", "SeaCacheConfig",
+    "TeaCacheConfig",
+]  # fmt: skip

@@ -11,13 +11,15 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
 from ..errors import ConfigError, OptionError, closest
+from ..recipe.recipe import Part, Recipe
+from ..recipe.vocabulary import Region
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -40,6 +42,41 @@ class MethodConfig:
 
     def check(self) -> None:
         """Raise a ConfigError for values that make no sense; runs at construction."""
+
+    def recipe(self, num_inference_steps: int | None) -> Recipe:  # noqa: ARG002 (for those that ask)
+        """What the method is made of, for runs of so many steps; None: unknown.
+
+        Raises:
+            ConfigError: The number of steps is needed; or the config does not say what it is made of.
+        """
+        raise ConfigError("it has no recipe", where=type(self).__name__,
+                          hint="def recipe(self, num_inference_steps): return Recipe(Group(...))")  # fmt: skip
+
+    # What a recipe's parts are called by the user, for messages.
+
+    def where(self, group: str, part: Part | None = None) -> str:  # noqa: ARG002 (for those with several)
+        """The field that says which modules a part takes; or, without one, when its group is predicted."""
+        return f"{type(self).__name__}.{'schedule' if part is None else 'cut'}"
+
+    def review(self, regions: Sequence[Region]) -> None:
+        """Warn of what the user might not expect of these regions of a whole model."""
+
+    def review_parts(self, regions: Sequence[Region], model: Sequence[str]) -> None:
+        """Raise a NoMatchError for what is needed of a model and in none of its graphs."""
+
+    def why_never(self, num_inference_steps: int | None) -> str | None:  # noqa: ARG002
+        """The reason why no step can be predicted, by the names of fields; None: none that has to do with one."""
+        return None
+
+    def why_idle(self, recipe: Recipe, timesteps: tuple[float, float] | None) -> str:
+        """Why a whole run predicted nothing; ``timesteps`` is the (lowest, highest) seen."""
+        seen = f"; timesteps seen: {timesteps[0]:g} to {timesteps[1]:g}" if timesteps else ""
+        schedules = ", ".join(dict.fromkeys(str(group.schedule) for group in recipe.groups))
+        return f"the schedule chose to compute every step{seen} ({schedules})"
+
+    def why_left(self, region: Region) -> str | None:
+        """Why a region of a kind that is cut elsewhere is not, where no group takes it; None: nobody wonders."""
+        return "no group takes it" if region.is_attention else None
 
     @classmethod
     def fail(cls, name: str, what: str, hint: str | None = None) -> ConfigError:

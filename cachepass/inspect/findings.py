@@ -9,13 +9,14 @@ from typing import Any
 from torch import fx
 
 from ..errors import CachepassError, OptionError
-from ..methods import PLAIN, PLAIN_HALF, Method, Region, Route, Skip, Target
+from ..method import Method
 from ..options import CompileOptions
 from ..program.flops import count_flops
 from ..program.hoist import Hoisted
 from ..program.plan import CachePlan, Cut, Phase, phase_name
 from ..program.show import diff, readable
 from ..program.variants import Program
+from ..recipe.vocabulary import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
 from .tables import human_bytes, human_flops, table
 from .timeline import Lane, SimulatedCall, default_contexts, even_timesteps, lanes, simulate_calls
 

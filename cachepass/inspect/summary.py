@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import NotCompiledError
-from ..methods import PLAIN
 from ..program.flops import add_known
 from ..program.plan import Phase
+from ..recipe.vocabulary import PLAIN
 from ..run.dispatch import LIVE, Dispatcher
 from ..run.instance import Instance
 from ..run.live import original_of, programs_of

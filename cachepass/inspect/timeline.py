@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import BatchError
-from ..methods import PLAIN, Method, Route, Step
+from ..method import Method
 from ..program.plan import CachePlan, Phase, phase_name
+from ..recipe.schedule import Step
+from ..recipe.vocabulary import PLAIN, Route
 from ..run.context import DEFAULT, guidance_partner
 from ..run.decide import Rehearsal, allows, route_of
 

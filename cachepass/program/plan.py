@@ -19,9 +19,10 @@ from torch import fx
 from .. import _torch
 from ..capture.markers import base_of, cut_nodes, output_nodes, probe_node, reach_back
 from ..errors import ConfigError
-from ..methods import WHOLE, Guidance, Probe, Route, Skip, Target
 from ..recipe.forecast import Forecast
-from ..recipe.frequency import Latents, wide_dtype
+from ..recipe.frequency import LatentFormat, wide_dtype
+from ..recipe.guidance import Guidance
+from ..recipe.vocabulary import WHOLE, ProbeTarget, Route, Skip, Target
 from .liveness import live_markers, subsets
 from .slots import NamedSlot, bytes_of, dense_strides
 
@@ -92,7 +93,7 @@ class OutputPlan:
     """
 
     guidance: Guidance
-    latents: Latents
+    latents: LatentFormat
     slots: tuple[NamedSlot, ...]
     halved: bool
 
@@ -113,7 +114,7 @@ class ProbePlan:
     ``residual``: the value is a difference, to what its region was given.
     """
 
-    probe: Probe
+    probe: ProbeTarget
     slot: NamedSlot
     residual: bool
 
@@ -281,8 +282,9 @@ def phase_name(phase: Phase, groups: Sequence[str]) -> str:
 
 
 def make_plan(gm: fx.GraphModule, targets: Sequence[Target], *, returns: bool = False, skips: Iterable[Skip] = (),
-              notes: Iterable[str] = (), guidance: Guidance | None = None, latents: Latents | None = None,
-              halved: bool = False, probe: Probe | None = None, process_group: Any = None) -> CachePlan:  # fmt: skip
+              notes: Iterable[str] = (), guidance: Guidance | None = None, latents: LatentFormat | None = None,
+              halved: bool = False, probe: ProbeTarget | None = None,
+              process_group: Any = None) -> CachePlan:  # fmt: skip
     """Plan the cuts whose markers stand in ``gm``; with ``halved`` that is the graph of the conditional half."""
     target_of = {target.region.id: target for target in targets}
     markers = cut_nodes(gm.graph)
@@ -323,7 +325,7 @@ def _refuse_circle(graph: fx.Graph, group_of: Mapping[fx.Node, str]) -> None:
         )  # fmt: skip
 
 
-def _plan_probe(graph: fx.Graph, probe: Probe | None) -> ProbePlan | None:
+def _plan_probe(graph: fx.Graph, probe: ProbeTarget | None) -> ProbePlan | None:
     marker = probe_node(graph)
     if probe is None or marker is None:
         return None
@@ -348,7 +350,7 @@ def _row(rows: list[str], target: Target, *, live: bool) -> int:
     return rows.index(target.region.path)
 
 
-def _plan_output(gm: fx.GraphModule, guidance: Guidance, latents: Latents, halved: bool) -> OutputPlan:
+def _plan_output(gm: fx.GraphModule, guidance: Guidance, latents: LatentFormat, halved: bool) -> OutputPlan:
     values: list[torch.Tensor] = [node.meta["val"] for node in output_nodes(gm.graph)]
     sample = values[0]
     shape = (len(values), *sample.shape) if latents.listed else tuple(sample.shape)

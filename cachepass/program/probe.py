@@ -1,4 +1,4 @@
-"""Probe: how far is this step from the last one? One number, early in the program.
+"""ProbeTarget: how far is this step from the last one? One number, early in the program.
 
     look : graph with a probe marker -> Decision
 
@@ -24,8 +24,8 @@ from torch import fx
 
 from .. import _torch
 from ..capture.markers import base_of, probe_node, reach_back
-from ..methods import Probe
 from ..recipe.frequency import wide_dtype
+from ..recipe.vocabulary import ProbeTarget
 from .emit import Emitter
 from .plan import CachePlan
 from .state_inputs import StateInputs
@@ -73,7 +73,7 @@ def look(graph: fx.Graph, plan: CachePlan, added: StateInputs, emit: Emitter) ->
     return decision
 
 
-def relative_l1(probe: Probe, reduced: bool, value: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def relative_l1(probe: ProbeTarget, reduced: bool, value: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """``mean |value - kept| / mean |kept|`` in fp32 (fp64 for fp64): a scalar; of all samples, or the mean of each's.
 
     ``reduced``: the two means by themselves, ``[2]`` or ``[2, samples]``, for ranks that hold parts of the value.

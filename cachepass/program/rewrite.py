@@ -27,7 +27,7 @@ from torch import fx
 from .. import _torch
 from ..capture.half import halved_dimension
 from ..capture.markers import base_of, cut_nodes, output_nodes
-from ..methods import WHOLE, Route
+from ..recipe.vocabulary import WHOLE, Route
 from .branches import make_cond
 from .emit import EMITTED, Emitter, alias_root, aten
 from .liveness import is_impure

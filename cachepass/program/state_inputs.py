@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..methods import Route
 from ..recipe.frequency import OUTPUT_WEIGHTS, wide_dtype
+from ..recipe.vocabulary import Route
 from .emit import Emitter
 from .plan import CachePlan, Cut, ProbePlan
 from .slots import NamedSlot

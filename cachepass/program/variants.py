@@ -17,7 +17,7 @@ from torch import fx
 
 from .. import _torch
 from ..errors import warn
-from ..methods import WHOLE, Route
+from ..recipe.vocabulary import WHOLE, Route
 from .dump import dump
 from .flops import count_flops
 from .hoist import Hoisted

@@ -13,6 +13,9 @@ from typing import Any
 
 from ..errors import ConfigError
 
+KINDS = ("attention", "self-attention", "cross-attention", "mlp", "block")
+_CONDITIONS = ("each", "any", "none")
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -54,18 +57,38 @@ class Modules:
     Attributes:
         identifiers: Each is a kind that is found by what a module does (``"attention"``, ``"mlp"``, ``"block"``) or a
             regex (``re.fullmatch`` on module paths).
+        kind: Only modules of this kind: ``"attention"``, ``"self-attention"``, ``"cross-attention"``, ``"mlp"`` or
+            ``"block"``; None: any.
+        search: Regexes are searched for in the path (``re.search``).
+        otherwise: What is taken where the identifiers match nothing in the model: an identifier.
+        must_match: ``"each"`` identifier must match a module, or ``"any"`` of them; ``"none"``: a warning is enough.
 
     Raises:
-        ConfigError: There is none, or one is not a regex.
+        ConfigError: There is no identifier, one is not a regex, or a kind or condition does not exist.
     """
 
     identifiers: tuple[str, ...]
+    kind: str | None = None
+    search: bool = False
+    otherwise: str | None = None
+    must_match: str = "each"
 
-    def __init__(self, *identifiers: str) -> None:
-        object.__setattr__(self, "identifiers", _patterns(self, "identifiers", identifiers))
+    def __init__(self, *identifiers: str, kind: str | None = None, search: bool = False, otherwise: str | None = None,
+                 must_match: str = "each") -> None:  # fmt: skip
+        given = {"kind": kind, "search": search, "otherwise": otherwise, "must_match": must_match}
+        for name, value in {"identifiers": _patterns(self, "identifiers", identifiers), **given}.items():
+            object.__setattr__(self, name, value)
+        if kind is not None and kind not in KINDS:
+            raise _fail(self, "kind", f"there is no kind {kind!r}", "known: " + ", ".join(KINDS))
+        if must_match not in _CONDITIONS:
+            raise _fail(self, "must_match", f"there is no {must_match!r}", "known: " + ", ".join(_CONDITIONS))
+        _check_flag(self, "search")
+        if otherwise is not None:
+            _patterns(self, "otherwise", (otherwise,))
 
     def __str__(self) -> str:
-        return ", ".join(self.identifiers)
+        only = f"{self.kind} in " if self.kind is not None else ""
+        return only + ", ".join(self.identifiers)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ RANKS = {"BCFHW": 5, "BFCHW": 5, "BCHW": 4, "BSC": 3}
 
 
 @dataclass(frozen=True)
-class Latents:
+class LatentFormat:
     """How a model's output carries its samples.
 
     Attributes:
@@ -89,7 +89,9 @@ def low_frequencies(x: torch.Tensor) -> torch.Tensor:
     return torch.fft.irfft2(torch.view_as_complex(spectrum), s=(height, width))
 
 
-def split_difference(uncond: torch.Tensor, cond: torch.Tensor, latents: Latents) -> tuple[torch.Tensor, torch.Tensor]:
+def split_difference(
+    uncond: torch.Tensor, cond: torch.Tensor, latents: LatentFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``(D_low, D_high)`` of ``uncond - cond``, in fp32 (fp64 for fp64)."""
     wide = wide_dtype(cond.dtype)
     difference = uncond.to(wide) - cond.to(wide)
@@ -119,32 +121,32 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 Values = list[torch.Tensor]
 
 
-def keep_difference(latents: Latents, values: Values) -> tuple[Values, torch.Tensor, torch.Tensor]:
+def keep_difference(latents: LatentFormat, values: Values) -> tuple[Values, torch.Tensor, torch.Tensor]:
     """A guidance batch: keep the difference of its halves."""
     uncond, cond = latents.halves(latents.batch(values))
     return values, *split_difference(uncond, cond, latents)
 
 
-def complete_batch(latents: Latents, values: Values, low: torch.Tensor, high: torch.Tensor,
+def complete_batch(latents: LatentFormat, values: Values, low: torch.Tensor, high: torch.Tensor,
                    weights: torch.Tensor) -> tuple[Values]:  # fmt: skip
     """The conditional half of a guidance batch: estimate the other half and put them together."""
     cond = latents.batch(values)
     return (latents.join(estimate_unconditional(cond, low, high, weights), cond),)
 
 
-def keep_conditional(latents: Latents, values: Values) -> tuple[Values, torch.Tensor]:
+def keep_conditional(latents: LatentFormat, values: Values) -> tuple[Values, torch.Tensor]:
     """The conditional call of a step: keep its output."""
     return values, latents.batch(values)
 
 
-def keep_difference_to(latents: Latents, values: Values, cond: torch.Tensor) -> tuple[Values, torch.Tensor,
+def keep_difference_to(latents: LatentFormat, values: Values, cond: torch.Tensor) -> tuple[Values, torch.Tensor,
                                                                                       torch.Tensor]:  # fmt: skip
     """The unconditional call of a step: keep its difference to the conditional one."""
     return values, *split_difference(latents.batch(values), cond, latents)
 
 
-def answer_unconditional(latents: Latents, values: Values, cond: torch.Tensor, low: torch.Tensor, high: torch.Tensor,
-                         weights: torch.Tensor) -> tuple[Values]:  # fmt: skip
+def answer_unconditional(latents: LatentFormat, values: Values, cond: torch.Tensor, low: torch.Tensor,
+                         high: torch.Tensor, weights: torch.Tensor) -> tuple[Values]:  # fmt: skip
     """The unconditional call of a step, answered from the conditional one: ``values`` are not read."""
     del values
     return (latents.values(estimate_unconditional(cond, low, high, weights)),)

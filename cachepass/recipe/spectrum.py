@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +18,31 @@ import torch
 _TINY = 1e-16
 
 
-def sea_indicator(power: float, grid: tuple[int, ...] | None, callback: Callable[..., Any] | None,
-                  latents: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:  # fmt: skip
-    """The filtered latents ``(samples, C, T, H, W)``; ``parameters`` holds sigma."""
-    vision = _vision(latents, grid) if callback is None else torch.stack(list(callback(None, (), _named(latents))))
-    sigma = parameters[0].clamp(1e-6, 1 - 1e-6)
-    spectrum = torch.fft.fftn(vision.contiguous().float(), dim=(2, 3, 4))
-    gain = math.prod(_gain(vision, axis, sigma, power) for axis in (2, 3, 4))
-    assert isinstance(gain, torch.Tensor)
-    return torch.fft.ifftn(spectrum * (gain / gain.mean()), dim=(2, 3, 4)).real.to(vision.dtype)
+@dataclass(frozen=True)
+class SeaFilter:
+    """``(latents, [sigma]) -> filtered latents (samples, C, T, H, W)``, for a probe of the latents.
+
+    Attributes:
+        power: Exponent of the clean signal's power spectrum.
+        grid: (frames, height, width) or (height, width) in tokens, where latents are tokens.
+        callback: ``(None, (), {name: latents}) -> [(C, T, H, W), ...]``; None: the latents as they are.
+    """
+
+    power: float
+    grid: tuple[int, ...] | None = None
+    callback: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", None if self.grid is None else tuple(self.grid))
+
+    def __call__(self, latents: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+        given = None if self.callback is None else self.callback(None, (), _named(latents))
+        vision = _vision(latents, self.grid) if given is None else torch.stack(list(given))
+        sigma = parameters[0].clamp(1e-6, 1 - 1e-6)
+        spectrum = torch.fft.fftn(vision.contiguous().float(), dim=(2, 3, 4))
+        gain = math.prod(_gain(vision, axis, sigma, self.power) for axis in (2, 3, 4))
+        assert isinstance(gain, torch.Tensor)
+        return torch.fft.ifftn(spectrum * (gain / gain.mean()), dim=(2, 3, 4)).real.to(vision.dtype)
 
 
 def _gain(vision: torch.Tensor, axis: int, sigma: torch.Tensor, power: float) -> torch.Tensor:

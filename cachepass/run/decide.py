@@ -6,14 +6,16 @@ runs that have not begun.
 
 from __future__ import annotations
 
-from ..methods import PLAIN, WHOLE, GroupHistory, Method, Route, Step
+from ..method import Method
 from ..program.plan import CachePlan
+from ..recipe.schedule import Step
+from ..recipe.vocabulary import PLAIN, WHOLE, GroupHistory, Route
 
 
 def skips(method: Method, step: Step, *, known: bool) -> bool:
     """The unconditional branch is skipped in this step; ``known``: the difference of the two branches is kept."""
     guidance = method.guidance
-    return known and guidance is not None and method.predicts(guidance.group, step)
+    return known and guidance is not None and method.skips(step)
 
 
 def route_of(method: Method, step: Step, *, known: bool, side: str | None = None, follows: bool = True) -> Route:
@@ -47,7 +49,7 @@ def allows(method: Method, step: Step, route: Route, *, partner_known: bool | No
 def asks(method: Method, group: str, step: Step, history: GroupHistory, *, probed: bool) -> bool | None:
     """Whether a group with a history is predicted; None: the probe's distance decides. ``probed``: there is a value of
     this run to measure it from."""
-    answer = method.decides(group, step, history)
+    answer = method.asks(group, step, history)
     return False if answer is None and not probed else answer
 
 

@@ -18,12 +18,14 @@ from .. import _torch
 from ..capture.inputs import InputLayout, kind_of
 from ..capture.place import step_call
 from ..errors import warn
-from ..methods import PLAIN, Method, Route, Step
+from ..method import Method
 from ..options import CompileOptions
 from ..program.plan import Phase
 from ..program.sizes import SymbolBinder
 from ..program.variants import Program
 from ..program.verdict import numbers_of
+from ..recipe.schedule import Step
+from ..recipe.vocabulary import PLAIN, Route
 from .decide import allows, asks
 from .evidence import Given
 from .guidance import partner_of, route_in
@@ -237,7 +239,7 @@ class Dispatcher:
         history = state.groups[group]
 
         def decide(distance: float) -> bool:
-            return bool(self.method.decides(group, step, history, distance))
+            return bool(self.method.asks(group, step, history, distance))
 
         bound = numbers_of(self.method.bound(group, history)) if state.plan.returns else ()
         return Pending(group, decide, lambda: self._weights(instance, state, group, step), bound)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from ..methods import PLAIN, WHOLE, Method, Route, Step
+from ..method import Method
+from ..recipe.schedule import Step
+from ..recipe.vocabulary import PLAIN, WHOLE, Route
 from .context import context_of, guidance_partner, other_guidance, told
 from .decide import route_of
 from .model import Model

@@ -13,8 +13,8 @@ import torch
 from .. import _torch
 from ..capture.half import HalfCall
 from ..capture.siblings import Siblings
-from ..methods import Route, Target
 from ..program.plan import Phase
+from ..recipe.vocabulary import Route, Target
 from .model import Model
 
 

@@ -21,8 +21,9 @@ import torch
 from .. import _torch
 from ..capture.inputs import conditioning_of, find_latents, find_timestep_input, kind_of, named_inputs
 from ..errors import NoMatchError, listing, warn
-from ..methods import Method, Region
+from ..method import Method
 from ..options import CompileOptions
+from ..recipe.vocabulary import Region
 from .context import DEFAULT, Told, guidance_partner, told
 from .evidence import Given, Habits, schedule_of
 from .hooks import watch_calls

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from rich.progress import Progress
 
 from .. import _torch
-from ..methods import Method, Step
+from ..method import Method
 from ..options import CompileOptions
 from ..program.plan import CachePlan, Phase, phase_name
 from ..program.variants import Program
+from ..recipe.schedule import Step
 from .decide import Rehearsal, allows, route_of
 
 

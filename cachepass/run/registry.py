@@ -10,8 +10,9 @@ import torch
 
 from ..capture.place import Place
 from ..capture.siblings import Siblings
-from ..methods import Method, Target
+from ..method import Method
 from ..options import CompileOptions
+from ..recipe.vocabulary import Target
 from .instance import Part
 from .model import Model
 

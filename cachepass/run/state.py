@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ..methods import GroupHistory
 from ..program.plan import CachePlan, Cut, OutputPlan
 from ..program.slots import NamedSlot
 from ..program.state_inputs import Role
 from ..recipe.schedule import Step
+from ..recipe.vocabulary import GroupHistory
 from .evidence import Seen
 
 

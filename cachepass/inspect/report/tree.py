@@ -12,8 +12,8 @@ from typing import Literal
 from torch import fx
 
 from ...capture.regions import dotted
-from ...methods import Region
 from ...program.plan import Cut
+from ...recipe.vocabulary import Region
 from ..findings import Findings
 from ..tables import human_bytes
 

@@ -7,7 +7,7 @@ else about a method's mathematics ends here as a few host numbers. A ``ForecastR
 
 from .differences import Hermite, Taylor, taylor_weights
 from .form import REUSE, ZEROS, Forecast, taylor
-from .interpolation import Lagrange, Linear, Newton
+from .interpolation import Extrapolate, Lagrange, Linear, Newton
 from .modes import DMD
 from .rule import ForecastRule, Gram, Reuse, Spacing, Zeros
 from .spectral import Chebyshev
@@ -17,6 +17,7 @@ __all__ = [
     "REUSE",
     "ZEROS",
     "Chebyshev",
+    "Extrapolate",
     "Forecast",
     "ForecastRule",
     "Gram",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
 
 from .form import Forecast
 from .rule import ForecastRule, Spacing, check_int, check_spacing
@@ -19,6 +21,30 @@ def polynomial_weights(nodes: Sequence[float], at: float) -> tuple[float, ...]:
         math.prod((at - other) / (node - other) for j, other in enumerate(nodes) if j != i)
         for i, node in enumerate(nodes)
     )
+
+
+@dataclass(frozen=True)
+class Extrapolate(ForecastRule):
+    """FasterCache (https://arxiv.org/abs/2410.19355): ``h_0 + weight * (h_0 - h_1)`` of the last two outputs, wherever
+    they lie, where a prediction is an output, too.
+
+    Attributes:
+        weight: Of the last change.
+        callback: Module -> weight, in place of it.
+    """
+
+    weight: float = 0.5
+    callback: Callable[[torch.nn.Module], float] | None = None
+
+    @property
+    def form(self) -> Forecast:
+        return Forecast("extrapolate", history=2, recursive=True, per_region=self.callback is not None)
+
+    def derive(self, nodes: tuple[float, ...], at: float) -> Sequence[float]:  # noqa: ARG002 (the same everywhere)
+        return 1.0 + self.weight, -self.weight
+
+    def of_module(self, module: torch.nn.Module) -> ForecastRule:
+        return self if self.callback is None else Extrapolate(float(self.callback(module)))
 
 
 @dataclass(frozen=True)

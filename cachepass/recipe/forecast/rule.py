@@ -42,6 +42,10 @@ class ForecastRule(ABC):
     def derive(self, nodes: tuple[float, ...], at: float) -> Sequence[float]:
         """One weight per node, for 2 to ``form.history`` distinct nodes, newest first; results are remembered."""
 
+    def of_module(self, module: torch.nn.Module) -> ForecastRule:  # noqa: ARG002 (for those that differ)
+        """The rule for one module, where the form says ``per_region``."""
+        return self
+
     def weights(self, nodes: Sequence[float], at: float, gram: Gram | None = None) -> tuple[float, ...]:  # noqa: ARG002
         """Weights of the outputs kept, newest first, for a prediction at the position ``at``.
 

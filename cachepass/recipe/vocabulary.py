@@ -1,20 +1,18 @@
-"""What a method is: which regions it cuts, what forecasts them, and when. Host code only: no fx node comes here."""
+"""The words in which recipes and graphs speak of each other. Host code only: no fx node comes here."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError, NoMatchError, listing
-from ..recipe.forecast import Forecast
-from ..recipe.frequency import Latents
-from ..recipe.schedule import Bound, Past, Step
+from ..errors import ConfigError
+from .forecast import Forecast
+from .schedule import Past, Step
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,16 @@ class Region:
             return "blocks"
         return "mlp" if self.is_mlp else "block" if self.is_block else "module"
 
+    def is_of(self, kind: str) -> bool:
+        """It is of a kind: ``"attention"``, ``"self-attention"``, ``"cross-attention"``, ``"mlp"`` or ``"block"``."""
+        kinds = {"attention": self.is_attention, "self-attention": self.is_attention and not self.is_cross,
+                 "cross-attention": self.is_attention and self.is_cross, "mlp": self.is_mlp,
+                 "block": self.is_block}  # fmt: skip
+        return kinds.get(kind, False)
+
     def matches(self, identifier: str, match: Callable[[str, str], object] = re.fullmatch) -> bool:
-        """The identifier is the region's kind (``"attention"``, ``"mlp"``, ``"block"``) or a regex for its path."""
-        kinds = {"attention": self.is_attention, "mlp": self.is_mlp, "block": self.is_block}
-        return kinds.get(identifier, False) or bool(match(identifier, self.path))
+        """The identifier is a kind that the region is of, or a regex for its path."""
+        return self.is_of(identifier) or bool(match(identifier, self.path))
 
 
 def span_of(blocks: Sequence[Region]) -> Region:
@@ -85,7 +89,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeTarget:
     """A value computed early in a step that tells how far the step is from the last one.
 
     Its distance from the value kept is ``mean |p - q| / mean |q|`` (relative L1), one number per step.
@@ -130,7 +134,7 @@ class Selection:
     targets: tuple[Target, ...]
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
-    probe: Probe | None = None
+    probe: ProbeTarget | None = None
 
     def __post_init__(self) -> None:
         first: dict[str, Target] = {}
@@ -138,16 +142,16 @@ class Selection:
             if target.forecast.history == 0:
                 continue
             known = first.setdefault(target.group, target)
-            if _keeping(known.forecast) != _keeping(target.forecast):
+            if keeping(known.forecast) != keeping(target.forecast):
                 raise ConfigError(
                     f"the forecasts of one group keep their outputs alike: {known.region.id} has {known.forecast} "
-                    f"({_keeping(known.forecast)}), {target.region.id} has {target.forecast} "
-                    f"({_keeping(target.forecast)})", where=f"group {target.group!r}",
+                    f"({keeping(known.forecast)}), {target.region.id} has {target.forecast} "
+                    f"({keeping(target.forecast)})", where=f"group {target.group!r}",
                     hint="give each of them a group of its own",
                 )  # fmt: skip
 
 
-def _keeping(forecast: Forecast) -> str:
+def keeping(forecast: Forecast) -> str:
     """How a forecast's outputs are kept and weighed, in words."""
     flags = {"predictions too": forecast.recursive, "weights per region": forecast.per_region,
              "weights from what is kept": forecast.from_gram}  # fmt: skip
@@ -232,125 +236,3 @@ class Route:
 WHOLE = Route()
 PLAIN = Route("plain", predicts=False, keeps=False)  # the model as it would be without a cache
 PLAIN_HALF = Route("plain:half", half=True, predicts=False, keeps=False)
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """What a method does with classifier-free guidance.
-
-    Attributes:
-        group: The schedule of the unconditional branch.
-        latents: The model's output, handed to the routes' transforms.
-        settings: Where the user sets it up, for messages: the config class.
-        inputs: Names of the inputs that carry guidance batches.
-        strict_inputs: Those of them that must; the others may.
-        slots: What is kept of the output, by name; True: in fp32 (fp64 for fp64), False: in the output's dtype.
-        both, half: Routes of a guidance batch: computed in full, and on its conditional half.
-        cond, uncond, answer: Routes of a step of two calls: the conditional one, the unconditional one computed, and
-            answered without running the model.
-    """
-
-    group: str
-    latents: Latents
-    settings: str
-    inputs: tuple[str, ...]
-    strict_inputs: tuple[str, ...]
-    slots: Mapping[str, bool]
-    both: Route
-    half: Route
-    cond: Route
-    uncond: Route
-    answer: Route
-
-
-class Method(ABC):
-    """A caching method: a config made executable."""
-
-    #: The config; each method narrows the type.
-    config: Any
-
-    #: The schedule reads the timestep.
-    needs_timestep: bool = False
-
-    #: It forecasts regions; if not, it only keeps what stays the same within a run.
-    cuts: bool = True
-
-    #: Its weights are functions of the model's modules.
-    needs_model: bool = False
-
-    #: What is done with classifier-free guidance; None: nothing.
-    guidance: Guidance | None = None
-
-    #: Every step is measured, and none is predicted on purpose.
-    measures: bool = False
-
-    #: It cuts spans of blocks, or has a probe.
-    streams: bool = False
-
-    def bind(self, num_inference_steps: int | None) -> None:  # noqa: B027 (most do not ask)
-        """The steps of a run, if they are known; told once, before anything else is asked."""
-
-    @abstractmethod
-    def select(self, regions: Sequence[Region], model: Sequence[str] | None = None) -> Selection:
-        """Choose regions, their groups and forecasts; NoMatchError if a pattern of the user's finds nothing.
-
-        ``model``: the regions are those of one part of a model whose modules have these paths. What finds nothing in it
-        may do so in another part: no error and no warning.
-        """
-
-    def check(self, regions: Sequence[Region], model: Sequence[str]) -> None:  # noqa: ARG002 (for methods that need more)
-        """``regions`` are those of all parts of a model whose modules have the paths ``model``: raise what
-        ``select`` would for the whole one, and NoMatchError for what is needed and lies outside of every part.
-        """
-        self.select(regions)
-
-    @abstractmethod
-    def predicts(self, group: str, step: Step) -> bool:
-        """The schedule: True if the group is predicted at this step, given that it has a history."""
-
-    def decides(
-        self,
-        group: str,
-        step: Step,
-        history: GroupHistory,  # noqa: ARG002
-        distance: float | None = None,  # noqa: ARG002
-    ) -> bool | None:
-        """As ``predicts``, for schedules that ask what was done in the run, or what the probe says: None as long as the
-        ``distance`` of the probe is needed and not given. The history has at least one step."""
-        return self.predicts(group, step)
-
-    def forgets(self, group: str, step: Step) -> bool:  # noqa: ARG002
-        """What is kept of the group does not count from this step on."""
-        return False
-
-    def bound(self, group: str, history: GroupHistory) -> Bound:
-        """What ``decides`` compares the distance with, where it has no answer without."""
-        raise NotImplementedError
-
-    def probe_parameters(self, step: Step) -> tuple[float, ...]:  # noqa: ARG002
-        """For the probe's ``transform``."""
-        return ()
-
-    @abstractmethod
-    def never_predicts(self, num_inference_steps: int | None) -> str | None:
-        """The reason why no step of a run can be predicted, or None if one may be."""
-
-    def weights(self, group: str, step: Step, history: GroupHistory, region: str = "") -> tuple[float, ...]:
-        """Weights for a predicted step, newest output first; only asked for forecasts without constant weights.
-
-        ``region`` is the path of the module whose output is forecast, where the forecast says ``per_region``.
-        """
-        raise NotImplementedError
-
-    def why_idle(self, timesteps: tuple[float, float] | None) -> str:
-        """Why a whole run predicted nothing, for the warning; ``timesteps`` is the (lowest, highest) seen."""
-        seen = f"; timesteps seen: {timesteps[0]:g} to {timesteps[1]:g}" if timesteps else ""
-        return "the schedule chose to compute every step" + seen
-
-
-def no_match(where: str, patterns: Sequence[str], candidates: Sequence[str], more: str = "") -> NoMatchError:
-    """The error for patterns that match no module of the traced graph."""
-    return NoMatchError(
-        f"{', '.join(map(repr, patterns))} matches no module that the model calls",
-        where=where, hint=f"{more}candidates: {listing(candidates)}",
-    )  # fmt: skip
