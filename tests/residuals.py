@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from zoo import ZOO, build, first_tensor, inputs_of, trajectory
+from zoo import ZOO, build, first_tensor, inputs_of, sweep_over, trajectory
 
 # The lists of blocks that diffusers' hooks look for, too.
 LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers", "visual_transformer_blocks",
@@ -32,8 +31,7 @@ KINDS = (
     "Lumina2Transformer2DModel",  # a graph break in front of the blocks
     "HunyuanVideo15Transformer3DModel",  # a graph break in every block
 )
-ALL = bool(os.environ.get("CACHEPASS_ZOO"))
-MODELS = tuple(ZOO) if ALL else KINDS
+MODELS = tuple(sweep_over(ZOO, KINDS))
 
 Decide = Callable[[int, float | None], bool]
 Forecast = Callable[[list[tuple[int, torch.Tensor]], int], torch.Tensor]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 from peers import db_cache, first_block_cache, mag_cache, sea_cache
-from residuals import ALL, MODELS, NoPeer, Peer, mixed, reference, reuse
-from zoo import build, first_tensor, is_one_graph, relative_error, timestep_scale, trajectory
+from residuals import MODELS, NoPeer, Peer, mixed, reference, reuse
+from zoo import ALL, build, first_tensor, is_one_graph, relative_error, timestep_scale, trajectory
 
 import cachepass
 from cachepass import DBCacheConfig, FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig

@@ -20,6 +20,7 @@ from zoo import (
     first_tensor,
     is_one_graph,
     relative_error,
+    sweep_over,
     timestep_scale,
     trajectory,
 )
@@ -184,8 +185,14 @@ ALWAYS = {"unconditional_batch_timestep_skip_range": (-1, 1001), "spatial_attent
           "high_frequency_weight_update_timestep_range": (-1, 700)}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if is_one_graph(name) and clock_of(name) and
-                                  name != SIZED_BY_DATA])  # fmt: skip
+# Images and videos as tensors and as lists, samples as planes and as tokens, prompts in the batch and beside it.
+KINDS = ("FluxTransformer2DModel", "PixArtTransformer2DModel", "LatteTransformer3DModel", "WanTransformer3DModel",
+         "CogVideoXTransformer3DModel", "ZImageTransformer2DModel", "SD3Transformer2DModel")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sweep_over(
+    [name for name in ZOO if is_one_graph(name) and clock_of(name) and name != SIZED_BY_DATA], few=KINDS,
+))  # fmt: skip
 def test_every_model_with_a_guidance_batch(name, sweep):
     fields = sweep_fields(name, next(iter(trajectory(name, 1, guided=True)))[1])
     summary = assert_definition(name, {**fields, **ALWAYS}, sweep=sweep)

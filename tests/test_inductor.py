@@ -6,7 +6,6 @@ Semantics are tested on every model with the eager lowering. Through Inductor it
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -15,6 +14,7 @@ import pytest
 import torch
 from small_models import Attention, calls, transformer
 from zoo import (
+    ALL,
     build,
     first_tensor,
     is_one_graph,
@@ -30,7 +30,6 @@ from cachepass.testing import count_compiles
 
 pytestmark = pytest.mark.inductor
 
-ALL = bool(os.environ.get("CACHEPASS_ZOO"))
 STEPS = 7
 TAYLOR = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1,
           "taylor_factors_dtype": torch.float32}  # fmt: skip

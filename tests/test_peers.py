@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from peers import NoPeer, db_cache, first_block_cache, mag_cache, mixed, mixed_threshold, reference, reuse, sea_cache
-from residuals import ALL, MODELS
-from zoo import relative_error, trajectory
+from residuals import MODELS
+from zoo import ALL, relative_error, trajectory
 
 STEPS = 9
 LAYERS = 4  # of each list of blocks: some in front of, among and behind the middle ones

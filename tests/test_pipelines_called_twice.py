@@ -16,7 +16,7 @@ import torch
 from pipelines import PIPELINES, Case, _flow, _latents, _make, _prompts
 from reference import TaylorSeer
 from silent_pipelines import SILENT, Told, image_inputs, shorter, tiny_vae
-from zoo import relative_error
+from zoo import ALL, relative_error
 
 import cachepass
 from cachepass import TaylorSeerCacheConfig
@@ -98,7 +98,7 @@ def test_a_guider_that_skips_layers():
     """Its third call has the first one's inputs; what differs is a hook, made anew each time: another graph."""
     silent = SILENT["QwenImage, skipped layers"]
     with torch._dynamo.config.patch(recompile_limit=64):
-        summary = check(silent.case, in_place, silent=True, seeds=(0, 1))
+        summary = check(silent.case, in_place, silent=True, seeds=(0, 1) if ALL else (0,))
     assert set(summary.contexts) == set(silent.contexts)
 
 

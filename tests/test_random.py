@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import Broadcast, Reference, TaylorSeer, twin
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from zoo import relative_error
+from zoo import ALL, relative_error
 
 import cachepass
 from cachepass.run.step import StepCall
@@ -176,7 +176,7 @@ def timesteps(context, tokens):
 
 
 @pytest.mark.parametrize("way", ["whole", "blocks", "breaks"])
-@settings(max_examples=15, deadline=None, derandomize=True, database=None,
+@settings(max_examples=30 if ALL else 10, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(model=models, method=st.one_of(taylorseers, broadcasts), sequence=sequences,
        kinds=st.sampled_from([("attention",), ("mlp",), ("attention", "mlp"), ("block",)]),

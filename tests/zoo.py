@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import cachepass
 
+Case = TypeVar("Case")
 # Dynamo cannot trace the device context in which these make their rotary tables; the first call keeps the tables.
 EAGER_FIRST = {"ZImageTransformer2DModel"}
 
 ZOO: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "zoo.json").read_text())
+ALL = bool(os.environ.get("CACHEPASS_ZOO"))  # every case of the sweeps, not only one of each kind
 CLOCKS = ("timestep", "timesteps", "t")
+
+
+def sweep_over(every: Iterable[Case], few: Iterable[Case]) -> list[Case]:
+    """The cases of a sweep: a few, one of each kind, or all of them with ``CACHEPASS_ZOO=1``."""
+    every, few = list(every), list(few)
+    assert all(case in every for case in few), "a case that the sweep does not have"
+    return every if ALL else few
 
 
 def clock_of(name: str) -> str | None:
