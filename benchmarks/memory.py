@@ -21,7 +21,7 @@ from report import Column, mebibytes, publish
 from subjects import bytes_of_hooks
 
 import cachepass
-from cachepass.graph import plan
+from cachepass.program import plan
 
 STEPS = 10
 ATTENTION, BLOCKS = r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+"

@@ -36,6 +36,8 @@ from .errors import (
 from .inspect.explain import Explanation, explain
 from .inspect.summary import Summary, summary
 from .options import CompileOptions
+from .recipe.guidance import Guidance
+from .recipe.recipe import Group, Part, Recipe
 from .run.context import cache_context
 from .run.live import reset
 from .warmup import warmup
@@ -56,14 +58,18 @@ __all__ = [
     "Explanation",
     "FasterCacheConfig",
     "FirstBlockCacheConfig",
+    "Group",
+    "Guidance",
     "InvariantConfig",
     "MagCacheConfig",
     "NoMatchError",
     "NotCompiledError",
     "OptionError",
     "OutputError",
+    "Part",
     "PartialGraphError",
     "PyramidAttentionBroadcastConfig",
+    "Recipe",
     "SeaCacheConfig",
     "Summary",
     "TaylorSeerCacheConfig",

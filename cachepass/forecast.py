@@ -1,41 +1,7 @@
-"""Forecasts: what stands in for what is not computed."""
+"""Forecasts, for users: what stands in for what is not computed (``recipe/forecast``)."""
 
-from .recipe.forecast import (
-    DMD,
-    REUSE,
-    ZEROS,
-    Chebyshev,
-    Forecast,
-    ForecastRule,
-    Gram,
-    Hermite,
-    Lagrange,
-    Linear,
-    Newton,
-    Reuse,
-    Spacing,
-    Taylor,
-    Zeros,
-    taylor,
-    taylor_weights,
-)
+from .recipe import forecast
+from .recipe.forecast import *  # noqa: F403
 
-__all__ = [
-    "DMD",
-    "REUSE",
-    "ZEROS",
-    "Chebyshev",
-    "Forecast",
-    "ForecastRule",
-    "Gram",
-    "Hermite",
-    "Lagrange",
-    "Linear",
-    "Newton",
-    "Reuse",
-    "Spacing",
-    "Taylor",
-    "Zeros",
-    "taylor",
-    "taylor_weights",
-]
+__all__: list[str] = []
+__all__ += forecast.__all__

@@ -39,7 +39,8 @@ class Method:
         self.guidance: Guidance | None = self.recipe.guidance
         # Asked at every call, so found once.
         self.needs_timestep, self.needs_model = self.recipe.needs_timestep, self.recipe.needs_model
-        self.cuts, self.streams, self.measures = bool(self._groups), self.recipe.streams, self.recipe.measures
+        self.cuts = bool(self._groups) or self.guidance is not None
+        self.streams, self.measures = self.recipe.streams, self.recipe.measures
 
     # ---- where ------------------------------------------------------------------------------------------------------
 
@@ -255,8 +256,9 @@ class Method:
         if self.guidance is not None and group == self.guidance.group:
             return self.guidance.weights(step, history.weights)
         forecast = self._groups[group].forecast
-        if forecast.form.per_region:
-            forecast = forecast.of_module(model_of(step, self.config.where(group, None)).get_submodule(region))
+        if forecast.form.per_region and len(history.steps) > 1:
+            model = model_of(step, f"{type(self.config).__name__}.attention_weight_callback")
+            forecast = forecast.of_module(model.get_submodule(region))
         nodes: Sequence[float] = history.steps
         at: float | None = step.index
         if forecast.spacing == "timestep":

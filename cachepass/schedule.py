@@ -1,47 +1,7 @@
-"""Schedules: at which denoising steps a group of cuts may be predicted instead of computed."""
+"""Schedules, for users: at which steps a group is predicted (``recipe/schedule``)."""
 
-from .recipe.schedule import (
-    MAX_DEGREE,
-    Always,
-    And,
-    Before,
-    Every,
-    Final,
-    MagnitudeBudget,
-    Mask,
-    MaxSkips,
-    Not,
-    Or,
-    Past,
-    Preset,
-    Refresh,
-    Retention,
-    Schedule,
-    Step,
-    Threshold,
-    Timesteps,
-    WarmUp,
-)
+from .recipe import schedule
+from .recipe.schedule import *  # noqa: F403
 
-__all__ = [
-    "MAX_DEGREE",
-    "Always",
-    "And",
-    "Before",
-    "Every",
-    "Final",
-    "MagnitudeBudget",
-    "Mask",
-    "MaxSkips",
-    "Not",
-    "Or",
-    "Past",
-    "Preset",
-    "Refresh",
-    "Retention",
-    "Schedule",
-    "Step",
-    "Threshold",
-    "Timesteps",
-    "WarmUp",
-]
+__all__: list[str] = []
+__all__ += schedule.__all__

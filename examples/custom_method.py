@@ -3,53 +3,42 @@
 For models whose outputs change fastest where a run begins and ends. The computed steps lie at Chebyshev nodes, which
 crowd there; what is skipped is extrapolated from the last two outputs, ``h_0 + d * k / gap * (h_0 - h_1)``.
 
-    from custom_method import ChebyshevCacheConfig
+    from custom_method import chebyshev
 
-    torch.compile(model, backend="cached_inductor", options={"cache": ChebyshevCacheConfig(steps=50, computed=20)})
+    torch.compile(model, backend="cached_inductor", options={"cache": chebyshev(steps=50, computed=20)})
 """
 
 import math
+from dataclasses import dataclass
 
-from cachepass import NoMatchError
-from cachepass.config import MethodConfig, cache_config
-from cachepass.forecast import Forecast
-from cachepass.methods import Method, Selection, Step, Target, implements
-
-
-@cache_config("chebyshev")
-class ChebyshevCacheConfig(MethodConfig):
-    steps: int = 50  # steps of a run
-    computed: int = 20  # nodes; nodes that round to the same step are one computed step
-    damping: float = 1.0  # d: 1 continues the line through the last two outputs, 0 repeats the last one
-    identifiers: tuple[str, ...] = ("block",)
-
-    def check(self):
-        if not 2 <= self.computed <= self.steps:
-            raise self.fail("computed", f"{self.computed} is out of range", f"allowed: 2 to steps={self.steps}")
+from cachepass import Group, Part, Recipe
+from cachepass.cut import Modules
+from cachepass.forecast import Forecast, ForecastRule
+from cachepass.schedule import Schedule
 
 
-@implements(ChebyshevCacheConfig)
-class Chebyshev(Method):
-    def __init__(self, config):
-        nodes = ((1 - math.cos(math.pi * i / (config.computed - 1))) / 2 for i in range(config.computed))
-        self.config, self.computed = config, {round((config.steps - 1) * node) for node in nodes}
+@dataclass(frozen=True)
+class ChebyshevNodes(Schedule):  # when
+    steps: int  # of a run
+    computed: int  # nodes; nodes that round to the same step are one computed step
 
-    def select(self, regions, model=None):  # where: which modules are cut
-        chosen = [r for r in regions if any(r.matches(identifier) for identifier in self.config.identifiers)]
-        if not chosen and model is None:
-            raise NoMatchError("identifiers match no module", where="ChebyshevCacheConfig")
-        return Selection(tuple(Target(r, "chebyshev", Forecast("line", history=2)) for r in chosen))
+    def nodes(self):
+        places = ((1 - math.cos(math.pi * i / (self.computed - 1))) / 2 for i in range(self.computed))
+        return {round((self.steps - 1) * place) for place in places}
 
-    def predicts(self, group, step):  # when: the schedule
-        return step.index < self.config.steps and step.index not in self.computed
+    def predicts(self, step, past, distance=None):
+        return step.index < self.steps and step.index not in self.nodes()
 
-    def never_predicts(self, num_inference_steps):
-        steps = range(1, num_inference_steps or self.config.steps)
-        return None if any(self.predicts("", Step(i)) for i in steps) else "every step is a node"
 
-    def weights(self, group, step, history, region=""):  # what stands in: the last two outputs' weights
-        if len(history.steps) < 2:
-            return 1.0, 0.0
-        newest, older = history.steps[:2]
-        slope = self.config.damping * (step.index - newest) / (newest - older)
+@dataclass(frozen=True)
+class DampedLine(ForecastRule):  # what stands in
+    damping: float = 1.0  # 1 continues the line through the last two outputs, 0 repeats the last one
+    form = Forecast("line", history=2)
+
+    def derive(self, nodes, at):
+        slope = self.damping * (at - nodes[0]) / (nodes[0] - nodes[1])
         return 1.0 + slope, -slope
+
+
+def chebyshev(steps=50, computed=20, damping=1.0, cut=Modules("block")):  # noqa: B008 (a frozen value)
+    return Recipe((Group("chebyshev", ChebyshevNodes(steps, computed), (Part(cut, DampedLine(damping)),)),))

@@ -18,10 +18,10 @@ from torch import nn
 
 from cachepass import CacheConfig, CachepassWarning, FirstBlockCacheConfig, MagCacheConfig, OptionError, _torch
 from cachepass.forecast import Reuse
-from cachepass.recipe.vocabulary import WHOLE
 from cachepass.options import parse_options
 from cachepass.program.plan import Phase
 from cachepass.program.specialize import up_to_decision
+from cachepass.recipe.vocabulary import WHOLE
 from cachepass.run.dispatch import LIVE
 from cachepass.schedule import Every
 

@@ -12,12 +12,12 @@ import weakref
 
 import pytest
 import torch
-from cachepass.graph import plan
 from small_models import calls, transformer
 from zoo import relative_error
 
 import cachepass
 from cachepass import TaylorSeerCacheConfig, cache_context
+from cachepass.program import plan
 from cachepass.recipe.vocabulary import WHOLE, Route
 from cachepass.run.clock import Clock
 from cachepass.testing import count_compiles

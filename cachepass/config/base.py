@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
 from ..errors import ConfigError, OptionError, closest
 from ..recipe.recipe import Part, Recipe
+from ..recipe.value import SCHEMA, check_schema, from_dict, to_dict
 from ..recipe.vocabulary import Region
 
 if TYPE_CHECKING:
@@ -42,6 +45,30 @@ class MethodConfig:
 
     def check(self) -> None:
         """Raise a ConfigError for values that make no sense; runs at construction."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON takes it: ``{"schema": 1, "method": name, ...fields}``.
+
+        Raises:
+            ConfigError: A field holds a function of Python's.
+        """
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        values = {f.name: to_dict(getattr(self, f.name), f"{type(self).__name__}.{f.name}") for f in fields}
+        return {"schema": SCHEMA, "method": self.method, **values}
+
+    @staticmethod
+    def from_dict(saved: Mapping[str, Any]) -> MethodConfig:
+        """The config that was saved, equal to it.
+
+        Raises:
+            ConfigError: It is of another schema, or a field makes no sense.
+            OptionError: There is no such method.
+        """
+        fields = dict(saved)
+        check_schema(fields, "config")
+        del fields["schema"]
+        name = fields.pop("method", None)
+        return _config_class(str(name))(**{key: from_dict(value, f"{name}.{key}") for key, value in fields.items()})
 
     def recipe(self, num_inference_steps: int | None) -> Recipe:  # noqa: ARG002 (for those that ask)
         """What the method is made of, for runs of so many steps; None: unknown.
@@ -162,10 +189,52 @@ def check_identifiers(config: MethodConfig, name: str, *, optional: bool = True)
             re.compile(pattern)
         except re.error as error:
             raise config.fail(name, f"{pattern!r} is not a regex: {error}") from None
+    object.__setattr__(config, name, tuple(value))  # so that configs compare and hash
 
 
 def method_names() -> list[str]:
     return sorted(_METHODS)
+
+
+class GivenRecipe(MethodConfig):
+    """A recipe that was given as it is."""
+
+    method = "recipe"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.given = recipe
+
+    def recipe(self, num_inference_steps: int | None) -> Recipe:
+        return self.given.bind(num_inference_steps)
+
+    def where(self, group: str, part: Part | None = None) -> str:
+        return f"Group({group!r}).{'schedule' if part is None else 'parts'}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GivenRecipe) and self.given == other.given
+
+    def __hash__(self) -> int:
+        return hash(self.given)
+
+    def __repr__(self) -> str:
+        return repr(self.given)
+
+
+def load_config(path: str | Path) -> MethodConfig:
+    """The config, or recipe, in a JSON file.
+
+    Raises:
+        OptionError: The file cannot be read.
+        ConfigError: What it holds makes no sense.
+    """
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot be read: {error}", where=f'options["cache"] = {str(path)!r}') from None
+    if not isinstance(saved, dict):
+        raise OptionError("holds no recipe", where=f'options["cache"] = {str(path)!r}',
+                          hint="write json.dumps(config.to_dict())")  # fmt: skip
+    return GivenRecipe(Recipe.from_dict(saved)) if "recipe" in saved else MethodConfig.from_dict(saved)
 
 
 def parse_cache(value: object) -> MethodConfig:
@@ -173,6 +242,10 @@ def parse_cache(value: object) -> MethodConfig:
     name."""
     if isinstance(value, MethodConfig):
         return value
+    if isinstance(value, Recipe):
+        return GivenRecipe(value)
+    if isinstance(value, (str, Path)) and str(value).endswith(".json"):
+        return load_config(value)
     if isinstance(value, str):
         return _config_class(value)()
     if isinstance(value, Mapping):

@@ -52,8 +52,8 @@ class TaylorSeerCacheConfig(MethodConfig):
     disable_cache_after_step: int | None = None
     max_order: int = 1
     taylor_factors_dtype: torch.dtype | None = torch.bfloat16
-    skip_predict_identifiers: list[str] | None = None
-    cache_identifiers: list[str] | None = None
+    skip_predict_identifiers: Sequence[str] | None = None
+    cache_identifiers: Sequence[str] | None = None
     use_lite_mode: bool = False
 
     def recipe(self, num_inference_steps: int | None) -> Recipe:  # noqa: ARG002

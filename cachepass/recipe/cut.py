@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
+from .value import Value
 
 KINDS = ("attention", "self-attention", "cross-attention", "mlp", "block")
 _CONDITIONS = ("each", "any", "none")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Value):
     """What a stack of blocks adds to the model's residual streams, as one value per stream.
 
     Attributes:
@@ -51,7 +52,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, init=False)
-class Modules:
+class Modules(Value):
     """The outputs of modules, each by itself: ``Modules("attention")``, ``Modules("attention", r".*\\.ff")``.
 
     Attributes:
@@ -86,13 +87,17 @@ class Modules:
         if otherwise is not None:
             _patterns(self, "otherwise", (otherwise,))
 
+    @classmethod
+    def made_of(cls, fields: dict[str, Any]) -> Value:
+        return cls(*fields.pop("identifiers"), **fields)
+
     def __str__(self) -> str:
         only = f"{self.kind} in " if self.kind is not None else ""
         return only + ", ".join(self.identifiers)
 
 
 @dataclass(frozen=True)
-class BlockResidual:
+class BlockResidual(Value):
     """Looks at what the first blocks of the stack add to the stream that comes from the latents.
 
     Attributes:
@@ -110,7 +115,7 @@ class BlockResidual:
 
 
 @dataclass(frozen=True)
-class BlockOutput:
+class BlockOutput(Value):
     """Looks at the stream that comes from the latents, behind the first blocks of the stack.
 
     Attributes:
@@ -127,7 +132,7 @@ class BlockOutput:
 
 
 @dataclass(frozen=True)
-class ModuleOutput:
+class ModuleOutput(Value):
     """Looks at a module's output, such as the modulated input of the first block (TeaCache).
 
     Attributes:
@@ -149,7 +154,7 @@ class ModuleOutput:
 
 
 @dataclass(frozen=True)
-class Latents:
+class Latents(Value):
     """Looks at the model's input, of each sample by itself.
 
     Attributes:
@@ -171,7 +176,7 @@ class Latents:
 
 
 @dataclass(frozen=True)
-class ModelOutput:
+class ModelOutput(Value):
     """Looks at what the model returns. That is known at a step's end: it can measure a run, and skip nothing of it.
 
     Attributes:

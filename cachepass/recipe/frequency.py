@@ -20,13 +20,14 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import OutputError
+from .value import Value
 
 OUTPUT_WEIGHTS = ("low", "high")  # what the weights of a skipped step belong to, in order
 RANKS = {"BCFHW": 5, "BFCHW": 5, "BCHW": 4, "BSC": 3}
 
 
 @dataclass(frozen=True)
-class LatentFormat:
+class LatentFormat(Value):
     """How a model's output carries its samples.
 
     Attributes:

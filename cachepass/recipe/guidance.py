@@ -25,11 +25,12 @@ from .frequency import (
 )
 from .schedule import Schedule, Step
 from .schedule.base import check_schedule
+from .value import Value
 from .vocabulary import Route
 
 
 @dataclass(frozen=True)
-class Ramp:
+class Ramp(Value):
     """The weight of one part of the branches' difference: 1 where it was computed, and multiplied on skipped steps.
 
     Attributes:
@@ -45,14 +46,14 @@ class Ramp:
     def __post_init__(self) -> None:
         object.__setattr__(self, "within", tuple(self.within))
 
-    def at(self, step: Step) -> float:
-        """The factor of a step.
+    def at(self, step: Step, where: str) -> float:
+        """The factor of a step; ``where`` the callback was given is for messages.
 
         Raises:
             ConfigError: There is a callback, and what was compiled is no module.
         """
         if self.callback is not None:
-            return float(self.callback(model_of(step, "frequency_weight_callback")))
+            return float(self.callback(model_of(step, where)))
         assert step.timestep is not None
         return self.factor if self.within[0] < step.timestep < self.within[1] else 1.0
 
@@ -79,7 +80,7 @@ _ANSWER = Route("answer", predicts=False, keeps=False, reads=("cond", "low", "hi
 
 
 @dataclass(frozen=True)
-class Guidance:
+class Guidance(Value):
     """What a recipe does with classifier-free guidance: groups are predicted only on steps that skip a branch.
 
     Attributes:
@@ -131,4 +132,5 @@ class Guidance:
         """Those of low and high frequencies in a step that skips the branch; ``last``: of the step before, if the
         difference was used since it was computed."""
         low, high = last or (1.0, 1.0)
-        return low * self.low.at(step), high * self.high.at(step)
+        at_low = self.low.at(step, f"{self.settings}.low_frequency_weight_callback")
+        return low * at_low, high * self.high.at(step, f"{self.settings}.high_frequency_weight_callback")

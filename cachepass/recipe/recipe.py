@@ -3,13 +3,13 @@
     Recipe((Group("blocks", Every(3) & WarmUp(2), (Part(Blocks(), Taylor(1)),)),))
 
 Everybody asks the recipe: the plan where it cuts, the dispatcher what it predicts, ``explain``, the warm-up and the
-timeline what a run will be. It can be compared, and saved (``saved.py``).
+timeline what a run will be. It can be compared, and saved as JSON (``value.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ from .cut import BlockOutput, BlockResidual, Blocks, Cut, Latents, ModelOutput, 
 from .forecast import ForecastRule
 from .guidance import Guidance
 from .schedule import Schedule, Threshold
+from .value import SCHEMA, Value, check_schema, from_dict, to_dict
 from .vocabulary import keeping
 
 _PROBES = (BlockResidual, BlockOutput, ModuleOutput, Latents, ModelOutput)
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Value):
     """Some modules, and what stands in for them.
 
     Attributes:
@@ -54,7 +55,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(Value):
     """Modules with one schedule and one history.
 
     Attributes:
@@ -122,7 +123,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Value):
     """A caching method.
 
     Attributes:
@@ -162,8 +163,26 @@ class Recipe:
         ]
         return dataclasses.replace(self, groups=tuple(groups))
 
-    def group(self, name: str) -> Group:
-        return next(group for group in self.groups if group.name == name)
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON takes it, with the version of the schema.
+
+        Raises:
+            ConfigError: Something in it is a function of Python's.
+        """
+        return {"schema": SCHEMA, "recipe": to_dict(self, "recipe")}
+
+    @staticmethod
+    def from_dict(saved: Mapping[str, Any]) -> Recipe:
+        """The recipe that was saved, equal to it.
+
+        Raises:
+            ConfigError: It is of another schema, no recipe, or holds a value that is not known here.
+        """
+        check_schema(saved, "recipe")
+        value = from_dict(saved.get("recipe"), "recipe")
+        if not isinstance(value, Recipe):
+            raise ConfigError(f"expected a Recipe, got {type(value).__name__}", where="recipe")
+        return value
 
     @property
     def decider(self) -> Group | None:

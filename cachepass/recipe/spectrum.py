@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from .value import Value
+
 _TINY = 1e-16
 
 
 @dataclass(frozen=True)
-class SeaFilter:
+class SeaFilter(Value):
     """``(latents, [sigma]) -> filtered latents (samples, C, T, H, W)``, for a probe of the latents.
 
     Attributes:

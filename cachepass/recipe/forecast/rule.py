@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 
 from ...errors import ConfigError, closest
+from ..value import Value
 from .form import REUSE, ZEROS, Forecast
 
 #: What positions count: calls of the model within a run, or the timestep that it is given.
@@ -21,7 +22,7 @@ Spacing: TypeAlias = Literal["step", "timestep"]
 Gram: TypeAlias = Sequence[Sequence[float]] | torch.Tensor
 
 
-class ForecastRule(ABC):
+class ForecastRule(Value, ABC):
     """Base of the forecasts: a frozen value that turns the positions of the outputs kept into their weights.
 
     A rule of one's own is a frozen dataclass with ``form`` and ``derive``.

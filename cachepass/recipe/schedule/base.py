@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import ConfigError
+from ..value import Value
 
 _HORIZON = 1000  # steps looked at where a run's number of them is not known: the longest run of a usual scheduler
 
@@ -56,7 +57,7 @@ class Past:
     measured: float = 0.0
 
 
-class Schedule(ABC):
+class Schedule(Value, ABC):
     """At which denoising steps a group of cuts may be predicted instead of computed.
 
     Schedules are frozen values: equal ones compare and hash equal. They combine: ``a & b`` predicts where both do,
