@@ -11,7 +11,7 @@ from rich.progress import Progress
 from .inspect.summary import Summary, summary
 from .run.context import warming_up
 from .run.live import programs_of
-from .run.reach import WARMING, WarmUp
+from .run.reach import WARMING, Warming
 
 
 def warmup(model: Callable[..., Any], *args: Any, timesteps: Sequence[float] | None = None, progress: bool = True,
@@ -37,7 +37,7 @@ def warmup(model: Callable[..., Any], *args: Any, timesteps: Sequence[float] | N
         NotCompiledError: ``model`` is not compiled with ``backend="cached_inductor"``.
     """
     with Progress(disable=not progress, transient=True) as bar, torch.no_grad():
-        token = WARMING.set(WarmUp(None if timesteps is None else tuple(map(float, timesteps)), bar))
+        token = WARMING.set(Warming(None if timesteps is None else tuple(map(float, timesteps)), bar))
         try:
             with warming_up():
                 model(*args, **kwargs)

@@ -80,3 +80,12 @@ def test_no_file_is_a_copy_or_a_backup():
         for path in (top / folder).rglob(pattern)
     ]
     assert not left
+
+
+def test_files_and_functions_are_of_a_size_to_be_read():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno is not None and node.end_lineno - node.lineno < 60, (path, node.name)

@@ -10,14 +10,8 @@ from .adaptive import (
     TeaCacheConfig,
 )
 from .base import MethodConfig, cache_config, method_names, parse_cache
-from .fixed import (
-    ATTENTION_KINDS,
-    TENSOR_FORMATS,
-    FasterCacheConfig,
-    InvariantConfig,
-    PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
-)
+from .fixed import InvariantConfig, TaylorSeerCacheConfig
+from .kinds import ATTENTION_KINDS, TENSOR_FORMATS, FasterCacheConfig, PyramidAttentionBroadcastConfig
 
 __all__ = [
     "ATTENTION_KINDS",

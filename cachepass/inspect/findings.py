@@ -13,7 +13,7 @@ from ..method import Method
 from ..options import CompileOptions
 from ..program.flops import count_flops
 from ..program.hoist import Hoisted
-from ..program.plan import CachePlan, Cut, Phase, phase_name
+from ..program.plan import CachePlan, Phase, PlannedCut, phase_name
 from ..program.show import diff, readable
 from ..program.variants import Program
 from ..recipe.vocabulary import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
@@ -204,7 +204,7 @@ class Findings:
         return text
 
 
-def _bytes(cut: Cut) -> str:
+def _bytes(cut: PlannedCut) -> str:
     return "as data says" if cut.sized_by_data else human_bytes(cut.history * cut.slot_bytes)
 
 

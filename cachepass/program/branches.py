@@ -12,7 +12,7 @@ from .. import _torch
 from ..capture.markers import base_of
 from .emit import Emitter, alias_root, aten, operands_of
 from .liveness import is_impure
-from .plan import Cut
+from .plan import PlannedCut
 from .state_inputs import StateInputs, identifier
 
 
@@ -49,8 +49,8 @@ def _exclusive(cuts: Sequence[fx.Node], barrier: set[fx.Node]) -> list[fx.Node]:
     return list(kept)
 
 
-def make_cond(result: fx.GraphModule, region: str, cuts: list[tuple[fx.Node, Cut]], added: StateInputs, emit: Emitter,
-               barrier: set[fx.Node]) -> list[tuple[Cut, fx.Node]]:  # fmt: skip
+def make_cond(result: fx.GraphModule, region: str, cuts: list[tuple[fx.Node, PlannedCut]], added: StateInputs,
+              emit: Emitter, barrier: set[fx.Node]) -> list[tuple[PlannedCut, fx.Node]]:  # fmt: skip
     """Replace one region by a conditional; returns the values to be written to slots."""
     graph, markers = emit.graph, [marker for marker, _ in cuts]
     group = cuts[0][1].group
@@ -97,7 +97,7 @@ def _branch_inputs(graph: fx.Graph, inputs: Sequence[fx.Node]) -> dict[fx.Node, 
 
 
 def _compute_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cone: Sequence[fx.Node],
-                    cuts: Sequence[tuple[fx.Node, Cut]], strides: Sequence[tuple[int | torch.SymInt, ...]],
+                    cuts: Sequence[tuple[fx.Node, PlannedCut]], strides: Sequence[tuple[int | torch.SymInt, ...]],
                     outer: Emitter) -> fx.GraphModule:  # fmt: skip
     """``strides`` are those of what the predict branch returns: the two must agree, down to dimensions of size 1."""
     graph = fx.Graph()
@@ -110,7 +110,7 @@ def _compute_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cone: Sequ
     return _finish_branch(owner, graph, values, emit)
 
 
-def _predict_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cuts: Sequence[tuple[fx.Node, Cut]],
+def _predict_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cuts: Sequence[tuple[fx.Node, PlannedCut]],
                     bases: Mapping[int, fx.Node | None], added: StateInputs,
                     outer: Emitter) -> fx.GraphModule:  # fmt: skip
     graph = fx.Graph()

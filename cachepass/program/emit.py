@@ -13,7 +13,7 @@ from torch import fx
 
 from .. import _torch
 from ..recipe.frequency import wide_dtype
-from .plan import Cut
+from .plan import PlannedCut
 
 aten = torch.ops.aten
 EMITTED = "cached_"  # how the names of emitted nodes begin
@@ -87,7 +87,7 @@ class Emitter:
         node.meta["cachepass_unalias"] = True
         return node
 
-    def forecast(self, cut: Cut, history: Sequence[fx.Node], weights: fx.Node | None) -> fx.Node:
+    def forecast(self, cut: PlannedCut, history: Sequence[fx.Node], weights: fx.Node | None) -> fx.Node:
         """``sum_j w_j * h_j`` in the cut's dtype, accumulated in fp32 (fp64 for fp64 values)."""
         if cut.forecast.history == 0:
             return self._zeros(cut)
@@ -102,7 +102,7 @@ class Emitter:
         assert total is not None
         return self.to(total, cut.dtype)
 
-    def _weight(self, cut: Cut, weights: fx.Node | None, j: int, wide: torch.dtype) -> fx.Node | float:
+    def _weight(self, cut: PlannedCut, weights: fx.Node | None, j: int, wide: torch.dtype) -> fx.Node | float:
         if cut.forecast.constant_weights is not None:
             return cut.forecast.constant_weights[j]
         assert weights is not None, cut.name
@@ -122,7 +122,7 @@ class Emitter:
         results = [env[node] for node in returned]
         return _torch.unflatten(results, result_spec)
 
-    def _zeros(self, cut: Cut) -> fx.Node:
+    def _zeros(self, cut: PlannedCut) -> fx.Node:
         """Zeros in the cut's own memory layout: made in stride order, then permuted."""
         order = sorted(range(len(cut.shape)), key=lambda d: (-_torch.hint(cut.stride[d]), d))
         shape = [cut.shape[d] for d in order]

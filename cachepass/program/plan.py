@@ -36,7 +36,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Cut:
+class PlannedCut:
     """One value that may be replaced by a forecast.
 
     Attributes:
@@ -147,7 +147,7 @@ class _GroupPlan:
     rows: int
 
 
-def _group_plan(cuts: Sequence[Cut]) -> _GroupPlan:
+def _group_plan(cuts: Sequence[PlannedCut]) -> _GroupPlan:
     live = [cut for cut in cuts if cut.live]
     paths = tuple(dict.fromkeys(cut.region.split("@")[0] for cut in cuts))
     return _GroupPlan(
@@ -176,7 +176,7 @@ class CachePlan:
         process_group: Ranks that run one model together: what is measured, is measured over all of them.
     """
 
-    cuts: tuple[Cut, ...]
+    cuts: tuple[PlannedCut, ...]
     groups: tuple[str, ...]
     phases: tuple[Phase, ...]
     returns: bool
@@ -187,7 +187,7 @@ class CachePlan:
     process_group: Any = None
 
     @property
-    def live_cuts(self) -> tuple[Cut, ...]:
+    def live_cuts(self) -> tuple[PlannedCut, ...]:
         return tuple(cut for cut in self.cuts if cut.live)
 
     @property
@@ -267,7 +267,7 @@ class CachePlan:
                 for group in dict.fromkeys(c.group for c in self.cuts)}  # fmt: skip
 
     @property
-    def schedules(self) -> tuple[str, ...]:
+    def scheduled(self) -> tuple[str, ...]:
         """Everything that is scheduled: the groups, and the guidance's."""
         return self.groups if self.output is None else (*self.groups, self.output.guidance.group)
 
@@ -365,11 +365,11 @@ def _plan_output(gm: fx.GraphModule, guidance: Guidance, latents: LatentFormat, 
     return OutputPlan(guidance, latents, tuple(slots), halved)
 
 
-def _make_cut(index: int, node: fx.Node, target: Target, live: bool, row: int) -> Cut:
+def _make_cut(index: int, node: fx.Node, target: Target, live: bool, row: int) -> PlannedCut:
     value: torch.Tensor = node.meta["val"]
     region, output = node.args[1:3]
     assert isinstance(region, str) and isinstance(output, int)
-    return Cut(
+    return PlannedCut(
         index, region, output, target.group, target.forecast, tuple(value.shape), dense_strides(value),
         value.dtype, value.device, _slot_dtype(value.dtype, target.history_dtype), live, row,
         base_of(node) is not None, _torch.depends_on_data(value),

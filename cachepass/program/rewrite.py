@@ -31,7 +31,7 @@ from ..recipe.vocabulary import WHOLE, Route
 from .branches import make_cond
 from .emit import EMITTED, Emitter, alias_root, aten
 from .liveness import is_impure
-from .plan import CachePlan, Cut, OutputPlan
+from .plan import CachePlan, OutputPlan, PlannedCut
 from .probe import Decision, look, tag_prefix
 from .state_inputs import Role, StateInputs
 
@@ -66,8 +66,8 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
     fake_mode = _torch.fake_mode_of([n.meta["val"] for n in graph.nodes if n.op == "placeholder"])
     emit = Emitter(graph, fake_mode)
     added = StateInputs(plan, route, emit)
-    regions: dict[str, list[tuple[fx.Node, Cut]]] = {}
-    writes: list[tuple[Cut, fx.Node]] = []
+    regions: dict[str, list[tuple[fx.Node, PlannedCut]]] = {}
+    writes: list[tuple[PlannedCut, fx.Node]] = []
     decision = look(graph, plan, added, emit) if plan.probe is not None else None
     for marker, cut in zip(markers, plan.cuts, strict=True):
         if cut.live and route.predicts:
@@ -174,7 +174,7 @@ def drop_marker(marker: fx.Node, emit: Emitter) -> fx.Node:
     return dense
 
 
-def _write_slots(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], plan: CachePlan, added: StateInputs,
+def _write_slots(graph: fx.Graph, writes: Sequence[tuple[PlannedCut, fx.Node]], plan: CachePlan, added: StateInputs,
                  emit: Emitter) -> None:  # fmt: skip
     with graph.inserting_before(last_reads(graph)):
         for cut, value in writes:
@@ -182,7 +182,7 @@ def _write_slots(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], plan: C
             emit(aten.copy_.default, added.next[cut.index], emit.to(kept, cut.slot_dtype))
 
 
-def _return_kept(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], plan: CachePlan,
+def _return_kept(graph: fx.Graph, writes: Sequence[tuple[PlannedCut, fx.Node]], plan: CachePlan,
                  emit: Emitter) -> tuple[Role, ...]:  # fmt: skip
     """Return the values to be kept, with the strides of their slots. What is not in memory of its own has a role that
     says so: it must be copied."""
@@ -204,7 +204,7 @@ def _return_kept(graph: fx.Graph, writes: Sequence[tuple[Cut, fx.Node]], plan: C
     return tuple(roles)
 
 
-def _conditional_half(cut: Cut, value: fx.Node, output: OutputPlan, emit: Emitter) -> fx.Node:
+def _conditional_half(cut: PlannedCut, value: fx.Node, output: OutputPlan, emit: Emitter) -> fx.Node:
     """What a slot for the conditional half keeps of a value: all of it, or its half where it holds both."""
     shape = tuple(value.meta["val"].shape)
     if not output.halved or shape == cut.shape:

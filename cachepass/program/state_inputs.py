@@ -11,7 +11,7 @@ from torch import fx
 from ..recipe.frequency import OUTPUT_WEIGHTS, wide_dtype
 from ..recipe.vocabulary import Route
 from .emit import Emitter
-from .plan import CachePlan, Cut, ProbePlan
+from .plan import CachePlan, PlannedCut, ProbePlan
 from .slots import NamedSlot
 from .verdict import BOUND_NUMBERS
 
@@ -85,7 +85,7 @@ class StateInputs:
             value = torch.empty(BOUND_NUMBERS, dtype=torch.float64, device=device)
             self.bound = self._add(f"bound_{probe.group}", value, "bound", probe.group)
 
-    def _add_ring(self, cut: Cut, *, returns: bool) -> None:
+    def _add_ring(self, cut: PlannedCut, *, returns: bool) -> None:
         stem = identifier(f"{cut.region}_{cut.output}")
         self.history[cut.index] = [
             self._add(f"{stem}_h{age}", empty_slot(cut), "history", cut.group, cut.index, age)
@@ -106,7 +106,7 @@ class StateInputs:
         return node
 
 
-def empty_slot(slot: Cut | NamedSlot) -> torch.Tensor:
+def empty_slot(slot: PlannedCut | NamedSlot) -> torch.Tensor:
     return torch.empty_strided(slot.shape, slot.stride, dtype=slot.slot_dtype, device=slot.device)
 
 

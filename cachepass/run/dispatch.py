@@ -129,7 +129,7 @@ class Dispatcher:
             run.note(self.idle_groups, ())
             assert self.compiled is not None
             return self.compiled(*inputs)
-        run.cached = bool(self.program.plan.schedules)
+        run.cached = bool(self.program.plan.scheduled)
         state = self._state(instance, run, call, inputs)
         outputs = self._output(model, run), None if partner is None else self._output(model, partner)
         step = Step(run.clock.index, run.timestep, self._module(instance) if self.method.needs_model else None)
@@ -371,10 +371,6 @@ class Dispatcher:
         state.stamp = run.stamp
         state.follow(run.epoch)
         return state
-
-    def forget(self, instance: Instance) -> None:
-        """A module that is not called as this instance any more: called again, it is a new one."""
-        self.instances.forget(instance)
 
     def modules(self, instance: Instance) -> list[str]:
         """Paths of the modules that are cut in an instance."""

@@ -63,4 +63,4 @@ def forget(model: torch.nn.Module | Callable[..., Any]) -> None:
     """Free all slots of a model, and know nothing of its runs any more; its programs stay."""
     for dispatcher, instance in list(programs_of(model)):
         instance.model.forget()
-        dispatcher.forget(instance)
+        dispatcher.instances.forget(instance)  # called again, it is a new one

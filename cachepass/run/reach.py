@@ -18,7 +18,7 @@ from .decide import Rehearsal, allows, route_of
 
 
 @dataclass(frozen=True)
-class WarmUp:
+class Warming:
     """A warm-up in progress: the timesteps of a run, as the model gets them (None: not given), and its progress bar."""
 
     timesteps: tuple[float, ...] | None
@@ -46,7 +46,7 @@ class WarmUp:
         return [Step(i) for i in range(options.num_inference_steps)]
 
 
-WARMING: ContextVar[WarmUp | None] = ContextVar("cachepass_warming", default=None)
+WARMING: ContextVar[Warming | None] = ContextVar("cachepass_warming", default=None)
 
 
 def reachable(plan: CachePlan, method: Method, steps: Sequence[Step] | None) -> list[Phase]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..program.plan import CachePlan, Cut, OutputPlan
+from ..program.plan import CachePlan, OutputPlan, PlannedCut
 from ..program.slots import NamedSlot
 from ..program.state_inputs import Role
 from ..recipe.schedule import Step
@@ -277,7 +277,7 @@ class OutputState:
             self.group.weights = weights
 
 
-def allocate(slot: Cut | NamedSlot, resolve: Callable[[object], int]) -> torch.Tensor:
+def allocate(slot: PlannedCut | NamedSlot, resolve: Callable[[object], int]) -> torch.Tensor:
     shape, stride = [resolve(s) for s in slot.shape], [resolve(s) for s in slot.stride]
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty_strided(shape, stride, dtype=slot.slot_dtype, device=slot.device).zero_()

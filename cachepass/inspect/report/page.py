@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from ...program.flops import add_known
-from ...program.plan import Cut
+from ...program.plan import PlannedCut
 from ...program.slots import NamedSlot
 from ..findings import Findings
 from ..tables import human_bytes, human_flops
@@ -117,7 +117,7 @@ def _steps(calls: Sequence[SimulatedCall], costs: Sequence[StepCost]) -> Iterato
 def _memory(explanation: Findings) -> Iterator[dict[str, Any]]:
     """The slots: a row for each value that is kept."""
     plan, hoisted = explanation.plan, explanation.hoisted
-    rows: list[tuple[str, str, str, Cut | NamedSlot, int]] = [
+    rows: list[tuple[str, str, str, PlannedCut | NamedSlot, int]] = [
         (cut.region, str(cut.output), cut.group, cut, cut.history) for cut in plan.live_cuts if cut.history
     ]
     if plan.output is not None:

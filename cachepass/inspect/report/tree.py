@@ -12,7 +12,7 @@ from typing import Literal
 from torch import fx
 
 from ...capture.regions import dotted
-from ...program.plan import Cut
+from ...program.plan import PlannedCut
 from ...recipe.vocabulary import Region
 from ..findings import Findings
 from ..tables import human_bytes
@@ -82,7 +82,7 @@ def _fates(explanation: Findings) -> dict[str, tuple[Fate, str]]:
     once = () if explanation.hoisted is None else explanation.hoisted.regions
     for skip in explanation.skips:
         fates[skip.region] = ("once" if skip.region in once else "skipped", skip.reason)
-    cuts: dict[str, list[Cut]] = {}
+    cuts: dict[str, list[PlannedCut]] = {}
     for cut in explanation.plan.cuts:
         cuts.setdefault(cut.region, []).append(cut)
     for region, own in cuts.items():
