@@ -260,10 +260,9 @@ class Method:
             model = model_of(step, f"{type(self.config).__name__}.attention_weight_callback")
             forecast = forecast.of_module(model.get_submodule(region))
         nodes: Sequence[float] = history.steps
-        at: float | None = step.index
+        at: float = step.index
         if forecast.spacing == "timestep":
-            nodes, at = [t for t in history.timesteps if t is not None], step.timestep
-        assert at is not None
+            nodes, at = [t for t in history.timesteps if t is not None], step.time(forecast)
         if not forecast.needs_gram:
             return forecast.weights(nodes, at)
         return tuple(w for gram in history.gram for w in forecast.weights(nodes, at, gram))
@@ -277,8 +276,7 @@ class Method:
         decider = self.recipe.decider
         if decider is None or not (isinstance(decider.probe, Latents) and decider.probe.sigma):
             return ()
-        assert step.timestep is not None
-        return (step.timestep / 1000.0,)
+        return (step.time("the probe") / 1000.0,)
 
 
 def _target(group: Group, part: Part, region: Region) -> Target:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachepass.errors import ConfigError
+from cachepass.errors import ConfigError, TimestepError
 from cachepass.schedule import (
     Always,
     And,
@@ -117,6 +117,11 @@ def test_taylorseers_schedule_is_a_combination():
         for index in range(30):
             computed = index < before or (index - before - 1) % interval == 0 or (after is not None and index >= after)
             assert schedule.predicts(Step(index), HISTORY) == group.schedule.predicts(Step(index), HISTORY) != computed
+
+
+def test_a_step_without_a_timestep_says_so():
+    with pytest.raises(TimestepError, match="step 3 has no timestep, which 100 < timestep < 800 reads"):
+        Timesteps(100, 800).predicts(Step(3), HISTORY)
 
 
 def test_timesteps_are_exclusive():

@@ -54,8 +54,7 @@ class Ramp(Value):
         """
         if self.callback is not None:
             return float(self.callback(model_of(step, where)))
-        assert step.timestep is not None
-        return self.factor if self.within[0] < step.timestep < self.within[1] else 1.0
+        return self.factor if self.within[0] < step.time("the weight of a frequency") < self.within[1] else 1.0
 
 
 def model_of(step: Step, callback: str) -> torch.nn.Module:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...errors import ConfigError
+from ...errors import ConfigError, TimestepError
 from ..value import Value
 
 _HORIZON = 1000  # steps looked at where a run's number of them is not known: the longest run of a usual scheduler
@@ -35,6 +35,17 @@ class Step:
     index: int
     timestep: float | None = None
     model: torch.nn.Module | None = field(default=None, repr=False)
+
+    def time(self, reader: object) -> float:
+        """The timestep.
+
+        Raises:
+            TimestepError: It is not known, and ``reader`` needs it.
+        """
+        if self.timestep is None:
+            raise TimestepError(f"step {self.index} has no timestep, which {reader} reads", where="schedule",
+                                hint='give options["timestep_input"], or cache_context(name, timestep=)')  # fmt: skip
+        return self.timestep
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,7 @@ class Timesteps(Schedule):
         return True
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:  # noqa: ARG002
-        assert step.timestep is not None, self
-        return self.low < step.timestep < self.high
+        return self.low < step.time(self) < self.high
 
     def _ahead(self, step: Step, past: Past) -> bool | None:  # noqa: ARG002
         return None
