@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..recipe.checks import check_among, check_flag, check_function, check_grid, check_int, check_number
 from ..recipe.cut import BlockOutput, BlockResidual, Blocks, Cut, Latents, ModelOutput, ModuleOutput, Modules, Probe
 from ..recipe.forecast import DMD, ForecastRule, Reuse, Taylor
 from ..recipe.recipe import Group, Part, Recipe
@@ -26,7 +27,7 @@ from ..recipe.schedule import (
     WarmUp,
 )
 from ..recipe.spectrum import SeaFilter
-from .base import MethodConfig, cache_config, check_int, check_number
+from .base import MethodConfig, cache_config
 
 #: From diffusers 0.42.1 (``FLUX_MAG_RATIOS``), source https://github.com/Zehong-Ma/MagCache: FLUX.1 in 28 steps.
 FLUX_MAG_RATIOS = (
@@ -138,8 +139,7 @@ class MagCacheConfig(MethodConfig):
         check_int(self, "max_skip_steps", 0)
         check_number(self, "retention_ratio", 0, 1)
         check_int(self, "num_inference_steps", 1)
-        if not isinstance(self.calibrate, bool):
-            raise self.fail("calibrate", f"expected a bool, got {self.calibrate!r}")
+        check_flag(self, "calibrate")
         if self.mag_ratios is None and not self.calibrate:
             raise self.fail("mag_ratios", "there are none", "they belong to a checkpoint: measure them in a run with "
                             "calibrate=True (cachepass.mag_ratios), or give cachepass.FLUX_MAG_RATIOS")  # fmt: skip
@@ -203,14 +203,9 @@ class SeaCacheConfig(MethodConfig):
         for name in ("retention_steps", "cache_end_steps", "max_consecutive_cached"):
             check_int(self, name, 0)
         check_number(self, "power_exp", 0, above=True)
-        if self.raw_vision_callback is not None and not callable(self.raw_vision_callback):
-            raise self.fail("raw_vision_callback", f"expected a function, got {self.raw_vision_callback!r}")
-        grid = self.latent_grid
-        if grid is not None and (
-            not isinstance(grid, (tuple, list)) or len(grid) not in (2, 3)
-            or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in grid)
-        ):  # fmt: skip
-            raise self.fail("latent_grid", f"expected (height, width) or (frames, height, width), got {grid!r}")
+        check_function(self, "raw_vision_callback")
+        if self.latent_grid is not None:
+            check_grid(self, "latent_grid")
 
     def recipe(self, num_inference_steps: int | None) -> Recipe:
         schedule = Threshold(self.threshold, accumulate=True) & WarmUp(self.retention_steps)
@@ -316,10 +311,8 @@ class DBCacheConfig(MethodConfig):
         check_int(self, "force_refresh_step_hint", 1, optional=True)
         if self.max_accumulated_residual_diff_threshold is not None:
             check_number(self, "max_accumulated_residual_diff_threshold", 0)
-        for name, known in (("steps_computation_policy", ("dynamic", "static")),
-                            ("force_refresh_step_policy", ("once", "repeat"))):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise self.fail(name, f"there is no policy {getattr(self, name)!r}", "known: " + ", ".join(known))
+        check_among(self, "steps_computation_policy", "policy", ("dynamic", "static"))
+        check_among(self, "force_refresh_step_policy", "policy", ("once", "repeat"))
         if self.enable_separate_cfg or self.cfg_compute_first or not self.cfg_diff_compute_separate:
             raise self.fail("enable_separate_cfg", "calls are not told apart by counting them",
                             "name the two calls of a step: cachepass.cache_context('cond') and ('uncond'); "

@@ -10,16 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
-
 from ..errors import ConfigError, OptionError, closest
+from ..recipe.checks import fail
 from ..recipe.recipe import Part, Recipe
 from ..recipe.value import SCHEMA, check_schema, from_dict, to_dict
 from ..recipe.vocabulary import Region
@@ -108,7 +105,7 @@ class MethodConfig:
     @classmethod
     def fail(cls, name: str, what: str, hint: str | None = None) -> ConfigError:
         """The error for a field's value: ``raise self.fail("interval", f"{self.interval} is out of range")``."""
-        return ConfigError(what, where=f"{cls.__name__}.{name}", hint=hint)
+        return fail(cls, name, what, hint)
 
 
 @dataclass_transform(frozen_default=True)
@@ -144,80 +141,21 @@ def cache_config(name: str) -> Callable[[type[_T]], type[_T]]:
     return wrap
 
 
-def check_int(config: MethodConfig, name: str, low: int, high: float = math.inf, *, optional: bool = False) -> None:
-    value = getattr(config, name)
-    if optional and value is None:
-        return
-    bound = f">= {low}" if high == math.inf else f"{low} to {high:.0f}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise config.fail(name, f"expected an int ({bound}), got {value!r} ({type(value).__name__})")
-    if not low <= value <= high:
-        raise config.fail(name, f"{value} is out of range", f"allowed: {bound}")
-
-
-def check_number(config: MethodConfig, name: str, low: float = -math.inf, high: float = math.inf, *,
-                 above: bool = False) -> None:  # fmt: skip
-    """A finite number from ``low`` to ``high``; ``above``: ``low`` itself is none."""
-    value = getattr(config, name)
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-        object.__setattr__(config, name, value)
-    bound = f"{'>' if above else '>='} {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise config.fail(name, f"expected a finite number, got {value!r}")
-    if not low <= value <= high or (above and value == low):
-        raise config.fail(name, f"{value} is out of range", f"allowed: {bound}")
-
-
-def check_range(config: MethodConfig, name: str) -> None:
-    value = getattr(config, name)
-    pair = isinstance(value, (tuple, list)) and len(value) == 2
-    if not pair or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
-        raise config.fail(name, f"expected two numbers (lo, hi), got {value!r}")
-    if not value[0] < value[1]:
-        raise config.fail(name, f"the range {tuple(value)} is empty or reversed", "give (lo, hi) with lo < hi")
-
-
-def check_identifiers(config: MethodConfig, name: str, *, optional: bool = True) -> None:
-    value = getattr(config, name)
-    if optional and value is None:
-        return
-    if isinstance(value, str) or not isinstance(value, (list, tuple)) or any(not isinstance(v, str) for v in value):
-        raise config.fail(name, f"expected a list of regex strings, got {value!r}", f"write [{value!r}] for one")
-    for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise config.fail(name, f"{pattern!r} is not a regex: {error}") from None
-    object.__setattr__(config, name, tuple(value))  # so that configs compare and hash
-
-
 def method_names() -> list[str]:
     return sorted(_METHODS)
 
 
+@dataclass(frozen=True)
 class GivenRecipe(MethodConfig):
     """A recipe that was given as it is."""
 
-    method = "recipe"
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.given = recipe
+    given: Recipe
 
     def recipe(self, num_inference_steps: int | None) -> Recipe:
         return self.given.bind(num_inference_steps)
 
     def where(self, group: str, part: Part | None = None) -> str:
         return f"Group({group!r}).{'schedule' if part is None else 'parts'}"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, GivenRecipe) and self.given == other.given
-
-    def __hash__(self) -> int:
-        return hash(self.given)
-
-    def __repr__(self) -> str:
-        return repr(self.given)
 
 
 def load_config(path: str | Path) -> MethodConfig:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import NoMatchError, warn
+from ..recipe.checks import check_flag, check_int, check_patterns
 from ..recipe.cut import Modules
 from ..recipe.forecast import Taylor, Zeros
 from ..recipe.recipe import Group, Part, Recipe
 from ..recipe.schedule import Before, Every, WarmUp
 from ..recipe.vocabulary import Region
-from .base import MethodConfig, cache_config, check_identifiers, check_int
+from .base import MethodConfig, cache_config
 
 _ATTENTION = (
     r"^blocks.*attn",
@@ -108,10 +109,9 @@ class TaylorSeerCacheConfig(MethodConfig):
         check_int(self, "disable_cache_before_step", 0)
         check_int(self, "disable_cache_after_step", 0, optional=True)
         check_int(self, "max_order", 0, 4)
-        check_identifiers(self, "skip_predict_identifiers")
-        check_identifiers(self, "cache_identifiers")
-        if not isinstance(self.use_lite_mode, bool):
-            raise self.fail("use_lite_mode", f"expected a bool, got {self.use_lite_mode!r}")
+        check_patterns(self, "skip_predict_identifiers", optional=True)
+        check_patterns(self, "cache_identifiers", optional=True)
+        check_flag(self, "use_lite_mode")
         dtype = self.taylor_factors_dtype
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype, dtype)

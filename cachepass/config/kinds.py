@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
 
-from ..errors import closest, warn
+from ..errors import warn
+from ..recipe.checks import (
+    check_among,
+    check_flag,
+    check_function,
+    check_grid,
+    check_int,
+    check_number,
+    check_patterns,
+    check_range,
+)
 from ..recipe.cut import Modules
 from ..recipe.forecast import Extrapolate, ForecastRule, Reuse
 from ..recipe.frequency import LatentFormat
@@ -17,7 +26,7 @@ from ..recipe.guidance import Guidance, Ramp
 from ..recipe.recipe import Group, Part, Recipe
 from ..recipe.schedule import Every, Timesteps
 from ..recipe.vocabulary import Region
-from .base import MethodConfig, cache_config, check_identifiers, check_int, check_range
+from .base import MethodConfig, cache_config
 
 
 class _KindsConfig(MethodConfig):
@@ -54,7 +63,7 @@ class _KindsConfig(MethodConfig):
         for prefix in map(_prefix, self.kinds):
             check_int(self, f"{prefix}_block_skip_range", 1, optional=True)
             check_range(self, f"{prefix}_timestep_skip_range")
-            check_identifiers(self, f"{prefix}_block_identifiers", optional=False)
+            check_patterns(self, f"{prefix}_block_identifiers")
 
     def why_idle(self, recipe: Recipe, timesteps: tuple[float, float] | None) -> str:
         ranges = ", ".join(f"{group.name} {self.kind(group.name)[1]}" for group in recipe.groups)
@@ -129,9 +138,7 @@ class PyramidAttentionBroadcastConfig(_KindsConfig):
 
     def check(self) -> None:
         self.check_kinds()
-        callback = self.current_timestep_callback
-        if callback is not None and not callable(callback):
-            raise self.fail("current_timestep_callback", f"expected a function without arguments, got {callback!r}")
+        check_function(self, "current_timestep_callback", "a function without arguments")
 
 
 # Inputs that carry [uncond, cond] batches: diffusers' list, and further names under which its models take them. The
@@ -259,34 +266,23 @@ class FasterCacheConfig(_KindsConfig):
         check_range(self, "unconditional_batch_timestep_skip_range")
         for kind in ("low", "high"):
             check_range(self, f"{kind}_frequency_weight_update_timestep_range")
-            alpha = getattr(self, f"alpha_{kind}_frequency")
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-                raise self.fail(f"alpha_{kind}_frequency", f"expected a positive number, got {alpha!r}")
+            check_number(self, f"alpha_{kind}_frequency", 0, above=True)
         callbacks = [f"{name}_weight_callback" for name in ("attention", "low_frequency", "high_frequency")]
         for name in (*callbacks, "current_timestep_callback"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise self.fail(name, f"expected a function, got {getattr(self, name)!r}")
+            check_function(self, name)
         _check_names(self, "_unconditional_conditional_input_kwargs_identifiers")
-        for name in ("is_guidance_distilled", "unconditional_first"):
-            if not isinstance(getattr(self, name), bool):
-                raise self.fail(name, f"expected a bool, got {getattr(self, name)!r}")
+        check_flag(self, "is_guidance_distilled", "unconditional_first")
         self._check_format()
 
     def _check_format(self) -> None:
-        if self.tensor_format not in TENSOR_FORMATS:
-            raise self.fail("tensor_format", f"there is no format {self.tensor_format!r}",
-                             closest(str(self.tensor_format), TENSOR_FORMATS))  # fmt: skip
+        check_among(self, "tensor_format", "format", TENSOR_FORMATS)
         grid, tokens = self.latent_grid, self.tensor_format == "BSC"
         if not tokens and grid is not None:
             raise self.fail("latent_grid", f"{grid!r} is given, but tensor_format is {self.tensor_format!r}",
                              'a grid belongs to tensor_format="BSC"')  # fmt: skip
         if not tokens or (self.is_guidance_distilled and grid is None):
             return
-        if not isinstance(grid, (tuple, list)) or len(grid) not in (2, 3) or any(
-            isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in grid
-        ):  # fmt: skip
-            raise self.fail("latent_grid", f"expected (height, width) or (frames, height, width), got {grid!r}",
-                             'tensor_format="BSC" needs the grid that the tokens stand for')  # fmt: skip
+        check_grid(self, "latent_grid", 'tensor_format="BSC" needs the grid that the tokens stand for')
 
     @property
     def strict_inputs(self) -> tuple[str, ...]:

@@ -6,12 +6,11 @@ CacheConfig(cut=Modules("attention"), ...)                         every attenti
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from .checks import check_among, check_flag, check_function, check_int, check_patterns, fail
 from .value import Value
 
 KINDS = ("attention", "self-attention", "cross-attention", "mlp", "block")
@@ -41,10 +40,11 @@ class Blocks(Value):
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
-            _check_count(self, name, 0)
+            check_int(self, name, 0)
         if self.identifiers is not None:
-            object.__setattr__(self, "identifiers", _patterns(self, "identifiers", self.identifiers))
-        _check_flag(self, "residual")
+            _named(self, "identifiers", self.identifiers)
+            check_patterns(self, "identifiers")
+        check_flag(self, "residual")
 
     def __str__(self) -> str:
         kept = [f"{name} {value}" for name, value in (("first", self.first), ("last", self.last)) if value]
@@ -77,15 +77,14 @@ class Modules(Value):
     def __init__(self, *identifiers: str, kind: str | None = None, search: bool = False, otherwise: str | None = None,
                  must_match: str = "each") -> None:  # fmt: skip
         given = {"kind": kind, "search": search, "otherwise": otherwise, "must_match": must_match}
-        for name, value in {"identifiers": _patterns(self, "identifiers", identifiers), **given}.items():
+        for name, value in {"identifiers": _named(self, "identifiers", identifiers), **given}.items():
             object.__setattr__(self, name, value)
-        if kind is not None and kind not in KINDS:
-            raise _fail(self, "kind", f"there is no kind {kind!r}", "known: " + ", ".join(KINDS))
-        if must_match not in _CONDITIONS:
-            raise _fail(self, "must_match", f"there is no {must_match!r}", "known: " + ", ".join(_CONDITIONS))
-        _check_flag(self, "search")
+        if kind is not None:
+            check_among(self, "kind", "kind", KINDS)
+        check_among(self, "must_match", "condition", _CONDITIONS)
+        check_flag(self, "search")
         if otherwise is not None:
-            _patterns(self, "otherwise", (otherwise,))
+            check_patterns(self, "otherwise", value=(otherwise,))
 
     @classmethod
     def made_of(cls, fields: dict[str, Any]) -> Value:
@@ -110,8 +109,8 @@ class BlockResidual(Value):
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            _check_count(self, "blocks", 1)
-        _check_flag(self, "every")
+            check_int(self, "blocks", 1)
+        check_flag(self, "every")
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ class BlockOutput(Value):
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            _check_count(self, "blocks", 1)
-        _check_flag(self, "every")
+            check_int(self, "blocks", 1)
+        check_flag(self, "every")
 
 
 @dataclass(frozen=True)
@@ -148,9 +147,9 @@ class ModuleOutput(Value):
 
     def __post_init__(self) -> None:
         if self.identifier is not None:
-            _patterns(self, "identifier", (self.identifier,))
-        _check_count(self, "output", 0)
-        _check_flag(self, "every")
+            check_patterns(self, "identifier", value=(self.identifier,))
+        check_int(self, "output", 0)
+        check_flag(self, "every")
 
 
 @dataclass(frozen=True)
@@ -169,10 +168,8 @@ class Latents(Value):
     every: bool = True
 
     def __post_init__(self) -> None:
-        if self.transform is not None and not callable(self.transform):
-            raise _fail(self, "transform", f"expected a function, got {self.transform!r}")
-        for name in ("sigma", "every"):
-            _check_flag(self, name)
+        check_function(self, "transform")
+        check_flag(self, "sigma", "every")
 
 
 @dataclass(frozen=True)
@@ -186,38 +183,15 @@ class ModelOutput(Value):
     every: bool = True
 
     def __post_init__(self) -> None:
-        _check_flag(self, "every")
+        check_flag(self, "every")
 
 
 Cut = Blocks | Modules
 Probe = BlockResidual | BlockOutput | ModuleOutput | Latents | ModelOutput
 
 
-def _fail(value: object, name: str, what: str, hint: str | None = None) -> ConfigError:
-    return ConfigError(what, where=f"{type(value).__name__}.{name}", hint=hint)
-
-
-def _check_count(value: object, name: str, low: int) -> None:
-    count = getattr(value, name)
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise _fail(value, name, f"expected an int (>= {low}), got {count!r} ({type(count).__name__})")
-    if count < low:
-        raise _fail(value, name, f"{count} is out of range", f"allowed: >= {low}")
-
-
-def _check_flag(value: object, name: str) -> None:
-    if not isinstance(getattr(value, name), bool):
-        raise _fail(value, name, f"expected a bool, got {getattr(value, name)!r}")
-
-
-def _patterns(value: object, name: str, patterns: object) -> tuple[str, ...]:
-    if isinstance(patterns, str) or not isinstance(patterns, (list, tuple)) or not patterns or any(
-        not isinstance(pattern, str) for pattern in patterns
-    ):  # fmt: skip
-        raise _fail(value, name, f"expected a list of regex strings, got {patterns!r}")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise _fail(value, name, f"{pattern!r} is not a regex: {error}") from None
-    return tuple(patterns)
+def _named(value: Value, name: str, identifiers: object) -> tuple[str, ...]:
+    """Regexes, one at least."""
+    if isinstance(identifiers, (list, tuple)) and not identifiers:
+        raise fail(value, name, f"expected a list of regex strings, got {identifiers!r}")
+    return check_patterns(value, name, value=identifiers)

@@ -20,8 +20,9 @@ from typing import Literal
 import sympy
 
 from ...errors import ConfigError
+from ..checks import check_int, check_number
 from .form import Forecast, taylor
-from .rule import ForecastRule, Spacing, check_int, check_number, check_spacing
+from .rule import ForecastRule, Spacing, check_spacing
 
 MAX_ORDER = 4
 

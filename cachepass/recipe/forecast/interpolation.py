@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
+from ..checks import check_int
 from .form import Forecast
-from .rule import ForecastRule, Spacing, check_int, check_spacing
+from .rule import ForecastRule, Spacing, check_spacing
 
 MAX_ORDER = 8
 

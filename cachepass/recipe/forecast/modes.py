@@ -15,9 +15,10 @@ from typing import ClassVar
 
 import torch
 
+from ..checks import check_int, check_number
 from .differences import taylor_weights
 from .form import Forecast
-from .rule import ForecastRule, Gram, check_int, check_number
+from .rule import ForecastRule, Gram
 
 MIN_SNAPSHOTS = 4
 MAX_HISTORY = 32

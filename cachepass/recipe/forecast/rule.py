@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 
-from ...errors import ConfigError, closest
+from ..checks import check_among
 from ..value import Value
 from .form import REUSE, ZEROS, Forecast
 
@@ -110,30 +109,6 @@ class Zeros(ForecastRule):
         return tuple(0.0 for _ in nodes)
 
 
-def check_int(rule: ForecastRule, name: str, low: int, high: int) -> None:
-    """Raise a ConfigError unless the field is an int from ``low`` to ``high``."""
-    value, where = getattr(rule, name), f"{type(rule).__name__}.{name}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"expected an int ({low} to {high}), got {value!r} ({type(value).__name__})", where=where)
-    if not low <= value <= high:
-        raise ConfigError(f"{value} is out of range", where=where, hint=f"allowed: {low} to {high}")
-
-
-def check_number(rule: ForecastRule, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Raise a ConfigError unless the field is a finite number in ``[low, high]``; ``above``: ``low`` itself is not."""
-    value, where = getattr(rule, name), f"{type(rule).__name__}.{name}"
-    bound = (f"> {low:g}" if above else f">= {low:g}") + (f", <= {high:g}" if high < math.inf else "")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"expected a number ({bound}), got {value!r}", where=where)
-    if not low <= value <= high or (above and value == low):
-        raise ConfigError(f"{value} is out of range", where=where, hint=f"allowed: {bound}")
-
-
 def check_spacing(rule: ForecastRule) -> None:
     """Raise a ConfigError unless the rule's ``spacing`` is one."""
-    known = get_args(Spacing)
-    if rule.spacing not in known:
-        raise ConfigError(
-            f"there is no spacing {rule.spacing!r}",
-            where=f"{type(rule).__name__}.spacing", hint=closest(str(rule.spacing), known),
-        )  # fmt: skip
+    check_among(rule, "spacing", "spacing", get_args(Spacing))

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import ConfigError
+from ..checks import check_int, check_number
 from .form import Forecast
 from .interpolation import polynomial_weights
-from .rule import ForecastRule, Spacing, check_int, check_number, check_spacing
+from .rule import ForecastRule, Spacing, check_spacing
 
 MAX_DEGREE = 16
 MAX_HISTORY = 128

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import ConfigError, TimestepError
+from ..checks import fail
 from ..value import Value
 
 _HORIZON = 1000  # steps looked at where a run's number of them is not known: the longest run of a usual scheduler
@@ -151,7 +151,7 @@ class Schedule(Value, ABC):
     @classmethod
     def fail(cls, name: str, what: str, hint: str | None = None) -> ConfigError:
         """The error for a field's value: ``raise self.fail("interval", f"{self.interval} is out of range")``."""
-        return ConfigError(what, where=f"{cls.__name__}.{name}", hint=hint)
+        return fail(cls, name, what, hint)
 
     def __and__(self, other: Schedule) -> Schedule:
         return And(_flat(And, self, other)) if isinstance(other, Schedule) else NotImplemented
@@ -269,26 +269,6 @@ def check_schedule(owner: Schedule | type[Schedule], name: str, value: object) -
     """ConfigError unless the value is a schedule."""
     if not isinstance(value, Schedule):
         raise owner.fail(name, f"expected a schedule, got {value!r}", hint="such as Every(5) & WarmUp(3)")
-
-
-def check_whole(owner: Schedule | type[Schedule], name: str, value: object, low: int, high: float = math.inf) -> None:
-    """ConfigError unless the value is an int between ``low`` and ``high``, both included."""
-    bound = f">= {low}" if high == math.inf else f"{low} to {high:.0f}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise owner.fail(name, f"expected an int ({bound}), got {value!r} ({type(value).__name__})")
-    if not low <= value <= high:
-        raise owner.fail(name, f"{value} is out of range", hint=f"allowed: {bound}")
-
-
-def check_number(
-    owner: Schedule | type[Schedule], name: str, value: object, *, low: float = -math.inf, high: float = math.inf
-) -> None:
-    """ConfigError unless the value is a finite number between ``low`` and ``high``, both included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise owner.fail(name, f"expected a finite number, got {value!r} ({type(value).__name__})")
-    if not low <= value <= high:
-        bound = f">= {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-        raise owner.fail(name, f"{value:g} is out of range", hint=f"allowed: {bound}")
 
 
 def as_tuple(owner: Schedule | type[Schedule], name: str, values: object) -> tuple[object, ...]:

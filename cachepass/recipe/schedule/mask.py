@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from ...errors import ConfigError, closest
-from .base import Past, Schedule, Step, as_tuple, check_whole
+from ..checks import check_int
+from .base import Past, Schedule, Step, as_tuple
 from .steps import number_of_steps, unbound
 
 #: Lengths of the computed and of the predicted stretches of 28 steps, which alternate.
@@ -42,7 +43,7 @@ class Mask(Schedule):
         if not self.computed:
             raise self.fail("computed", "expected at least one number, got none")
         for entry in self.computed:
-            check_whole(self, "computed", entry, 0, 1)
+            check_int(self, "computed", 0, 1, value=entry)
         if not isinstance(self.beyond, bool):
             raise self.fail("beyond", f"expected a bool, got {self.beyond!r}")
 
@@ -62,7 +63,7 @@ class Mask(Schedule):
         for run, gap in zip_longest(computed, skipped):
             for length, entry in ((run, 1), (gap, 0)):
                 if length is not None:
-                    check_whole(cls, "bins", length, 1)
+                    check_int(cls, "bins", 1, value=length)
                     steps += [entry] * length
         return cls(steps, beyond)
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import Bound, Past, Schedule, Step, as_tuple, check_number, check_whole
+from ..checks import check_int, check_number
+from .base import Bound, Past, Schedule, Step, as_tuple
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class MaxSkips(Schedule):
     def __post_init__(self) -> None:
         for name, value in (("total", self.total), ("consecutive", self.consecutive)):
             if value is not None:
-                check_whole(self, name, value, 0)
+                check_int(self, name, 0, value=value)
         if self.distance is not None:
-            check_number(self, "distance", self.distance, low=0)
+            check_number(self, "distance", 0)
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:  # noqa: ARG002
         return self._counts(past) and (self.distance is None or past.measured < self.distance)
@@ -81,13 +82,13 @@ class Threshold(Schedule):
     coefficients: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        check_number(self, "value", self.value, low=0)
+        check_number(self, "value", 0)
         for name, flag in (("accumulate", self.accumulate), ("inclusive", self.inclusive)):
             if not isinstance(flag, bool):
                 raise self.fail(name, f"expected a bool, got {flag!r}")
         object.__setattr__(self, "coefficients", as_tuple(self, "coefficients", self.coefficients))
         for coefficient in self.coefficients:
-            check_number(self, "coefficients", coefficient)
+            check_number(self, "coefficients", value=coefficient)
         if len(self.coefficients) > 1 + MAX_DEGREE:
             raise self.fail("coefficients", f"a polynomial of degree {len(self.coefficients) - 1}",
                             f"at most of degree {MAX_DEGREE}")  # fmt: skip
@@ -155,10 +156,10 @@ class MagnitudeBudget(Schedule):
         if not self.ratios:
             raise self.fail("ratios", "expected at least one number, got none")
         for ratio in self.ratios:
-            check_number(self, "ratios", ratio)
-        check_number(self, "max_error", self.max_error, low=0)
-        check_whole(self, "max_consecutive", self.max_consecutive, 0)
-        check_whole(self, "retention_steps", self.retention_steps, 0)
+            check_number(self, "ratios", value=ratio)
+        check_number(self, "max_error", 0)
+        check_int(self, "max_consecutive", 0)
+        check_int(self, "retention_steps", 0)
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:  # noqa: ARG002
         if not past.computed or step.index < self.retention_steps:

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from .base import Past, Schedule, Step, check_number, check_schedule, check_whole
+from ..checks import check_int, check_number
+from .base import Past, Schedule, Step, check_schedule
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Every(Schedule):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        check_whole(self, "interval", self.interval, 1)
-        check_whole(self, "offset", self.offset, 0)
+        check_int(self, "interval", 1)
+        check_int(self, "offset", 0)
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:  # noqa: ARG002
         return (step.index - self.offset) % self.interval != 0
@@ -104,8 +105,8 @@ class WarmUp(Schedule):
     interval: int = 1
 
     def __post_init__(self) -> None:
-        check_whole(self, "steps", self.steps, 0)
-        check_whole(self, "interval", self.interval, 1)
+        check_int(self, "steps", 0)
+        check_int(self, "interval", 1)
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:  # noqa: ARG002
         return step.index >= self.steps or step.index % self.interval != 0
@@ -130,7 +131,7 @@ class Retention(Schedule):
     ratio: float
 
     def __post_init__(self) -> None:
-        check_number(self, "ratio", self.ratio, low=0, high=1)
+        check_number(self, "ratio", 0, 1)
 
     @property
     def needs_steps(self) -> bool:
@@ -160,7 +161,7 @@ class Before(Schedule):
     step: int
 
     def __post_init__(self) -> None:
-        check_whole(self, "step", self.step, 0)
+        check_int(self, "step", 0)
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:  # noqa: ARG002
         return step.index < self.step
@@ -183,7 +184,7 @@ class Final(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        check_whole(self, "steps", self.steps, 0)
+        check_int(self, "steps", 0)
 
     @property
     def needs_steps(self) -> bool:
@@ -223,7 +224,7 @@ class Refresh(Schedule):
 
     def __post_init__(self) -> None:
         check_schedule(self, "schedule", self.schedule)
-        check_whole(self, "at", self.at, 1)
+        check_int(self, "at", 1)
         if not isinstance(self.repeat, bool):
             raise self.fail("repeat", f"expected a bool, got {self.repeat!r}")
         if self.schedule.needs_steps:
@@ -260,7 +261,7 @@ def number_of_steps(owner: Schedule | type[Schedule], num_inference_steps: int |
     """The number of steps of a run; ConfigError if it is None or no int of at least 1."""
     if num_inference_steps is None and isinstance(owner, Schedule):
         raise unbound(owner)
-    check_whole(owner, "num_inference_steps", num_inference_steps, 1)
+    check_int(owner, "num_inference_steps", 1, value=num_inference_steps)
     assert num_inference_steps is not None
     return num_inference_steps
 
