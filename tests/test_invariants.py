@@ -313,7 +313,7 @@ def test_a_failed_computation_leaves_nothing_that_counts():
     counting = Counting(conditioned())
     counting.step(latents(0), when(0), TEXT)
     (dispatcher, _), *_ = programs_of(counting.compiled)
-    (once, _), *_ = dispatcher.program._once.values()
+    (once,) = dispatcher.program._once.values()
     run = once.run
 
     def failing(inputs):
