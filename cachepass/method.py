@@ -37,7 +37,11 @@ class Method:
         self.recipe: Recipe = config.recipe(num_inference_steps)
         self._groups = {group.name: group for group in self.recipe.groups}
         self.guidance: Guidance | None = self.recipe.guidance
-        # Asked at every call, so found once.
+        # Asked at every call, for each graph of a model, so found once.
+        self._schedules = {group.name: group.schedule for group in self.recipe.groups}
+        self._refreshing = {group.name for group in self.recipe.groups if group.schedule.can_refresh}
+        self._forecasts = {group.name: group.forecast for group in self.recipe.groups}
+        self._per_region = {name for name, forecast in self._forecasts.items() if forecast.form.per_region}
         self.needs_timestep, self.needs_model = self.recipe.needs_timestep, self.recipe.needs_model
         self.cuts = bool(self._groups) or self.guidance is not None
         self.streams, self.measures = self.recipe.streams, self.recipe.measures
@@ -220,7 +224,7 @@ class Method:
 
     def asks(self, group: str, step: Step, history: GroupHistory, distance: float | None = None) -> bool | None:
         """Whether a group that has a history is predicted in a step: yes, no, or (None) ask the probe."""
-        return self._groups[group].schedule.predicts(step, history.past, distance)
+        return self._schedules[group].predicts(step, history.past, distance)
 
     def skips(self, step: Step) -> bool:
         """Whether the unconditional branch is skipped in a step, if the branches' difference is known."""
@@ -229,7 +233,7 @@ class Method:
 
     def forgets(self, group: str, step: Step) -> bool:
         """What is kept of the group does not count from this step on."""
-        return self._groups[group].schedule.refreshes(step.index)
+        return group in self._refreshing and self._schedules[group].refreshes(step.index)
 
     def never_predicts(self, num_inference_steps: int | None) -> str | None:
         """The reason why no step of a run can be predicted, or None if one may be."""
@@ -255,8 +259,8 @@ class Method:
         """
         if self.guidance is not None and group == self.guidance.group:
             return self.guidance.weights(step, history.weights)
-        forecast = self._groups[group].forecast
-        if forecast.form.per_region and len(history.steps) > 1:
+        forecast = self._forecasts[group]
+        if group in self._per_region and len(history.steps) > 1:
             model = model_of(step, f"{type(self.config).__name__}.attention_weight_callback")
             forecast = forecast.of_module(model.get_submodule(region))
         nodes: Sequence[float] = history.steps
@@ -269,7 +273,7 @@ class Method:
 
     def bound(self, group: str, history: GroupHistory) -> Bound:
         """What ``asks`` compares the distance with, where it has no answer without."""
-        return self._groups[group].schedule.bound(history.past)
+        return self._schedules[group].bound(history.past)
 
     def probe_parameters(self, step: Step) -> tuple[float, ...]:
         """For the probe's ``transform``: the noise level."""

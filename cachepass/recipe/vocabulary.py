@@ -180,11 +180,16 @@ class GroupHistory:
     weights: tuple[float, ...] = ()
     tally: Past = NO_PAST
     gram: Sequence[torch.Tensor] = ()
+    _known: tuple[Past, list[int], Past] = field(default=(NO_PAST, [], NO_PAST), init=False, repr=False, compare=False)
 
     @property
     def past(self) -> Past:
-        """What schedules may ask."""
-        return dataclasses.replace(self.tally, computed=tuple(self.steps))
+        """What schedules may ask. Asked at every call, so made when it changed."""
+        tally, steps, known = self._known
+        if tally is not self.tally or steps != self.steps:
+            known = dataclasses.replace(self.tally, computed=tuple(self.steps))
+            self._known = self.tally, list(self.steps), known
+        return known
 
     def note(self, *, predicted: bool, distance: float | None = None) -> None:
         """The group was predicted, or computed, in a step. ``distance``: what the probe measured in it."""

@@ -88,6 +88,11 @@ class Schedule(Value, ABC):
         return any(part.refreshes(step) for part in self._parts())
 
     @property
+    def can_refresh(self) -> bool:
+        """``refreshes`` may be true."""
+        return type(self).refreshes is not Schedule.refreshes or any(part.can_refresh for part in self._parts())
+
+    @property
     def needs_timestep(self) -> bool:
         """``predicts`` reads the step's timestep."""
         return any(part.needs_timestep for part in self._parts())
@@ -193,7 +198,13 @@ class And(_Several):
     """``a & b``: predicts where every part does."""
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:
-        return _all([part.predicts(step, past, distance) for part in self.parts])
+        answer: bool | None = True  # asked at every call, so without a list
+        for part in self.parts:
+            said = part.predicts(step, past, distance)
+            if said is False:
+                return False
+            answer = answer and said
+        return answer
 
     def never_predicts(self, num_inference_steps: int | None) -> str | None:
         """As of every schedule; a part that alone computes everything is named alone."""
