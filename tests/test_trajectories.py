@@ -232,8 +232,8 @@ def test_timesteps_that_lie_on_a_device(scenario, way, monkeypatch):
     reads: list[bool] = []
     read = Model.read_timestep
 
-    def counted(self: Model, value: Any, **how: Any) -> float | None:
-        timestep = read(self, value, **how)
+    def counted(self: Model, value: Any, *said: Any, **how: Any) -> float | None:
+        timestep = read(self, value, *said, **how)
         reads.append(timestep is not None)
         return timestep
 

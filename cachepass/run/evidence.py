@@ -131,9 +131,11 @@ class Memory:
         """One of these inputs does not exist any more, so this call cannot come again."""
         return any(seen.is_gone for name, seen in zip(self._names, self._seen, strict=True) if name in names)
 
-    def keep(self, given: Given) -> None:
-        """Remember a call. What is the same is remembered already."""
-        if self._names == given.names:
+    def keep(self, given: Given, *, same: bool = False) -> None:
+        """Remember a call. What is the ``same`` is remembered already."""
+        if same:
+            pass
+        elif self._names == given.names:
             self._seen = [seen if seen.is_same(value) else Seen(value)
                           for seen, value in zip(self._seen, given.values, strict=True)]  # fmt: skip
         else:

@@ -71,7 +71,7 @@ def comes_alone(model: Model, kind: Hashable, timestep: Any) -> bool:
     or its batch is odd, and the context had runs of guidance batches."""
     known = model.trajectories(told(model.module)).runs
     runs = [run for run in known if any(is_half(kind, whole) for whole in run.memories)]
-    now = model.read_timestep(timestep)
+    now = model.read_timestep(timestep, told(model.module))
     goes_on = [run for run in runs if run.clock.index and run.timestep != now and not run.clock.starts_run(now)]
     return bool(goes_on) or (bool(runs) and _is_odd(kind))
 

@@ -119,8 +119,8 @@ class Model:
         """Find out which run a call is a step of, from its context and from what it is given."""
         said = told(self.module)
         trajectories = self.trajectories(said)
-        settled = trajectories.settled
-        timestep = call.read_timestep(lambda value: self.read_timestep(value, wait=not settled))
+        together = self.options.process_group is not None and not trajectories.settled
+        timestep = call.read_timestep(lambda value: self.read_timestep(value, said, unless=trajectories))
         given.step_index = said.step_index
         given.schedule = schedule_of(call.timestep) if said.schedule is None else said.schedule
         with self._lock:
@@ -134,14 +134,14 @@ class Model:
             run = call.run = trajectories.find(call, given, timestep)
             if run is not None:
                 if timestep is None and run.clock.index == 0:  # where the next run begins is told by where this one did
-                    call.read_again(lambda value: self.read_timestep(value, wait=True))
+                    call.read_again(lambda value: self.read_timestep(value, said, wait=True))
                 if run.schedule is None or run.schedule() is not given.schedule:
                     run.schedule = None if given.schedule is None else weakref.ref(given.schedule)
                 if said.num_inference_steps is not None:
                     run.clock.num_inference_steps = said.num_inference_steps
                 if said.step_index is not None:
                     run.clock.tell(said.step_index)
-        if self.options.process_group is not None and not settled:
+        if together:
             self._doubt_together(run, given.latents.device)
         if run is None:
             self._warn_untold(trajectories.context, timestep)
@@ -191,7 +191,7 @@ class Model:
         if call.joined or run is None:
             return
         previous = run.call
-        timestep = call.read_timestep(self.read_timestep)
+        timestep = call.read_timestep(lambda value: self.read_timestep(value, told(self.module)))
         if previous is not None and not previous.finished:
             if previous.hooked and previous.thread != call.thread:
                 raise run.in_use()
@@ -231,8 +231,9 @@ class Model:
                 run.distances.clear()
             run.record.append((run.computed, run.predicted))
             run.distances.append(run.distance)
-            logger.debug("%s, step %d (timestep %s): computed %s, predicted %s", run.context, run.clock.index,
-                         run.timestep, run.computed, run.predicted)  # fmt: skip
+            if logger.isEnabledFor(logging.DEBUG):  # asked in every step
+                logger.debug("%s, step %d (timestep %s): computed %s, predicted %s", run.context, run.clock.index,
+                             run.timestep, run.computed, run.predicted)  # fmt: skip
             run.predictions += bool(run.predicted)
 
     def settle(self) -> None:
@@ -311,20 +312,26 @@ class Model:
             'cachepass.cache_context("image-1"): ..., or call cachepass.reset(model) between images', stacklevel=6,
         )  # fmt: skip
 
-    def read_timestep(self, value: Any, *, wait: bool = False) -> float | None:
+    def read_timestep(self, value: Any, said: Told, *, wait: bool = False,
+                      unless: Trajectories | None = None) -> float | None:  # fmt: skip
         """The timestep in the unit of the config's ranges; of a tensor of many, the highest (tokens or samples that
         are clean already have 0). None: it lies on a device that would have to be waited for, and neither the schedule
-        nor the caller asks to ``wait``."""
+        nor the caller asks to ``wait``, which it does ``unless`` it is known whose calls a step has."""
         if self._callback is not None:
             return float(self._callback())
-        said, scale = told(self.module).timestep, self.options.timestep_scale
-        if said is not None:
-            value, scale = said, 1.0
+        scale = self.options.timestep_scale
+        if said.timestep is not None:
+            value, scale = said.timestep, 1.0
         if isinstance(value, torch.Tensor):
-            if not (self._watched or wait) and is_far(value):
-                return None
-            value = value.amax() if value.numel() > 1 else value
-            value = value.item() if value.device.type != "cpu" else value.flatten().tolist()[0]
+            value = value.detach() if value.requires_grad else value
+            if is_far(value):
+                if not (self._watched or wait or (unless is not None and not unless.settled)):
+                    return None
+                value = (value.amax() if value.numel() > 1 else value).item()
+            else:  # without an operation on the tensor: this is asked in every step
+                value = value.tolist() if value.numel() == 1 else value.amax().tolist()
+                while isinstance(value, list):
+                    value = value[0]
         return None if value is None else float(value) * scale
 
     # ---- calls of models that are many graphs -----------------------------------------------------------------------

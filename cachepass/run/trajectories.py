@@ -98,17 +98,34 @@ class Trajectories:
         """The run that a call is a step of, which may be a new one; None: nothing tells. What the call is given is
         remembered."""
         self.beginnings.calls += 1
-        run = self._same(call.kind, given, timestep)
+        run = self._steady(call.kind, given, timestep)
+        steady = run is not None
+        if run is None:
+            run = self._same(call.kind, given, timestep)
         if run is None:
             run = self._other(call.kind, given, timestep)
         if run is not None:
             memory = run.memories.get(call.kind)
             if memory is None:
                 memory = run.memories[call.kind] = Memory()
-            memory.keep(given)
+            memory.keep(given, same=steady)
             run.unsure = run.clock.rises_again(timestep)
             run.called = self.beginnings.calls
         self._previous = run
+        return run
+
+    def _steady(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:
+        """The only run of the context, where its next step comes with the same conditioning, as nearly always: what
+        ``_same`` finds, too, by looking at all."""
+        run = self._previous
+        if run is None or len(self.runs) != 1 or run.doubts:
+            return None
+        memory = run.memories.get(kind)
+        if memory is None or not memory.is_same(given) or run.had(timestep, given, kind):
+            return None
+        if self._is_of_another_run(run, given, timestep):
+            return None
+        self._habits.note_same(given.names)
         return run
 
     def _same(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:
