@@ -18,7 +18,7 @@ from .recipe.cut import BlockOutput, BlockResidual, Blocks, Latents, ModelOutput
 from .recipe.guidance import Guidance, model_of
 from .recipe.recipe import Group, Part, Recipe
 from .recipe.schedule import Bound, Step
-from .recipe.vocabulary import GroupHistory, ProbeTarget, Region, Selection, Skip, Target, span_of
+from .recipe.vocabulary import NO_PAST, GroupHistory, ProbeTarget, Region, Selection, Skip, Target, span_of
 
 # The lists of blocks that diffusers' hooks look for.
 _LISTS = (
@@ -40,6 +40,7 @@ class Method:
         # Asked at every call, for each graph of a model, so found once.
         self._schedules = {group.name: group.schedule for group in self.recipe.groups}
         self._refreshing = {group.name for group in self.recipe.groups if group.schedule.can_refresh}
+        self._looking_back = {group.name for group in self.recipe.groups if group.schedule.looks_back}
         self._forecasts = {group.name: group.forecast for group in self.recipe.groups}
         self._per_region = {name for name, forecast in self._forecasts.items() if forecast.form.per_region}
         self.needs_timestep, self.needs_model = self.recipe.needs_timestep, self.recipe.needs_model
@@ -224,12 +225,13 @@ class Method:
 
     def asks(self, group: str, step: Step, history: GroupHistory, distance: float | None = None) -> bool | None:
         """Whether a group that has a history is predicted in a step: yes, no, or (None) ask the probe."""
-        return self._schedules[group].predicts(step, history.past, distance)
+        past = history.past if group in self._looking_back else NO_PAST
+        return self._schedules[group].predicts(step, past, distance)
 
     def skips(self, step: Step) -> bool:
         """Whether the unconditional branch is skipped in a step, if the branches' difference is known."""
         assert self.guidance is not None
-        return bool(self.guidance.schedule.predicts(step, GroupHistory().past))
+        return bool(self.guidance.schedule.predicts(step, NO_PAST))
 
     def forgets(self, group: str, step: Step) -> bool:
         """What is kept of the group does not count from this step on."""

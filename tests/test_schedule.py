@@ -119,6 +119,15 @@ def test_taylorseers_schedule_is_a_combination():
             assert schedule.predicts(Step(index), HISTORY) == group.schedule.predicts(Step(index), HISTORY) != computed
 
 
+def test_what_looks_back():
+    """A plan is asked without what was done in the run; everything else, and what holds it, with that."""
+    plans = Always(), Every(3), WarmUp(2), Before(5), Timesteps(0, 9), Mask([1, 0]), Every(2) & ~WarmUp(1)
+    assert not any(schedule.looks_back for schedule in plans)
+    backwards = MaxSkips(total=2), Threshold(0.1), MagnitudeBudget([1.0], 0.1, 3, 0), Refresh(Every(2), at=3)
+    assert all(schedule.looks_back and (Every(2) & schedule).looks_back for schedule in backwards)
+    assert (~MaxSkips(total=2)).looks_back
+
+
 def test_a_step_without_a_timestep_says_so():
     with pytest.raises(TimestepError, match="step 3 has no timestep, which 100 < timestep < 800 reads"):
         Timesteps(100, 800).predicts(Step(3), HISTORY)

@@ -88,6 +88,11 @@ class Schedule(Value, ABC):
         return any(part.refreshes(step) for part in self._parts())
 
     @property
+    def looks_back(self) -> bool:
+        """``predicts`` asks what was done in the run; if not, it is a plan of steps and timesteps."""
+        return True
+
+    @property
     def can_refresh(self) -> bool:
         """``refreshes`` may be true."""
         return type(self).refreshes is not Schedule.refreshes or any(part.can_refresh for part in self._parts())
@@ -186,6 +191,10 @@ class _Several(Schedule):
                 "with schedules of step indices or MaxSkips",
             )  # fmt: skip
 
+    @property
+    def looks_back(self) -> bool:
+        return any(part.looks_back for part in self.parts)
+
     def _parts(self) -> tuple[Schedule, ...]:
         return self.parts
 
@@ -246,6 +255,10 @@ class Not(Schedule):
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:
         return _negated(self.part.predicts(step, past, distance))
+
+    @property
+    def looks_back(self) -> bool:
+        return self.part.looks_back
 
     def bind(self, num_inference_steps: int | None) -> Schedule:
         return Not(self.part.bind(num_inference_steps))

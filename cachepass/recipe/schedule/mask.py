@@ -10,7 +10,7 @@ from itertools import zip_longest
 from ...errors import ConfigError, closest
 from ..checks import check_int
 from .base import Past, Schedule, Step, as_tuple
-from .steps import number_of_steps, unbound
+from .steps import Plan, number_of_steps, unbound
 
 #: Lengths of the computed and of the predicted stretches of 28 steps, which alternate.
 _PRESETS = {
@@ -24,7 +24,7 @@ _SHOWN = 64  # a longer mask is described by its counts
 
 
 @dataclass(frozen=True)
-class Mask(Schedule):
+class Mask(Plan):
     """One decision for each step of a run.
 
     Attributes:

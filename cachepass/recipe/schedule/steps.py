@@ -11,8 +11,16 @@ from ..checks import check_int, check_number
 from .base import Past, Schedule, Step, check_schedule
 
 
+class Plan(Schedule):
+    """Base of the schedules that are known before a run begins."""
+
+    @property
+    def looks_back(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True)
-class Always(Schedule):
+class Always(Plan):
     """Predicts every step that has a history."""
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:  # noqa: ARG002
@@ -23,7 +31,7 @@ class Always(Schedule):
 
 
 @dataclass(frozen=True)
-class Every(Schedule):
+class Every(Plan):
     """Computes the steps with ``(index - offset) % interval == 0``, predicts the others (before ``offset`` too).
 
     TaylorSeer (https://arxiv.org/abs/2503.06923) in diffusers' counting, with a warm-up of ``w`` steps:
@@ -52,7 +60,7 @@ class Every(Schedule):
 
 
 @dataclass(frozen=True)
-class Timesteps(Schedule):
+class Timesteps(Plan):
     """Predicts only for ``low < timestep < high``, as Pyramid Attention Broadcast does (arXiv:2408.12588).
 
     Attributes:
@@ -87,7 +95,7 @@ class Timesteps(Schedule):
 
 
 @dataclass(frozen=True)
-class WarmUp(Schedule):
+class WarmUp(Plan):
     """Computes the first steps, or one in ``interval`` of them; allows all others.
 
     cache-dit's ``max_warmup_steps`` and ``warmup_interval``: computed are ``range(0, steps, interval)``. In
@@ -148,7 +156,7 @@ class Retention(Schedule):
 
 
 @dataclass(frozen=True)
-class Before(Schedule):
+class Before(Plan):
     """Predicts only before a step: TaylorSeer's ``disable_cache_after_step``.
 
     Attributes:
