@@ -20,6 +20,7 @@ from cachepass import CacheConfig, CachepassWarning, FirstBlockCacheConfig, MagC
 from cachepass.forecast import Reuse
 from cachepass.options import parse_options
 from cachepass.program.plan import Phase
+from cachepass.program.roles import Carried
 from cachepass.program.specialize import up_to_decision
 from cachepass.recipe.vocabulary import WHOLE
 from cachepass.run.dispatch import LIVE
@@ -209,7 +210,7 @@ def test_a_collective_is_waited_for_on_its_side_of_the_decision():
     assert begun == [1, 2, 0]
     for graph in graphs:
         assert_waits_inside(graph)
-    assert len([role for role in decide.kept if role.kind == "carried"]) >= 2
+    assert len([role for role in decide.kept if isinstance(role, Carried)]) >= 2
 
 
 @pytest.mark.usefixtures("group")

@@ -18,6 +18,7 @@ from zoo import relative_error
 import cachepass
 from cachepass import TaylorSeerCacheConfig, cache_context
 from cachepass.program import plan
+from cachepass.program.roles import Next
 from cachepass.recipe.vocabulary import WHOLE, Route
 from cachepass.run.clock import Clock
 from cachepass.testing import count_compiles
@@ -251,7 +252,7 @@ def failing_program(program):
     def failing(lowered):
         def run(inputs):
             roles = dict(zip(map(id, inputs[len(program.full.inputs) :]), lowered.inputs, strict=True))
-            slots = [x for x in inputs if id(x) in roles and roles[id(x)].kind == "next"]
+            slots = [x for x in inputs if id(x) in roles and isinstance(roles[id(x)], Next)]
             lowered.run(inputs)
             for slot in slots:
                 slot.fill_(math.nan)

@@ -27,8 +27,9 @@ from .emit import Emitter, aten
 from .kept import LeftOut, choose, is_heavy
 from .liveness import is_impure
 from .rewrite import drop_marker
+from .roles import Invariant, Role
 from .slots import NamedSlot
-from .state_inputs import Role, empty_slot
+from .state_inputs import empty_slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ def hoist(gm: fx.GraphModule, varying: Collection[int], parameters: Collection[i
         with graph.inserting_before(first), emit.fake_mode:
             stand_in = emit.placeholder(f"once_{node.name}", empty_slot(slot))
         node.replace_all_uses_with(stand_in)
-        roles[stand_in.name] = Role("invariant", "", slot=slot.name)
+        roles[stand_in.name] = Invariant(slot.name)
     before = len(graph.nodes)
     graph.eliminate_dead_code(is_impure_node=is_impure)
     graph.lint()

@@ -15,9 +15,9 @@ from torch import fx
 from .. import _torch
 from .._torch import SavedContext
 from .emit import EMITTED
+from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
 from .sizes import SymbolBinder
 from .specialize import Variant
-from .state_inputs import Role
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class LoweredVariant:
 
     name: str
     run: Callable[[list[Any]], Any]
-    invariants: tuple[Role, ...]
-    scalars: tuple[Role, ...]
-    probes: tuple[Role, ...]
-    slots: tuple[Role, ...]
-    outputs: tuple[Role, ...]
-    carried: tuple[Role, ...]
+    invariants: tuple[Invariant, ...]
+    scalars: tuple[Predicate | Weights | Parameters | Limit, ...]
+    probes: tuple[ProbeSlot, ...]
+    slots: tuple[History | Next, ...]
+    outputs: tuple[Output, ...]
+    carried: tuple[Carried, ...]
     kept: tuple[Role, ...]
     compile_seconds: float
     nodes: int
@@ -47,8 +47,9 @@ class LoweredVariant:
         return (*self.invariants, *self.scalars, *self.probes, *self.slots, *self.outputs, *self.carried)
 
 
-_PARTS = (("invariant",), ("predicate", "weights", "parameters", "bound"), ("probe",), ("history", "next"), ("output",),
-          ("carried",))  # fmt: skip
+_PARTS: tuple[tuple[type[Role], ...], ...] = (
+    (Invariant,), (Predicate, Weights, Parameters, Limit), (ProbeSlot,), (History, Next), (Output,), (Carried,),
+)  # fmt: skip
 _MOVING = (*_PARTS[1], *_PARTS[5])  # another tensor at every call
 
 
@@ -62,13 +63,13 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
         placeholders = variant.gm.graph.find_nodes(op="placeholder")
         inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
         # Slots stay where they are: a CUDA graph reads and writes them in place, and may write to nothing else.
-        static = [i for i, role in enumerate(variant.inputs, len(own_inputs)) if role.kind not in _MOVING
+        static = [i for i, role in enumerate(variant.inputs, len(own_inputs)) if not isinstance(role, _MOVING)
                   and not _torch.depends_on_data(inputs[i])]  # fmt: skip
         gm, numbers = _given_numbers(variant.gm)
         with _no_advice_on_complex_numbers(gm):
             compiled = context.compile(gm, [*inputs, *numbers], static, cudagraphs=variant.repeated)
         run = _giving_numbers(compiled, inputs, numbers) if numbers else compiled
-    parts = [tuple(role for role in variant.inputs if role.kind in kinds) for kinds in _PARTS]
+    parts = [tuple(role for role in variant.inputs if isinstance(role, kinds)) for kinds in _PARTS]
     lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes)  # pyright: ignore
     assert lowered.inputs == variant.inputs, "what is added stands in this order"
     return lowered

@@ -33,7 +33,8 @@ from .emit import EMITTED, Emitter, alias_root, aten
 from .liveness import is_impure
 from .plan import CachePlan, OutputPlan, PlannedCut
 from .probe import Decision, look, tag_prefix
-from .state_inputs import Role, StateInputs
+from .roles import Distance, Next, ProbeSlot, Role, Verdict
+from .state_inputs import StateInputs
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _keep_probe(graph: fx.Graph, decision: Decision, added: StateInputs, emit: E
     assert added.probe is not None
     role = added.roles[added.probe.name]
     outputs: list[Any] = list(end.args[0])  # pyright: ignore[reportArgumentType]
-    told = Role("verdict" if returns else "distance", role.group)
+    told = Verdict(role.group) if returns else Distance(role.group)
     with graph.inserting_before(last_reads(graph)):
         if returns:
             value, root = decision.value, alias_root(decision.value)
@@ -117,7 +118,7 @@ def _keep_probe(graph: fx.Graph, decision: Decision, added: StateInputs, emit: E
             # An input that the program itself writes is copied here, before it does.
             written = any(_is_write_to_input(user) and user.args[0] is root for user in root.users)
             end.args = ((*outputs, emit(aten.clone.default, value) if written else value, decision.told),)
-            return Role("probe", role.group, slot="shared"), told
+            return ProbeSlot(role.group), told
         emit(aten.copy_.default, added.probe, decision.value)
     end.args = ((*outputs, decision.told),)
     return (told,)
@@ -199,7 +200,7 @@ def _return_kept(graph: fx.Graph, writes: Sequence[tuple[PlannedCut, fx.Node]], 
             shared = root in taken or root.op == "placeholder" or root.meta["val"].shape != kept.meta["val"].shape
             taken.add(root)
             outputs.append(kept if cut.sized_by_data else emit.held(kept, cut.stride))
-            roles.append(Role("next", cut.group, cut.index, slot="shared" if shared else ""))
+            roles.append(Next(cut.group, cut.index, shared))
     end.args = (tuple(outputs),)
     return tuple(roles)
 

@@ -22,8 +22,8 @@ from .liveness import is_impure
 from .narrow import narrow
 from .plan import CachePlan, Phase, phase_name
 from .rewrite import Canonical, drop_unread
+from .roles import Next, Role
 from .split import hold_strides, prefix, suffix
-from .state_inputs import Role
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _drop_returned(graph: fx.Graph, kept: Sequence[Role], silent: set[str]) -> t
     output = graph.output_node()
     returned = tuple(output.args[0])  # pyright: ignore[reportArgumentType]
     own = len(returned) - len(kept)
-    left = [i for i, role in enumerate(kept) if role.kind != "next" or role.group not in silent]
+    left = [i for i, role in enumerate(kept) if not isinstance(role, Next) or role.group not in silent]
     output.args = ((*returned[:own], *(returned[own + i] for i in left)),)
     return tuple(kept[i] for i in left)
 

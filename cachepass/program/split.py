@@ -22,7 +22,7 @@ from .emit import Emitter, aten
 from .liveness import is_impure
 from .probe import CARRIED, PREFIX, is_number
 from .rewrite import Canonical, drop_unread
-from .state_inputs import Role
+from .roles import Carried, Role
 
 
 def prefix(canonical: Canonical) -> tuple[fx.Graph, tuple[Role, ...], tuple[Role, ...]]:
@@ -35,7 +35,7 @@ def prefix(canonical: Canonical) -> tuple[fx.Graph, tuple[Role, ...], tuple[Role
         if node.op == "placeholder" or node.meta.get(PREFIX) or _is_size(node, env):
             env[node] = graph.node_copy(node, env.__getitem__)
             if CARRIED in node.meta:
-                returned.append((env[node], Role("carried", "", slot=node.meta[CARRIED])))
+                returned.append((env[node], Carried(node.meta[CARRIED])))
     distance = source.output_node().args[0][-1]  # pyright: ignore
     emit = Emitter(graph, _torch.fake_mode_of([n.meta.get("val") for n in source.nodes if n.op == "placeholder"]))
     values = [hold_strides(value, emit) for value, _ in returned]
@@ -59,7 +59,7 @@ def suffix(graph: fx.Graph, roles: dict[str, Role]) -> dict[str, Role]:
             placeholder = graph.placeholder(f"carried_{node.name}")
         placeholder.meta["val"] = _dense_like(node.meta["val"])
         node.replace_all_uses_with(placeholder, lambda user: not user.meta.get(PREFIX) or is_number(user))
-        roles[placeholder.name] = Role("carried", "", slot=node.meta[CARRIED])
+        roles[placeholder.name] = Carried(node.meta[CARRIED])
         last = placeholder
     graph.eliminate_dead_code(is_impure_node=is_impure)
     return roles

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -12,24 +11,9 @@ from ..recipe.frequency import OUTPUT_WEIGHTS, wide_dtype
 from ..recipe.vocabulary import Route
 from .emit import Emitter
 from .plan import CachePlan, PlannedCut, ProbePlan
+from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
 from .slots import NamedSlot
 from .verdict import BOUND_NUMBERS
-
-
-@dataclass(frozen=True)
-class Role:
-    """What the host gives to a placeholder: ``kind`` is predicate, weights, history (with its age), next, output (with
-    the name of what is kept of the model's output), invariant (with the name of a value that is kept for a run), probe
-    (the value that a decision compares with), parameters (of the probe), bound (of a decision made in the program) or
-    carried (a value that the part of the program in front of the decision computed).
-    A value that a program returns to be kept has the role of the slot that it takes the place of; ``slot="shared"``:
-    its memory is something else's too. What it returns for the host to decide by is a distance, or a verdict."""
-
-    kind: str
-    group: str
-    cut: int = -1
-    age: int = -1
-    slot: str = ""
 
 
 class StateInputs:
@@ -54,41 +38,40 @@ class StateInputs:
                 self._add_probe(plan.probe, returns=plan.returns)
             for group in plan.groups if route.predicts else ():
                 if self.bound is None or plan.probe is None or plan.probe.probe.group != group:
-                    self.predicate[group] = self._add(f"predict_{group}", torch.empty((), dtype=torch.bool),
-                                                      "predicate", group)  # fmt: skip
+                    value = torch.empty((), dtype=torch.bool)
+                    self.predicate[group] = self._add(f"predict_{group}", value, Predicate(group))
                 if plan.weighted(group):
                     cut = next(c for c in plan.live_cuts if c.group == group and c.history)
                     size = plan.weight_count(group)
                     value = torch.empty(size, dtype=weights_dtype(plan, group), device=cut.device)
-                    self.weights[group] = self._add(f"weights_{group}", value, "weights", group)
+                    self.weights[group] = self._add(f"weights_{group}", value, Weights(group))
             if plan.output is not None and route.weighted:
                 group, slot = plan.output.guidance.group, plan.output.slots[0]
                 value = torch.empty(len(OUTPUT_WEIGHTS), dtype=weights_dtype(plan, group), device=slot.device)
-                self.weights[group] = self._add(f"weights_{group}", value, "weights", group)
+                self.weights[group] = self._add(f"weights_{group}", value, Weights(group))
             if plan.probe is not None and route.predicts:
                 group = "" if plan.probe.probe.every else plan.probe.probe.group
-                self.probe = self._add("probe_kept", empty_slot(plan.probe.slot), "probe", group)
+                self.probe = self._add("probe_kept", empty_slot(plan.probe.slot), ProbeSlot(group))
             for cut in plan.live_cuts:
                 self._add_ring(cut, returns=plan.returns and route.predicts)
             for slot in () if plan.output is None else plan.output.slots:
                 group = plan.output.guidance.group  # pyright: ignore[reportOptionalMemberAccess]
-                self.output[slot.name] = self._add(f"output_{slot.name}", empty_slot(slot), "output", group,
-                                                   slot=slot.name)  # fmt: skip
+                self.output[slot.name] = self._add(f"output_{slot.name}", empty_slot(slot), Output(group, slot.name))
 
     def _add_probe(self, plan: ProbePlan, *, returns: bool) -> None:
         """Scalars first: placeholders of a kind stand together."""
         probe, device = plan.probe, plan.slot.device
         if probe.parameters:
             value = torch.empty(probe.parameters, dtype=torch.float32, device=device)
-            self.parameters = self._add("probe_parameters", value, "parameters", probe.group)
+            self.parameters = self._add("probe_parameters", value, Parameters(probe.group))
         if returns:
             value = torch.empty(BOUND_NUMBERS, dtype=torch.float64, device=device)
-            self.bound = self._add(f"bound_{probe.group}", value, "bound", probe.group)
+            self.bound = self._add(f"bound_{probe.group}", value, Limit(probe.group))
 
     def _add_ring(self, cut: PlannedCut, *, returns: bool) -> None:
         stem = identifier(f"{cut.region}_{cut.output}")
         self.history[cut.index] = [
-            self._add(f"{stem}_h{age}", empty_slot(cut), "history", cut.group, cut.index, age)
+            self._add(f"{stem}_h{age}", empty_slot(cut), History(cut.group, cut.index, age))
             for age in range(cut.history)
         ]
         if returns or cut.sized_by_data:
@@ -97,12 +80,11 @@ class StateInputs:
             # A predicted step reads the slot that it writes: as one placeholder, so that the compiler knows it.
             self.next[cut.index] = self.history[cut.index][-1]
         elif cut.history:
-            self.next[cut.index] = self._add(f"{stem}_next", empty_slot(cut), "next", cut.group, cut.index)
+            self.next[cut.index] = self._add(f"{stem}_next", empty_slot(cut), Next(cut.group, cut.index))
 
-    def _add(self, name: str, value: torch.Tensor, kind: str, group: str, cut: int = -1, age: int = -1,
-             slot: str = "") -> fx.Node:  # fmt: skip
+    def _add(self, name: str, value: torch.Tensor, role: Role) -> fx.Node:
         node = self._emit.placeholder(name, value)
-        self.roles[node.name] = Role(kind, group, cut, age, slot)
+        self.roles[node.name] = role
         return node
 
 
@@ -120,18 +102,19 @@ def weights_dtype(plan: CachePlan, group: str) -> torch.dtype:
 
 def role_names(roles: dict[str, Role], plan: CachePlan) -> dict[str, str]:
     """What the added placeholders are called in prints: ``history[blocks.0.attn:0][1]``, ``predict[spatial]``."""
-    names = {}
-    for name, role in roles.items():
-        if role.kind in ("predicate", "weights"):
-            names[name] = f"{'predict' if role.kind == 'predicate' else 'weights'}[{role.group}]"
-        elif role.kind in ("output", "invariant", "carried"):
-            names[name] = f"{role.kind}[{role.slot}]"
-        elif role.kind in ("probe", "parameters", "bound"):
-            names[name] = {"probe": "probe[kept]", "parameters": "probe[parameters]", "bound": "bound"}[role.kind]
-        else:
-            age = "[next]" if role.kind == "next" else f"[{role.age}]"
-            names[name] = f"history[{plan.cuts[role.cut].name}]{age}"
-    return names
+    return {name: _role_name(role, plan) for name, role in roles.items()}
+
+
+def _role_name(role: Role, plan: CachePlan) -> str:
+    if isinstance(role, Predicate):
+        return f"predict[{role.group}]"
+    if isinstance(role, Weights):
+        return f"weights[{role.group}]"
+    if isinstance(role, (Output, Invariant, Carried)):
+        return f"{type(role).__name__.lower()}[{role.name}]"
+    if isinstance(role, (History, Next)):
+        return f"history[{plan.cuts[role.cut].name}][{role.age if isinstance(role, History) else 'next'}]"
+    return {ProbeSlot: "probe[kept]", Parameters: "probe[parameters]", Limit: "bound"}[type(role)]
 
 
 def identifier(path: str) -> str:

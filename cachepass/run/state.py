@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..program.plan import CachePlan, OutputPlan, PlannedCut
+from ..program.roles import History, Next, ProbeSlot
 from ..program.slots import NamedSlot
-from ..program.state_inputs import Role
 from ..recipe.schedule import Step
 from ..recipe.vocabulary import GroupHistory
 from .evidence import Seen
@@ -37,7 +37,7 @@ class RunState:
         self.stamp = 0  # of the last step that used it
         self.rings: dict[int, list[torch.Tensor | None]] = {}
         self.epoch = 0
-        self._slot_lists: dict[tuple[object, ...], tuple[Sequence[Role], list[torch.Tensor]]] = {}
+        self._slot_lists: dict[tuple[object, ...], tuple[Sequence[History | Next], list[torch.Tensor]]] = {}
         self._received: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self._stale = False
         self._probe: torch.Tensor | None = None
@@ -106,7 +106,7 @@ class RunState:
         slots = [slot for ring in self.rings.values() for slot in ring if slot is not None]
         return probe + sum(slot.untyped_storage().nbytes() for slot in slots)
 
-    def slot_list(self, inputs: Sequence[Role]) -> list[torch.Tensor]:
+    def slot_list(self, inputs: Sequence[History | Next]) -> list[torch.Tensor]:
         """The slots for a variant's history and next placeholders (``inputs``), as the rings stand now."""
         key = (id(inputs), *(state.head for state in self.groups.values()))
         known = self._slot_lists.get(key)
@@ -115,9 +115,9 @@ class RunState:
             self._slot_lists[key] = known
         return known[1]
 
-    def _slot(self, role: Role) -> torch.Tensor:
+    def _slot(self, role: History | Next) -> torch.Tensor:
         ring, head = self._ring_of(role.cut), self.groups[role.group].head
-        index = (head + (role.age if role.kind == "history" else -1)) % len(ring)
+        index = (head + (role.age if isinstance(role, History) else -1)) % len(ring)
         slot = ring[index]
         if slot is None:  # of a size that the last kept value tells
             newest = ring[head]
@@ -142,7 +142,7 @@ class RunState:
             found = []
             for cut in self.plan.live_cuts:
                 if cut.group == group and cut.history:
-                    kept = [self._slot(Role("history", group, cut.index, age)).flatten()
+                    kept = [self._slot(History(group, cut.index, age)).flatten()
                             for age in range(len(state.steps))]  # fmt: skip
                     # The smallest modes that count are 1e-4 of the largest: 1e-8 here, below what fp32 sums hold.
                     found.append(torch.stack([(a.double() * b.double()).sum() for a in kept for b in kept]))
@@ -189,13 +189,13 @@ class RunState:
                 del self.groups[group].steps[history - 1 :]
                 del self.groups[group].timesteps[history - 1 :]
 
-    def receive(self, roles: Sequence[Role], values: Sequence[torch.Tensor]) -> None:
+    def receive(self, roles: Sequence[Next | ProbeSlot], values: Sequence[torch.Tensor]) -> None:
         """What the program of the step returned: kept in place of the oldest outputs, once the step is committed."""
         for role, value in zip(roles, values, strict=True):
-            if role.kind == "probe":
+            if isinstance(role, ProbeSlot):
                 self._looked = value
                 continue
-            own = value.clone() if role.slot == "shared" else value
+            own = value.clone() if role.shared else value
             if self.plan.cuts[role.cut].sized_by_data and own.untyped_storage().nbytes() != own.nbytes:
                 own = own.clone(memory_format=torch.contiguous_format)  # a part of something larger
             self._received.setdefault(role.group, []).append((role.cut, own))

@@ -16,7 +16,7 @@ import torch
 from ..program.lower import LoweredVariant
 from ..program.plan import Phase
 from ..program.probe import quotient
-from ..program.state_inputs import Role
+from ..program.roles import Carried, Parameters, Predicate, Role, Verdict, Weights
 from ..program.variants import Program
 from ..program.verdict import BOUND_NUMBERS
 from .invariants import InvariantState
@@ -97,7 +97,7 @@ class StepCall:
         if self.output is not None and self.difference:
             self.output.begin()
         self._add_state(inputs, variant)
-        inputs.extend(carried[role.slot] for role in variant.carried)
+        inputs.extend(carried[role.name] for role in variant.carried)
         carried.clear()
         results = variant.run(inputs)
         if not variant.kept:
@@ -111,9 +111,9 @@ class StepCall:
         if variant.invariants:
             self._add_invariants(inputs, variant)
         for role in variant.scalars:
-            if role.kind == "predicate":
+            if isinstance(role, Predicate):
                 inputs.append(_TRUE_FALSE[role.group in self.phase.predicted])
-            elif role.kind == "weights":
+            elif isinstance(role, Weights):
                 inputs.append(self._weights_tensor(role.group, self.weights.get(role.group)))
             else:
                 inputs.append(self._numbers(role))
@@ -124,7 +124,7 @@ class StepCall:
             assert self.state is not None, "a variant with slots runs on a state"
             inputs.extend(self.state.slot_list(variant.slots))
         for role in variant.outputs:
-            inputs.append(self.output_slot(role.slot))
+            inputs.append(self.output_slot(role.name))
 
     def _decide(self, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Run up to the decision, and take it if it is pending: one number comes from the device. What is carried."""
@@ -135,7 +135,9 @@ class StepCall:
         if self.pending is not None:
             distance = self._distance(told)
             self.settle(predict=self.pending.decide(distance), distance=distance)
-        return {role.slot: value for role, value in zip(variant.kept, values, strict=False)}
+        return {
+            role.name: value for role, value in zip(variant.kept, values, strict=False) if isinstance(role, Carried)
+        }
 
     def _distance(self, told: torch.Tensor) -> float:
         group = self.program.plan.process_group
@@ -149,7 +151,7 @@ class StepCall:
         """What a program returned beside the model's outputs: values to keep, and the decision that it took."""
         state = self.state
         assert state is not None
-        if roles[-1].kind == "verdict":
+        if isinstance(roles[-1], Verdict):
             *values, told = values
             roles = roles[:-1]
             if self.pending is not None:
@@ -163,11 +165,11 @@ class StepCall:
         """The probe's parameters, or the bound of a decision."""
         probe = self.program.plan.probe
         assert probe is not None
-        if role.kind == "parameters":
-            return self.program.device_tensor(role.kind, self.parameters, torch.float32, probe.slot.device)
+        if isinstance(role, Parameters):
+            return self.program.device_tensor("parameters", self.parameters, torch.float32, probe.slot.device)
         forced = (1.0 if role.group in self.phase.predicted else -1.0, *(0.0,) * (BOUND_NUMBERS - 1))
         bound = forced if self.pending is None else self.pending.bound
-        return self.program.device_tensor(role.kind, bound, torch.float64, probe.slot.device)
+        return self.program.device_tensor("bound", bound, torch.float64, probe.slot.device)
 
     def _add_invariants(self, inputs: list[Any], variant: LoweredVariant) -> None:
         """What is kept for the run, computed first if it does not hold for these inputs."""
@@ -180,7 +182,7 @@ class StepCall:
         state.refresh(inputs, self.epoch, once.binder, once.run)
         if state.changes == _RESTLESS and state.changed is not None:
             self.program.warn_restless(traced, state.changed)
-        inputs.extend([state.slots[role.slot] for role in variant.invariants])
+        inputs.extend([state.slots[role.name] for role in variant.invariants])
 
     def _weights_tensor(self, group: str, weights: tuple[float, ...] | None) -> torch.Tensor:
         dtype, device = self.program.weights_at[group]
