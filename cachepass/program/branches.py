@@ -10,6 +10,7 @@ from torch import fx
 
 from .. import _torch
 from ..capture.markers import base_of
+from ..capture.nodes import operand, returned_by
 from .emit import Emitter, alias_root, aten, operands_of
 from .liveness import is_impure
 from .plan import PlannedCut
@@ -55,18 +56,17 @@ def make_cond(result: fx.GraphModule, region: str, cuts: list[tuple[fx.Node, Pla
     graph, markers = emit.graph, [marker for marker, _ in cuts]
     group = cuts[0][1].group
     cone = _exclusive(markers, barrier)
-    values = [marker.args[0] for marker in markers]
-    assert all(isinstance(value, fx.Node) for value in values)
+    values = [operand(marker) for marker in markers]
     bases = {cut.index: base_of(marker) for marker, cut in cuts}
     given = [*(v for v in values if v not in cone), *(base for base in bases.values() if base is not None)]
-    operands = list(dict.fromkeys([*operands_of(cone), *given]))  # pyright: ignore
+    operands = list(dict.fromkeys([*operands_of(cone), *given]))
     state = [h for _, cut in cuts for h in added.history[cut.index]]
     if any(cut.forecast.constant_weights is None for _, cut in cuts):
         state.append(added.weights[group])
     inputs = [*operands, *state]
     stem = identifier(region)
     predicted = _predict_branch(result, inputs, cuts, bases, added, emit)
-    returned = [value.meta["val"] for value in predicted.graph.output_node().args[0]]  # pyright: ignore
+    returned = [value.meta["val"] for value in returned_by(predicted.graph)]
     strides = [tuple(value.stride()) for value in returned]
     result.add_submodule(f"predict_{stem}", predicted)
     result.add_submodule(f"compute_{stem}", _compute_branch(result, inputs, cone, cuts, strides, emit))
@@ -105,7 +105,7 @@ def _compute_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cone: Sequ
     emit = Emitter(graph, outer.fake_mode)
     for node in cone:
         env[node] = graph.node_copy(node, env.__getitem__)
-    values = [emit.dense(env[marker.args[0]], marker) for marker, _ in cuts]  # pyright: ignore[reportArgumentType]
+    values = [emit.dense(env[operand(marker)], marker) for marker, _ in cuts]
     values = [emit.strided(value, s) for value, s in zip(values, strides, strict=True)]
     return _finish_branch(owner, graph, values, emit)
 

@@ -24,6 +24,7 @@ from torch import fx
 
 from .. import _torch
 from ..capture.markers import base_of, probe_node, reach_back
+from ..capture.nodes import operand
 from ..recipe.frequency import wide_dtype
 from ..recipe.vocabulary import ProbeTarget
 from .emit import Emitter
@@ -53,7 +54,7 @@ def look(graph: fx.Graph, plan: CachePlan, added: StateInputs, emit: Emitter) ->
     probe, reduced = plan.probe.probe, plan.process_group is not None
     base = base_of(marker)
     with graph.inserting_before(marker):
-        value = emit.dense(marker.args[0], marker)  # pyright: ignore[reportArgumentType]
+        value = emit.dense(operand(marker), marker)
     decision = None
     if added.probe is not None:
         with graph.inserting_before(marker.next):

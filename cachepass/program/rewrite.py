@@ -20,13 +20,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 
 from .. import _torch
 from ..capture.half import halved_dimension
 from ..capture.markers import base_of, cut_nodes, output_nodes
+from ..capture.nodes import operand, returned_by
 from ..recipe.vocabulary import WHOLE, Route
 from .branches import make_cond
 from .emit import EMITTED, Emitter, alias_root, aten
@@ -109,7 +109,7 @@ def _keep_probe(graph: fx.Graph, decision: Decision, added: StateInputs, emit: E
     end = graph.output_node()
     assert added.probe is not None
     role = added.roles[added.probe.name]
-    outputs: list[Any] = list(end.args[0])  # pyright: ignore[reportArgumentType]
+    outputs = list(returned_by(graph))
     told = Verdict(role.group) if returns else Distance(role.group)
     with graph.inserting_before(last_reads(graph)):
         if returns:
@@ -166,8 +166,7 @@ def _transform_output(graph: fx.Graph, ends: Sequence[fx.Node], plan: OutputPlan
 
 def drop_marker(marker: fx.Node, emit: Emitter) -> fx.Node:
     """Put the value, with the marker's strides, in the marker's place."""
-    value = marker.args[0]
-    assert isinstance(value, fx.Node)
+    value = operand(marker)
     with emit.graph.inserting_before(marker):
         dense = emit.dense(value, marker)
     marker.replace_all_uses_with(dense)
@@ -188,7 +187,7 @@ def _return_kept(graph: fx.Graph, writes: Sequence[tuple[PlannedCut, fx.Node]], 
     """Return the values to be kept, with the strides of their slots. What is not in memory of its own has a role that
     says so: it must be copied."""
     end = graph.output_node()
-    outputs: list[Any] = list(end.args[0])  # pyright: ignore[reportArgumentType]
+    outputs = list(returned_by(graph))
     taken = {alias_root(value) for value in outputs if isinstance(value, fx.Node)}
     roles = []
     with graph.inserting_before(end):

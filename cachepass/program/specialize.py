@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from .. import _torch
+from ..capture.nodes import operand, returned_by
 from .emit import Emitter, alias_root, aten
 from .liveness import is_impure
 from .narrow import narrow
@@ -95,7 +96,7 @@ def _evaluate(canonical: Canonical, plan: CachePlan, phase: Phase) -> tuple[fx.G
 def _drop_returned(graph: fx.Graph, kept: Sequence[Role], silent: set[str]) -> tuple[Role, ...]:
     """Return nothing to be kept of some groups; what the last outputs are then."""
     output = graph.output_node()
-    returned = tuple(output.args[0])  # pyright: ignore[reportArgumentType]
+    returned = returned_by(graph)
     own = len(returned) - len(kept)
     left = [i for i, role in enumerate(kept) if not isinstance(role, Next) or role.group not in silent]
     output.args = ((*returned[:own], *(returned[own + i] for i in left)),)
@@ -155,7 +156,7 @@ def _inline(source: fx.GraphModule, cond: fx.Node, graph: fx.Graph, env: dict[fx
 def _is_write_of(node: fx.Node, roles: dict[str, Role], groups: set[str]) -> bool:
     if node.target is not aten.copy_.default:
         return False
-    role = roles.get(node.args[0].name)  # pyright: ignore
+    role = roles.get(operand(node).name)
     return role is not None and role.group in groups
 
 
@@ -171,7 +172,7 @@ def _own_outputs(graph: fx.Graph, roles: dict[str, Role], emit: Emitter, kept: i
     Outputs that share a slot share the copy, as they share memory in the model.
     """
     output = graph.output_node()
-    returned = tuple(output.args[0])  # pyright: ignore[reportArgumentType]
+    returned = returned_by(graph)
     count = len(returned) - kept
     copies: dict[fx.Node, fx.Node] = {}
 

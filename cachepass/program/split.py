@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from .. import _torch
+from ..capture.nodes import returned_by
 from .emit import Emitter, aten
 from .liveness import is_impure
 from .probe import CARRIED, PREFIX, is_number
@@ -36,10 +37,10 @@ def prefix(canonical: Canonical) -> tuple[fx.Graph, tuple[Role, ...], tuple[Role
             env[node] = graph.node_copy(node, env.__getitem__)
             if CARRIED in node.meta:
                 returned.append((env[node], Carried(node.meta[CARRIED])))
-    distance = source.output_node().args[0][-1]  # pyright: ignore
+    distance = returned_by(source)[-1]
     emit = Emitter(graph, _torch.fake_mode_of([n.meta.get("val") for n in source.nodes if n.op == "placeholder"]))
     values = [hold_strides(value, emit) for value, _ in returned]
-    graph.output((*values, env[distance]))  # pyright: ignore
+    graph.output((*values, env[distance]))
     graph.eliminate_dead_code(is_impure_node=is_impure)
     roles = drop_unread(graph, canonical.roles)
     graph.lint()
@@ -50,7 +51,7 @@ def suffix(graph: fx.Graph, roles: dict[str, Role]) -> dict[str, Role]:
     """Take the prefix out of the graph of a phase, which is changed; its roles, with those of what is carried."""
     roles = dict(roles)
     end = graph.output_node()
-    end.args = (tuple(end.args[0])[:-1],)  # pyright: ignore[reportArgumentType]
+    end.args = (returned_by(graph)[:-1],)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in [node for node in graph.nodes if CARRIED in node.meta]:
         if all(user.meta.get(PREFIX) for user in node.users):

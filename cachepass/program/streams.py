@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from ..capture.annotate import CUT, ENTER, PROBE
+from ..capture.nodes import operand
 from ..errors import NoMatchError
 from .emit import CONVERT, Emitter, aten
 from .liveness import is_impure
@@ -93,7 +94,7 @@ def resolve(gm: fx.GraphModule, varying: Collection[int], residual_probe: bool,
         else:
             marker.args = (*marker.args[:3], base)
     for marker in entering:
-        marker.replace_all_uses_with(marker.args[0])  # pyright: ignore[reportArgumentType]
+        marker.replace_all_uses_with(operand(marker))
         graph.erase_node(marker)
     graph.eliminate_dead_code(is_impure_node=is_impure)
     graph.lint()
@@ -123,7 +124,7 @@ def _choose_probe(graph: fx.Graph, skeletons: Mapping[str, Mapping[fx.Node, _Ske
     chosen, base = markers[0], None
     if region in skeletons:
         streams = skeletons[region]
-        found = [(marker, streams[marker.args[0]]) for marker in markers if marker.args[0] in streams]  # pyright: ignore
+        found = [(marker, streams[operand(marker)]) for marker in markers if operand(marker) in streams]
         # In a graph that begins behind a break the latents are not to be seen: any stream may be theirs.
         found = [(marker, stream) for marker, stream in found if stream.entries() & latent] or found
         if not found:
@@ -138,7 +139,7 @@ def _choose_probe(graph: fx.Graph, skeletons: Mapping[str, Mapping[fx.Node, _Ske
             if base is not None:
                 marker.args = (*marker.args[:2], base)
         else:
-            marker.replace_all_uses_with(marker.args[0])  # pyright: ignore[reportArgumentType]
+            marker.replace_all_uses_with(operand(marker))
             graph.erase_node(marker)
 
 
