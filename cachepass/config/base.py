@@ -146,7 +146,7 @@ def method_names() -> list[str]:
 
 
 @dataclass(frozen=True)
-class GivenRecipe(MethodConfig):
+class RecipeConfig(MethodConfig):
     """A recipe that was given as it is."""
 
     given: Recipe
@@ -172,7 +172,7 @@ def load_config(path: str | Path) -> MethodConfig:
     if not isinstance(saved, dict):
         raise OptionError("holds no recipe", where=f'options["cache"] = {str(path)!r}',
                           hint="write json.dumps(config.to_dict())")  # fmt: skip
-    return GivenRecipe(Recipe.from_dict(saved)) if "recipe" in saved else MethodConfig.from_dict(saved)
+    return RecipeConfig(Recipe.from_dict(saved)) if "recipe" in saved else MethodConfig.from_dict(saved)
 
 
 def parse_cache(value: object) -> MethodConfig:
@@ -181,7 +181,7 @@ def parse_cache(value: object) -> MethodConfig:
     if isinstance(value, MethodConfig):
         return value
     if isinstance(value, Recipe):
-        return GivenRecipe(value)
+        return RecipeConfig(value)
     if isinstance(value, (str, Path)) and str(value).endswith(".json"):
         return load_config(value)
     if isinstance(value, str):
