@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -15,7 +16,6 @@ from ..recipe.checks import (
     check_function,
     check_grid,
     check_int,
-    check_number,
     check_patterns,
     check_range,
 )
@@ -266,7 +266,9 @@ class FasterCacheConfig(_KindsConfig):
         check_range(self, "unconditional_batch_timestep_skip_range")
         for kind in ("low", "high"):
             check_range(self, f"{kind}_frequency_weight_update_timestep_range")
-            check_number(self, f"alpha_{kind}_frequency", 0, above=True)
+            alpha = getattr(self, f"alpha_{kind}_frequency")
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+                raise self.fail(f"alpha_{kind}_frequency", f"expected a positive number, got {alpha!r}")
         callbacks = [f"{name}_weight_callback" for name in ("attention", "low_frequency", "high_frequency")]
         for name in (*callbacks, "current_timestep_callback"):
             check_function(self, name)
