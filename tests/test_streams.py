@@ -14,6 +14,7 @@ import cachepass
 from cachepass import CacheConfig, FirstBlockCacheConfig
 from cachepass.cut import BlockResidual, Blocks
 from cachepass.forecast import Linear
+from cachepass.program.roles import Carried, Distance, History, Next, ProbeSlot
 from cachepass.program.specialize import specialize_rest, up_to_decision
 from cachepass.schedule import Every, Threshold
 from cachepass.testing import graph_diff
@@ -252,10 +253,14 @@ def test_what_runs_before_the_decision_does_not_run_again():
     compute, predict = (specialize_rest(program_.canonical(), plan, phase) for phase in plan.phases)
     assert called(before.gm.graph).count("sin") == 1
     assert called(compute.gm.graph).count("sin") == 2 and called(predict.gm.graph).count("sin") == 0
-    assert [role.kind for role in before.kept] == ["carried", "carried", "distance"]
+    assert kinds(before.kept) == [Carried, Carried, Distance]
     # A computed step keeps the probe's value; a predicted one needs the block's output alone.
-    assert [role.kind for role in predict.inputs] == ["history", "carried"]
-    assert sorted(role.kind for role in compute.inputs) == ["carried", "carried", "next", "probe"]
+    assert kinds(predict.inputs) == [History, Carried]
+    assert kinds(compute.inputs) == [ProbeSlot, Next, Carried, Carried]
+
+
+def kinds(roles):
+    return [type(role) for role in roles]
 
 
 def test_a_probe_of_many_blocks_takes_them_before_the_decision():
