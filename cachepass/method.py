@@ -35,7 +35,6 @@ class Method:
     def __init__(self, config: MethodConfig, num_inference_steps: int | None = None) -> None:
         self.config = config
         self.recipe: Recipe = config.recipe(num_inference_steps)
-        self._groups = {group.name: group for group in self.recipe.groups}
         self.guidance: Guidance | None = self.recipe.guidance
         # Asked at every call, for each graph of a model, so found once.
         self._schedules = {group.name: group.schedule for group in self.recipe.groups}
@@ -44,7 +43,7 @@ class Method:
         self._forecasts = {group.name: group.forecast for group in self.recipe.groups}
         self._per_region = {name for name, forecast in self._forecasts.items() if forecast.form.per_region}
         self.needs_timestep, self.needs_model = self.recipe.needs_timestep, self.recipe.needs_model
-        self.cuts = bool(self._groups) or self.guidance is not None
+        self.cuts = bool(self.recipe.groups) or self.guidance is not None
         self.streams, self.measures = self.recipe.streams, self.recipe.measures
 
     # ---- where ------------------------------------------------------------------------------------------------------

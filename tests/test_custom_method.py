@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from cachepass.config import MethodConfig, cache_config
 from cachepass.config.base import parse_cache
 from cachepass.cut import BlockResidual, Blocks, Latents, Modules
 from cachepass.forecast import DMD, Extrapolate, Forecast, ForecastRule, Lagrange, Reuse, Taylor, Zeros
-from cachepass.schedule import Every, Step, Threshold, Timesteps
+from cachepass.schedule import Before, Every, Final, Step, Threshold, Timesteps
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_method.py"
 sys.path.insert(0, str(EXAMPLE.parent))
@@ -230,6 +231,15 @@ def test_two_groups_with_schedules_of_their_own():
     explanation = cachepass.explain(transformer(), *calls(1)[0], cache=recipe)
     groups = {target.region.path: target.group for target in explanation.targets}
     assert groups["blocks.0.attn"] == "first" and groups["blocks.1.attn"] == groups["blocks.1.ff"] == "others"
+
+
+def test_a_recipe_is_told_the_length_of_a_run():
+    """Its groups and its guidance."""
+    guided = cachepass.FasterCacheConfig().recipe(None)
+    schedule = Every(3) & Final(2)
+    given = Recipe((Group("a", schedule, (PART,)),), dataclasses.replace(guided.guidance, schedule=schedule))
+    bound = given.bind(20)
+    assert bound.groups[0].schedule == bound.guidance.schedule == Every(3) & Before(18)
 
 
 # ---- saved ----------------------------------------------------------------------------------------------------------

@@ -97,6 +97,8 @@ class Group(Value):
         self._require_alike(where)
 
     def _require_alike(self, where: str) -> None:
+        """A group has one history, which says when outputs were kept and how many of them count, and one list of
+        weights: forecasts of two depths would read outputs that are others than the weights are for."""
         kept = [part for part in self.parts if part.forecast.form.history]
         for part in kept[1:]:
             if keeping(part.forecast.form) != keeping(kept[0].forecast.form):
@@ -161,7 +163,10 @@ class Recipe(Value):
         groups = [
             dataclasses.replace(group, schedule=group.schedule.bind(num_inference_steps)) for group in self.groups
         ]
-        return dataclasses.replace(self, groups=tuple(groups))
+        guidance = self.guidance
+        if guidance is not None:
+            guidance = dataclasses.replace(guidance, schedule=guidance.schedule.bind(num_inference_steps))
+        return dataclasses.replace(self, groups=tuple(groups), guidance=guidance)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON takes it, with the version of the schema.

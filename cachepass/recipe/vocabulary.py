@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
 from .forecast import Forecast
 from .schedule import Past, Step
 
@@ -123,32 +122,12 @@ class ProbeTarget:
 
 @dataclass(frozen=True)
 class Selection:
-    """A method's choice among the regions of a graph.
-
-    Raises:
-        ConfigError: Forecasts of one group keep their outputs differently. A group has one history, which says when
-            outputs were kept and how many of them count, and one list of weights; so forecasts of two depths would read
-            outputs that are others than the weights are for. Those that keep nothing agree with all.
-    """
+    """A method's choice among the regions of a graph."""
 
     targets: tuple[Target, ...]
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
     probe: ProbeTarget | None = None
-
-    def __post_init__(self) -> None:
-        first: dict[str, Target] = {}
-        for target in self.targets:
-            if target.forecast.history == 0:
-                continue
-            known = first.setdefault(target.group, target)
-            if keeping(known.forecast) != keeping(target.forecast):
-                raise ConfigError(
-                    f"the forecasts of one group keep their outputs alike: {known.region.id} has {known.forecast} "
-                    f"({keeping(known.forecast)}), {target.region.id} has {target.forecast} "
-                    f"({keeping(target.forecast)})", where=f"group {target.group!r}",
-                    hint="give each of them a group of its own",
-                )  # fmt: skip
 
 
 def keeping(forecast: Forecast) -> str:
