@@ -32,8 +32,9 @@ COLUMNS: tuple[Column, ...] = (
 
 @click.command()
 @click.option("--shape", default="flux", show_default=True, type=click.Choice(list(SHAPES)))
-@click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), default=("taylorseer",),
-              show_default=True)  # fmt: skip
+@click.option(
+    "--method", "methods", multiple=True, type=click.Choice(METHODS), default=("taylorseer",), show_default=True
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="JSON file to write.")
 def main(shape: str, methods: tuple[str, ...], device: str, out: Path | None) -> None:

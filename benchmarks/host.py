@@ -30,10 +30,14 @@ from cachepass.run.live import programs_of
 
 STEPS = 12
 METHODS: dict[str, dict[str, Any]] = {
-    "taylorseer": {"method": "taylorseer", **TAYLOR, "cache_identifiers": [r"blocks\.\d+\.attn"],
-                   "taylor_factors_dtype": None},
+    "taylorseer": {
+        "method": "taylorseer",
+        **TAYLOR,
+        "cache_identifiers": [r"blocks\.\d+\.attn"],
+        "taylor_factors_dtype": None,
+    },
     "pab": {"method": "pab", "spatial_attention_timestep_skip_range": (0, 1000)},
-}  # fmt: skip
+}
 COLUMNS: tuple[Column, ...] = (
     ("cuts", "cuts", str), ("method", "method", str), ("runs told by", "told", str), ("phase", "phase", str),
     ("AOTAutograd us", "aot", lambda v: f"{v:.0f}"), ("cachepass us", "whole", lambda v: f"{v:.0f}"),
@@ -174,8 +178,18 @@ def main(sizes: tuple[int, ...], rounds: int, out: Path | None) -> None:
                 with torch.no_grad():
                     plain_us, own = measure(plain(cuts), cached(cuts, method, counted=counted), rounds)
                 told = "counting" if counted else "the timestep"
-                rows += [{"cuts": cuts, "method": method, "told": told, "phase": phase, "aot": plain_us, "whole": us,
-                          "own": us - plain_us} for phase, us in own.items()]  # fmt: skip
+                rows += [
+                    {
+                        "cuts": cuts,
+                        "method": method,
+                        "told": told,
+                        "phase": phase,
+                        "aot": plain_us,
+                        "whole": us,
+                        "own": us - plain_us,
+                    }
+                    for phase, us in own.items()
+                ]
     results = {"host time per step": rows}
     publish(results, COLUMNS, "cpu", "torch.float32", out)
 

@@ -43,8 +43,15 @@ def build(depth: int) -> torch.nn.Module:
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=32, in_channels=4, num_layers=depth,
-                                  sample_size=32, patch_size=2, num_embeds_ada_norm=1000)  # fmt: skip
+    model = DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        num_layers=depth,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -52,16 +59,23 @@ def run(model: Callable[..., Any]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     latent, results = torch.randn(1, 4, 32, 32, generator=generator), []
     for step in range(STEPS):
-        inputs = {"hidden_states": latent * (1 - 0.04 * step), "timestep": torch.tensor([700 - 60 * step]),
-                  "class_labels": torch.tensor([3])}  # fmt: skip
+        inputs = {
+            "hidden_states": latent * (1 - 0.04 * step),
+            "timestep": torch.tensor([700 - 60 * step]),
+            "class_labels": torch.tensor([3]),
+        }
         results.append(model(**inputs).sample)
     return results
 
 
 def ours(depth: int, cache: dict[str, Any]) -> tuple[int, list[torch.Tensor]]:
     torch._dynamo.reset()
-    compiled = torch.compile(build(depth), backend="cached_inductor", fullgraph=True,
-                             options={"cache": cache, "lowering": "eager", "num_inference_steps": STEPS})  # fmt: skip
+    compiled = torch.compile(
+        build(depth),
+        backend="cached_inductor",
+        fullgraph=True,
+        options={"cache": cache, "lowering": "eager", "num_inference_steps": STEPS},
+    )
     results = run(compiled)
     return cachepass.summary(compiled).cache_bytes, results
 
@@ -104,8 +118,16 @@ def main(depth: int, out: Path | None) -> None:
                 dead, same = ours(depth, cache)
             diffusers = theirs(depth, cache)
             equal = all(torch.equal(a, b) for a, b in zip(results, same, strict=True))
-            rows.append({"method": name, "bytes": size, "diffusers": diffusers, "ratio": size / diffusers, "dead": dead,
-                         "equal": equal})  # fmt: skip
+            rows.append(
+                {
+                    "method": name,
+                    "bytes": size,
+                    "diffusers": diffusers,
+                    "ratio": size / diffusers,
+                    "dead": dead,
+                    "equal": equal,
+                }
+            )
     results = {f"cache memory, {depth} blocks": rows}
     publish(results, COLUMNS, "cpu", "torch.float32", out)
 

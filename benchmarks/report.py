@@ -51,8 +51,9 @@ def markdown(results: dict[str, list[dict[str, Any]]], columns: tuple[Column, ..
     return "\n".join(lines)
 
 
-def publish(results: dict[str, list[dict[str, Any]]], columns: tuple[Column, ...], device: str, dtype: str,
-            out: Path | None) -> None:  # fmt: skip
+def publish(
+    results: dict[str, list[dict[str, Any]]], columns: tuple[Column, ...], device: str, dtype: str, out: Path | None
+) -> None:
     """Print the tables; with ``out``, write the JSON."""
     print(markdown(results, columns))
     if out is not None:
@@ -65,7 +66,13 @@ def write(results: dict[str, Any], device: str, dtype: str, out: Path | None, **
     today = datetime.date.today().isoformat()
     path = out or RESULTS / f"{name}-{today}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about |= {"date": today, "device": name, "dtype": dtype, "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "machine": platform.machine()}  # fmt: skip
+    about |= {
+        "date": today,
+        "device": name,
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
     path.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
     return path

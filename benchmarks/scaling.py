@@ -45,18 +45,33 @@ def measure(depth: int, side: int, steps: int, device: str, peaks: Peaks) -> dic
 
     pay_once(device)
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(num_attention_heads=8, attention_head_dim=64, in_channels=4, num_layers=depth,
-                                  sample_size=side, patch_size=2, num_embeds_ada_norm=1000)  # fmt: skip
+    model = DiTTransformer2DModel(
+        num_attention_heads=8,
+        attention_head_dim=64,
+        in_channels=4,
+        num_layers=depth,
+        sample_size=side,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
     model = model.eval().requires_grad_(False).to(device)
-    cache = {"method": "taylorseer", **TAYLOR, "cache_identifiers": [r"transformer_blocks\.\d+\.attn1"],
-             "taylor_factors_dtype": None}  # fmt: skip
-    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
-                             options={"cache": cache, "num_inference_steps": steps})  # fmt: skip
+    cache = {
+        "method": "taylorseer",
+        **TAYLOR,
+        "cache_identifiers": [r"transformer_blocks\.\d+\.attn1"],
+        "taylor_factors_dtype": None,
+    }
+    compiled = torch.compile(
+        model, backend="cached_inductor", fullgraph=True, options={"cache": cache, "num_inference_steps": steps}
+    )
     latent, label = torch.randn(1, 4, side, side, device=device), torch.tensor([3], device=device)
 
     def inputs(step: int) -> dict[str, Any]:
-        return {"hidden_states": latent * (1 - 0.01 * step), "class_labels": label,
-                "timestep": torch.tensor([990 - 10 * step], device=device)}  # fmt: skip
+        return {
+            "hidden_states": latent * (1 - 0.01 * step),
+            "class_labels": label,
+            "timestep": torch.tensor([990 - 10 * step], device=device),
+        }
 
     start = time.perf_counter()
     cachepass.warmup(compiled, **inputs(0), progress=False)
@@ -83,11 +98,19 @@ def measure(depth: int, side: int, steps: int, device: str, peaks: Peaks) -> dic
     bounds = {name: 1000 * cost_of(variant.gm).seconds(peaks) for name, variant in variants.items()}
     run, ideal = statistics.median(runs), sum(medians[taylor_phase(step)] for step in range(steps))
     operations = sum(node.op == "call_function" for node in variants["predict"].gm.graph.nodes)
-    return {"depth": depth, "tokens": (side // 2) ** 2, "steps": steps, **medians,
-            "compute_bound": medians["compute"] / bounds["compute"],
-            "predict_bound": medians["predict"] / bounds["predict"], "run": run, "ideal": run / ideal,
-            "compile": seconds, "operations": operations,
-            "bytes": cachepass.summary(compiled).cache_bytes}  # fmt: skip
+    return {
+        "depth": depth,
+        "tokens": (side // 2) ** 2,
+        "steps": steps,
+        **medians,
+        "compute_bound": medians["compute"] / bounds["compute"],
+        "predict_bound": medians["predict"] / bounds["predict"],
+        "run": run,
+        "ideal": run / ideal,
+        "compile": seconds,
+        "operations": operations,
+        "bytes": cachepass.summary(compiled).cache_bytes,
+    }
 
 
 @click.command()

@@ -40,23 +40,34 @@ def _flux(**sizes: Any) -> Callable[[], torch.nn.Module]:
     def make() -> torch.nn.Module:
         from diffusers import FluxTransformer2DModel
 
-        small = {"num_layers": 3, "num_single_layers": 6, "attention_head_dim": 64, "num_attention_heads": 8,
-                 "joint_attention_dim": 256, "pooled_projection_dim": 64, "axes_dims_rope": (16, 24, 24)}  # fmt: skip
+        small = {
+            "num_layers": 3,
+            "num_single_layers": 6,
+            "attention_head_dim": 64,
+            "num_attention_heads": 8,
+            "joint_attention_dim": 256,
+            "pooled_projection_dim": 64,
+            "axes_dims_rope": (16, 24, 24),
+        }
         return FluxTransformer2DModel(patch_size=1, in_channels=64, **(small | sizes))
 
     return make
 
 
-def _flux_inputs(rows: int, columns: int, text: int, width: int, pooled: int, *,
-                 guidance: bool = False) -> Callable[[], dict[str, Any]]:  # fmt: skip
+def _flux_inputs(
+    rows: int, columns: int, text: int, width: int, pooled: int, *, guidance: bool = False
+) -> Callable[[], dict[str, Any]]:
     def make() -> dict[str, Any]:
         tokens = rows * columns
         image = torch.zeros(tokens, 3)
         image[:, 1], image[:, 2] = torch.arange(tokens) // columns, torch.arange(tokens) % columns
         inputs = {
-            "hidden_states": torch.randn(1, tokens, 64), "encoder_hidden_states": torch.randn(1, text, width),
-            "pooled_projections": torch.randn(1, pooled), "img_ids": image, "txt_ids": torch.zeros(text, 3),
-        }  # fmt: skip
+            "hidden_states": torch.randn(1, tokens, 64),
+            "encoder_hidden_states": torch.randn(1, text, width),
+            "pooled_projections": torch.randn(1, pooled),
+            "img_ids": image,
+            "txt_ids": torch.zeros(text, 3),
+        }
         return inputs | ({"guidance": torch.full((1,), 3.5)} if guidance else {})
 
     return make
@@ -66,10 +77,20 @@ def _cogvideox() -> torch.nn.Module:
     from diffusers import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel(
-        num_attention_heads=8, attention_head_dim=64, in_channels=4, out_channels=4, time_embed_dim=64,
-        text_embed_dim=64, num_layers=9, sample_width=30, sample_height=30, sample_frames=5, patch_size=2,
-        temporal_compression_ratio=4, max_text_seq_length=64,
-    )  # fmt: skip
+        num_attention_heads=8,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=64,
+        text_embed_dim=64,
+        num_layers=9,
+        sample_width=30,
+        sample_height=30,
+        sample_frames=5,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=64,
+    )
 
 
 def _cogvideox_inputs() -> dict[str, Any]:
@@ -80,9 +101,14 @@ def _dit() -> torch.nn.Module:
     from diffusers import DiTTransformer2DModel
 
     return DiTTransformer2DModel(
-        num_attention_heads=8, attention_head_dim=64, in_channels=4, num_layers=9, sample_size=46, patch_size=2,
+        num_attention_heads=8,
+        attention_head_dim=64,
+        in_channels=4,
+        num_layers=9,
+        sample_size=46,
+        patch_size=2,
         num_embeds_ada_norm=1000,
-    )  # fmt: skip
+    )
 
 
 def _dit_inputs() -> dict[str, Any]:
@@ -93,31 +119,44 @@ def _pixart() -> torch.nn.Module:
     from diffusers import PixArtTransformer2DModel
 
     return PixArtTransformer2DModel(
-        num_attention_heads=8, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=9,
-        cross_attention_dim=512, sample_size=44, patch_size=2, caption_channels=256, use_additional_conditions=False,
-    )  # fmt: skip
+        num_attention_heads=8,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=8,
+        num_layers=9,
+        cross_attention_dim=512,
+        sample_size=44,
+        patch_size=2,
+        caption_channels=256,
+        use_additional_conditions=False,
+    )
 
 
 def _pixart_inputs() -> dict[str, Any]:
-    return {"hidden_states": torch.randn(1, 4, 44, 44), "encoder_hidden_states": torch.randn(1, 120, 256),
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}  # fmt: skip
+    return {
+        "hidden_states": torch.randn(1, 4, 44, 44),
+        "encoder_hidden_states": torch.randn(1, 120, 256),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
 
 
 def _wan(**sizes: Any) -> Callable[[], torch.nn.Module]:
     def make() -> torch.nn.Module:
         from diffusers import WanTransformer3DModel
 
-        small = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "num_layers": 8,
-                 "text_dim": 256}  # fmt: skip
-        return WanTransformer3DModel(patch_size=(1, 2, 2), in_channels=16, out_channels=16, freq_dim=256,
-                                     **(small | sizes))  # fmt: skip
+        small = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "num_layers": 8, "text_dim": 256}
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2), in_channels=16, out_channels=16, freq_dim=256, **(small | sizes)
+        )
 
     return make
 
 
 def _wan_inputs(frames: int, rows: int, columns: int, text: int, width: int) -> Callable[[], dict[str, Any]]:
-    return lambda: {"hidden_states": torch.randn(1, 16, frames, rows, columns),
-                    "encoder_hidden_states": torch.randn(1, text, width)}  # fmt: skip
+    return lambda: {
+        "hidden_states": torch.randn(1, 16, frames, rows, columns),
+        "encoder_hidden_states": torch.randn(1, text, width),
+    }
 
 
 _FLUX_ATTENTION, _FLUX_BLOCKS = r".*transformer_blocks\.\d+\.attn", r"[^.]*transformer_blocks\.[1-9]\d*"
@@ -185,8 +224,9 @@ def _base_inputs(name: str, device: str, dtype: torch.dtype, guided: bool) -> di
     return inputs
 
 
-def step_inputs(name: str, step: int, steps: int, device: str, dtype: torch.dtype, *,
-                guided: bool = False) -> dict[str, Any]:  # fmt: skip
+def step_inputs(
+    name: str, step: int, steps: int, device: str, dtype: torch.dtype, *, guided: bool = False
+) -> dict[str, Any]:
     """The keyword arguments of a step: a latent that drifts, a timestep that falls from 950, and, as pipelines do it,
     the same tensors for all else in every step.
 

@@ -40,16 +40,21 @@ def row(case: Case, subject: Measured, subjects: list[Measured]) -> dict[str, An
     phases = () if hidden else ("compute", "skip", "predict")
     times = {phase: subject.phase_times(phase) for phase in phases}
     result: dict[str, Any] = {
-        "subject": subject.name, "run_ms": _ms(subject.run_times), "cache_bytes": subject.cache_bytes,
+        "subject": subject.name,
+        "run_ms": _ms(subject.run_times),
+        "cache_bytes": subject.cache_bytes,
         "run_vs_plain": _ratio(subject.run_times, base.run_times),
         "run_vs_ideal": _ratio(subject.run_times, _ideal(case, times)) if is_ours else None,
         "run_vs_best_hooks": _ratio(subject.run_times, best.run_times) if is_ours and best else None,
         "compute_vs_plain": _ratio(times.get("compute", []), base.phase_times("compute")),
         "difference": _difference(subject, hooked or base),
-        "cold_compile_s": subject.compile[0], "cold_vs_plain": subject.compile[0] / base.compile[0],
-        "graphs": subject.counts[0], "graph_breaks": subject.counts[1], "recompiles": subject.counts[2],
+        "cold_compile_s": subject.compile[0],
+        "cold_vs_plain": subject.compile[0] / base.compile[0],
+        "graphs": subject.counts[0],
+        "graph_breaks": subject.counts[1],
+        "recompiles": subject.counts[2],
         "peak_bytes": subject.peak_bytes,
-    }  # fmt: skip
+    }
     for phase, seconds in times.items():
         result[f"{phase}_ms"] = _ms(seconds)
         if phase in subject.bounds:
@@ -93,8 +98,15 @@ def _difference(subject: Measured, reference: Measured) -> float | None:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--dtype", default=None, type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on CUDA.")
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="JSON file to write.")
-def main(shapes: tuple[str, ...], methods: tuple[str, ...], rounds: int, processes: int, device: str,
-         dtype: str | None, out: Path | None) -> None:  # fmt: skip
+def main(
+    shapes: tuple[str, ...],
+    methods: tuple[str, ...],
+    rounds: int,
+    processes: int,
+    device: str,
+    dtype: str | None,
+    out: Path | None,
+) -> None:
     """Measure, print the markdown table and write the JSON."""
     kind = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     results = {}

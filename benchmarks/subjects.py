@@ -122,8 +122,14 @@ def ours_regional(case: Case) -> Subject:
     def warmup() -> object:
         return cachepass.warmup(model, **case.inputs(0), progress=False)
 
-    return Subject("cachepass, compile_repeated_blocks", model, lambda: cachepass.reset(model), True,
-                   lambda: cachepass.summary(model).cache_bytes, warmup)  # fmt: skip
+    return Subject(
+        "cachepass, compile_repeated_blocks",
+        model,
+        lambda: cachepass.reset(model),
+        True,
+        lambda: cachepass.summary(model).cache_bytes,
+        warmup,
+    )
 
 
 def ours(lowering: str) -> Callable[[Case], Subject]:
@@ -142,8 +148,15 @@ def ours(lowering: str) -> Callable[[Case], Subject]:
             timesteps = [timestep_of_inputs(case.inputs(step)) for step in range(STEPS)]
             return cachepass.warmup(compiled, **case.inputs(0), timesteps=timesteps, progress=False)
 
-        return Subject(f"cachepass ({lowering})", compiled, lambda: cachepass.reset(compiled), True, cache_bytes,
-                       warmup, lambda: dict(_costs(compiled)))  # fmt: skip
+        return Subject(
+            f"cachepass ({lowering})",
+            compiled,
+            lambda: cachepass.reset(compiled),
+            True,
+            cache_bytes,
+            warmup,
+            lambda: dict(_costs(compiled)),
+        )
 
     return make
 
@@ -180,8 +193,12 @@ def _cache(case: Case) -> dict[str, Any]:
 
 def _deciding(case: Case) -> dict[str, Any]:
     """Of DBCache."""
-    return {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": DECIDING["dbcache"],
-            "residual_diff_threshold": case.decisions.threshold}  # fmt: skip
+    return {
+        "Fn_compute_blocks": 1,
+        "Bn_compute_blocks": 0,
+        "max_warmup_steps": DECIDING["dbcache"],
+        "residual_diff_threshold": case.decisions.threshold,
+    }
 
 
 def hooks(how: str) -> Callable[[Case], Subject]:
@@ -201,18 +218,27 @@ def hooks(how: str) -> Callable[[Case], Subject]:
         model, now, shape = case.build(), [0.0], SHAPES[case.shape]
         clock: Any = lambda: now[0]  # noqa: E731
         if case.method == "fastercache":
-            apply_faster_cache(model, diffusers.FasterCacheConfig(
-                **FASTER, tensor_format=FORMATS[case.shape], current_timestep_callback=clock))  # fmt: skip
+            apply_faster_cache(
+                model,
+                diffusers.FasterCacheConfig(
+                    **FASTER, tensor_format=FORMATS[case.shape], current_timestep_callback=clock
+                ),
+            )
         elif case.method == "first-block":
             diffusers.hooks.apply_first_block_cache(
-                model, diffusers.FirstBlockCacheConfig(threshold=case.decisions.threshold))  # fmt: skip
+                model, diffusers.FirstBlockCacheConfig(threshold=case.decisions.threshold)
+            )
         elif case.method == "pab":
             config = diffusers.PyramidAttentionBroadcastConfig(**PAB, current_timestep_callback=clock)
             apply_pyramid_attention_broadcast(model, config)
         else:
             identifier = shape.attention if case.method == "taylorseer" else shape.blocks
-            apply_taylorseer_cache(model, diffusers.TaylorSeerCacheConfig(
-                **TAYLOR, cache_identifiers=[identifier], taylor_factors_dtype=case.dtype))  # fmt: skip
+            apply_taylorseer_cache(
+                model,
+                diffusers.TaylorSeerCacheConfig(
+                    **TAYLOR, cache_identifiers=[identifier], taylor_factors_dtype=case.dtype
+                ),
+            )
         function: Any = torch.compile(model) if how == "torch.compile" else model
         if how == "compile_repeated_blocks":
             model.compile_repeated_blocks()  # pyright: ignore[reportCallIssue]
@@ -271,8 +297,12 @@ def cache_dit(case: Case) -> Subject | None:
         settings = _deciding(case)
     else:
         mask = [1 if case.phase(step) == "compute" else 0 for step in range(STEPS)]
-        settings = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "steps_computation_mask": mask,
-                    "steps_computation_policy": "static"}  # fmt: skip
+        settings = {
+            "Fn_compute_blocks": 1,
+            "Bn_compute_blocks": 0,
+            "steps_computation_mask": mask,
+            "steps_computation_policy": "static",
+        }
     config = package.DBCacheConfig(num_inference_steps=STEPS, enable_separate_cfg=False, **settings)
     calibrator = package.TaylorSeerCalibratorConfig(taylorseer_order=TAYLOR["max_order"])
     package.enable_cache(model, cache_config=config, calibrator_config=calibrator)

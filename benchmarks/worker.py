@@ -159,8 +159,9 @@ def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Pr
     return list(measured.values())
 
 
-def _measure_together(case: Case, makers: list[_Maker], rounds: int, folders: list[str],
-                      measured: dict[int, Measured], peaks: Peaks) -> None:  # fmt: skip
+def _measure_together(
+    case: Case, makers: list[_Maker], rounds: int, folders: list[str], measured: dict[int, Measured], peaks: Peaks
+) -> None:
     """One process for each subject; then rounds in which all make a run together, each step in turn."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[int, Connection] = {}

@@ -17,7 +17,6 @@ diffusers says of calls (``integrations/listening.py``).
 from __future__ import annotations
 
 import dataclasses
-import enum
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,14 +45,13 @@ from .config import method_names
 from .errors import BatchError, CachepassError, hearing, warn
 from .integrations.listening import listen
 from .method import Method
-from .options import CompileOptions, is_declared, parse_options
+from .options import CompileOptions, parse_options
 from .program.dump import dump
-from .program.hoist import hoist, invariant_regions
-from .program.kept import LeftOut
 from .program.plan import make_plan
 from .program.sizes import SymbolBinder
 from .program.streams import resolve
-from .program.variants import Program, Traced
+from .program.trace import Traced, hoist_alike, trace
+from .program.variants import Program
 from .recipe.frequency import LatentFormat
 from .recipe.vocabulary import Skip, Target
 from .run.context import context_of, guidance_partner, hear
@@ -61,7 +59,7 @@ from .run.dispatch import Dispatcher
 from .run.guidance import comes_alone
 from .run.instance import HalfRun
 from .run.live import reset_around
-from .run.registry import model_of, part_of
+from .run.registry import model_of, model_of_part
 from .run.step import CurrentCall, step_runner
 
 logger = logging.getLogger(__name__)
@@ -69,8 +67,9 @@ listen(on_context=hear, on_end=reset_around)
 _STATIC_CAPTURES = 128  # of one function under guidance: sizes of prompts and images that a process goes through
 
 
-def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
-                    mode: str | None = None) -> Callable[..., Any]:  # fmt: skip
+def cached_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
     """Compile a Dynamo graph with caching: the backend itself.
 
     Args:
@@ -90,8 +89,8 @@ def cached_inductor(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mappi
         if parsed.cache is None:
             warn(
                 "backend='cached_inductor' without options={'cache': ...}: nothing is cached, this is plain Inductor. "
-                f"Methods: {', '.join(method_names())}", stacklevel=2,
-            )  # fmt: skip
+                f"Methods: {', '.join(method_names())}",
+            )
             return _torch.plain_inductor(gm, inputs, parsed.inductor)
         heard: list[str] = []
         with hearing(heard):
@@ -106,19 +105,19 @@ def compile_cached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
     """The pipeline for a graph with a cache."""
     place = locate(gm, options)
     prepared = prepare(gm, inputs, options, place)
-    part = None
+    model = None
     if place is not None and prepared.siblings is not None:
-        part = part_of(place, prepared.siblings, prepared.targets, options)
+        model = model_of_part(place, prepared.siblings, options)
     root = next(iter(_torch.root_modules()), None)
-    dispatcher = Dispatcher(prepared.method, options, prepared.layout, root, part)
-    if part is not None and not prepared.targets:
+    dispatcher = Dispatcher(prepared.method, options, prepared.layout, root, prepared.siblings, model)
+    if dispatcher.is_part and not prepared.targets:
         logger.info("nothing to cache in this part of the model: compiled as it is")
         dispatcher.compiled = _uncached(gm, inputs, options)
         return dispatcher
     idle = prepared.method.never_predicts(options.num_inference_steps)
     if idle is not None:
         # Nothing would ever read a slot: no marker, no slot, the very program that Inductor makes.
-        warn(f"the cache never fires: {idle}", stacklevel=3)
+        warn(f"the cache never fires: {idle}")
         dispatcher.idle_groups = tuple(dict.fromkeys(target.group for target in prepared.targets))
         dispatcher.compiled = _uncached(gm, inputs, options)
         return dispatcher
@@ -139,8 +138,9 @@ class Built:
     half: HalfRun | None
 
 
-def _comes_alone(inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
-                 root: torch.nn.Module | None) -> bool:  # fmt: skip
+def _comes_alone(
+    inputs: Sequence[Any], prepared: Prepared, options: CompileOptions, root: torch.nn.Module | None
+) -> bool:
     """The call that is captured is one in a run of guidance batches, and brings their conditional half alone."""
     layout = prepared.layout
     if root is None or guidance_partner(context_of(root)) is not None:
@@ -150,8 +150,15 @@ def _comes_alone(inputs: Sequence[Any], prepared: Prepared, options: CompileOpti
     return comes_alone(model_of(root, prepared.method, options), kind, timestep)
 
 
-def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
-          current: CurrentCall, *, alone: bool = False) -> Built:  # fmt: skip
+def build(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    prepared: Prepared,
+    options: CompileOptions,
+    current: CurrentCall,
+    *,
+    alone: bool = False,
+) -> Built:
     """From the Dynamo graph to the program whose variants are compiled on demand. ``alone``: its batch is the
     conditional half of guidance batches, so nothing is done with guidance."""
     method, targets, skips, notes = prepared.method, prepared.targets, prepared.skips, prepared.notes
@@ -169,13 +176,8 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
             outputs, latents, targets = half.outputs_of_full, half.latents, half.targets
             skips = (*skips, *half.skips)
             notes = (*notes, f"captured at half batch too; halved on steps that run it: {', '.join(half.call.names)}")
-    shown = dict(zip((node.name for node in gm.graph.find_nodes(op="placeholder")), prepared.names, strict=True))
-    dump("dynamo", gm.graph, shown)
-    _annotate_streams(gm, prepared)
-    annotate(gm, list(targets), prepared.table)
-    annotate_output(gm, outputs)
-    dump("annotated", gm.graph, shown)
-    full, run = _trace(gm, inputs, prepared.names, prepared.varying, options, current)
+    _annotate(gm, prepared, targets, outputs)
+    full, run = trace(gm, inputs, prepared.names, prepared.varying, options, step_runner(current))
     if method.streams:
         probe = prepared.probe
         notes = (*notes, *resolve(full.gm, full.varying, probe is not None and probe.residual, full.context.fake_mode))
@@ -183,21 +185,39 @@ def build(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options
     traced = [full] if half is None else [full, half.traced]
     _warn_of_ranks(full.gm.graph, method, prepared.probe is not None, options)
     if options.invariants and prepared.siblings is None:
-        traced, once, left = _hoist(traced, options.invariant_bytes)
+        traced, once, left = hoist_alike(traced, options.invariant_bytes)
         skips, notes = (*skips, *once), (*notes, *left)
-        if not prepared.method.cuts and traced[0].hoisted is None and not left:
-            warn("nothing but parameters and light work on them stays the same within a run: this is plain Inductor",
-                 stacklevel=4)  # fmt: skip
+        if not method.cuts and traced[0].hoisted is None and not left:
+            warn("nothing but parameters and light work on them stays the same within a run: this is plain Inductor")
     full, planned = traced[0], traced[-1]
     if half is not None:
         check_halves(full.gm.graph, planned.gm.graph)
-    plan = make_plan(planned.gm, targets, returns=options.lowering == "cond", skips=skips, notes=notes,
-                     guidance=guidance, latents=latents, halved=half is not None, probe=prepared.probe,
-                     process_group=options.process_group)  # fmt: skip
+    plan = make_plan(
+        planned.gm,
+        targets,
+        returns=options.lowering == "cond",
+        skips=skips,
+        notes=notes,
+        guidance=guidance,
+        latents=latents,
+        halved=half is not None,
+        probe=prepared.probe,
+        process_group=options.process_group,
+    )
     for cut in plan.cuts:
         logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")
     program = Program(full, None if half is None else planned, plan, options.lowering)
     return Built(program, run, None if half is None else HalfRun(half.run, half.call))
+
+
+def _annotate(gm: fx.GraphModule, prepared: Prepared, targets: Sequence[Target], outputs: Sequence[fx.Node]) -> None:
+    """Mark everything that a later pass looks for in the ATen graph."""
+    shown = dict(zip((node.name for node in gm.graph.find_nodes(op="placeholder")), prepared.names, strict=True))
+    dump("dynamo", gm.graph, shown)
+    _annotate_streams(gm, prepared)
+    annotate(gm, list(targets), prepared.table)
+    annotate_output(gm, list(outputs))
+    dump("annotated", gm.graph, shown)
 
 
 def _annotate_streams(gm: fx.GraphModule, prepared: Prepared) -> None:
@@ -224,66 +244,6 @@ def _annotate_streams(gm: fx.GraphModule, prepared: Prepared) -> None:
         annotate_probe(gm, probe.region.id, looked, table)
 
 
-def _trace(gm: fx.GraphModule, inputs: Sequence[Any], names: Sequence[str], varying: set[str],
-           options: CompileOptions, current: CurrentCall) -> tuple[Traced, Callable[..., Any]]:  # fmt: skip
-    """AOTAutograd over an annotated Dynamo graph: its ATen graph, and the callable that runs the current call."""
-    traced: list[Traced] = []
-    own = read_inputs(gm, inputs).own
-    roles = [_Input.of(value, name, varying, options) for value, name in zip(inputs, names, strict=True)]
-
-    def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
-        context = _torch.save_context(own_inputs, options.inductor, kwargs)
-        known = [_torch.input_index(node) for node in aten.graph.find_nodes(op="placeholder")]
-        found = {kind: frozenset(i for i, index in enumerate(known) if index is not None and roles[index] is kind)
-                 for kind in _Input}  # fmt: skip
-        unknown = {i for i, index in enumerate(known) if index is None}
-        parameters = frozenset(i for i, index in enumerate(known) if index is not None and index not in own)
-        readable = _placeholder_names(aten, names)
-        dump("aten", aten.graph, readable)
-        traced.append(Traced(aten, tuple(own_inputs), context, readable,
-                             found[_Input.VARYING] | unknown, found[_Input.DECLARED], parameters))  # fmt: skip
-        return step_runner(current)
-
-    run = _torch.compile_once(gm, inputs, inner, options.inductor)
-    return traced[-1], run
-
-
-class _Input(enum.Enum):
-    """What is known of an input's change within a run."""
-
-    VARYING = enum.auto()
-    DECLARED = enum.auto()  # by the user, not to change
-    CHECKED = enum.auto()
-
-    @staticmethod
-    def of(value: Any, name: str, varying: set[str], options: CompileOptions) -> _Input:
-        if any(is_declared(name, given) for given in options.invariant_inputs):
-            return _Input.DECLARED
-        traceless = isinstance(value, torch.Tensor) and value.is_inference()
-        changes = name in varying or any(is_declared(name, given) for given in options.varying_inputs)
-        return _Input.VARYING if changes or traceless else _Input.CHECKED
-
-
-def _hoist(traced: Sequence[Traced], budget: int | None) -> tuple[list[Traced], list[Skip], list[str]]:
-    """Take what stays the same within a run out of the graphs (of a full and half a batch), which are cut alike. Also
-    why regions are not cut, and what is not kept."""
-    regions = set.intersection(*(invariant_regions(t.gm.graph, t.varying) for t in traced))
-    result, computed = [], set(regions)
-    left: dict[str, None] = {}
-    for one in traced:
-        split = hoist(one.gm, one.varying, one.parameters, regions, budget, one.context.fake_mode)
-        dump("hoisted", split.gm.graph, one.names)
-        result.append(dataclasses.replace(one, gm=split.gm, hoisted=split.hoisted))
-        left.update(dict.fromkeys(LeftOut.told(split.left)))
-        if split.left:
-            computed &= set(() if split.hoisted is None else split.hoisted.regions)
-    for line in left:
-        logger.info(line)
-    reasons = {True: "it stays the same within a run: computed once",
-               False: "it stays the same within a run, and is too large to be kept: computed every time"}  # fmt: skip
-    return result, [Skip(region, reasons[region in computed]) for region in sorted(regions)], list(left)
-
-
 @dataclass(frozen=True)
 class _Half:
     """The half-batch graph, traced, and what it says about the full one."""
@@ -297,8 +257,9 @@ class _Half:
     skips: tuple[Skip, ...]
 
 
-def _build_half(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options: CompileOptions,
-                current: CurrentCall) -> _Half:  # fmt: skip
+def _build_half(
+    gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, options: CompileOptions, current: CurrentCall
+) -> _Half:
     """Capture the frame at half batch, cut the regions that both graphs have, trace."""
     guidance = prepared.method.guidance
     assert guidance is not None
@@ -313,7 +274,7 @@ def _build_half(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, o
         annotate(half, targets, table)
         annotate_output(half, half_outputs)
         names = read_inputs(half, half_inputs).names
-        traced, run = _trace(half, half_inputs, names, prepared.varying, options, current)
+        traced, run = trace(half, half_inputs, names, prepared.varying, options, step_runner(current))
         call = dataclasses.replace(call, pairs=pairs)
         built.append(_Half(traced, run, call, latents, full_outputs, tuple(targets), tuple(skips)))
 
@@ -329,8 +290,8 @@ def _warn_of_ranks(graph: fx.Graph, method: Method, probes: bool, options: Compi
         warn(
             "the model has collectives and the method decides by a distance that each rank measures by itself: ranks "
             'may decide differently and wait for each other for ever. Give options["process_group"] = "world", or the '
-            "group of the ranks that run the model together", stacklevel=4,
-        )  # fmt: skip
+            "group of the ranks that run the model together",
+        )
 
 
 def _position(gm: fx.GraphModule, value: fx.Node) -> int:
@@ -343,22 +304,14 @@ def _require_static(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     size is a capture of its own, which Dynamo's limit for functions that it captures once more by mistake would end."""
     _torch.allow_captures(_STATIC_CAPTURES)
     if _torch.is_symbolic(gm) and not _torch.restart_static(inputs):
-        raise BatchError("symbolic sizes: cached guidance is compiled for static ones", where="torch.compile",
-                         hint="compile with dynamic=False, and give integers that change from call to call as "
-                              "tensors")  # fmt: skip
+        raise BatchError(
+            "symbolic sizes: cached guidance is compiled for static ones",
+            where="torch.compile",
+            hint="compile with dynamic=False, and give integers that change from call to call as tensors",
+        )
 
 
 def _uncached(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions) -> Callable[..., Any]:
     if options.lowering == "eager":
         return gm.forward
     return _torch.plain_inductor(gm, inputs, options.inductor)
-
-
-def _placeholder_names(aten: fx.GraphModule, names: Sequence[str]) -> dict[str, str]:
-    """Readable names for the model's own placeholders in the ATen graph."""
-    readable = {}
-    for position, node in enumerate(aten.graph.find_nodes(op="placeholder")):
-        index = _torch.input_index(node)
-        index = position if index is None else index
-        readable[node.name] = names[index] if index < len(names) else node.name
-    return readable

@@ -32,10 +32,11 @@ def mag_ratios(model: torch.nn.Module | Callable[..., Any], context: str = DEFAU
     found = summary(model)
     if found.method != MagCacheConfig.__name__ or context not in found.distances:
         raise ConfigError(
-            f"nothing was measured in the context {context!r}", where="mag_ratios",
+            f"nothing was measured in the context {context!r}",
+            where="mag_ratios",
             hint="compile with MagCacheConfig(calibrate=True), and call the model for a whole run. "
-                 f"contexts: {', '.join(found.distances) or '(none)'}",
-        )  # fmt: skip
+            f"contexts: {', '.join(found.distances) or '(none)'}",
+        )
     return tuple(1.0 if distance is None else distance for distance in found.distances[context])
 
 
@@ -56,8 +57,9 @@ class TeaCacheFit:
     error: float
 
 
-def fit_teacache(model: torch.nn.Module, run: Callable[[Callable[..., Any]], object], *, module: str | None = None,
-                 degree: int = 4) -> TeaCacheFit:  # fmt: skip
+def fit_teacache(
+    model: torch.nn.Module, run: Callable[[Callable[..., Any]], object], *, module: str | None = None, degree: int = 4
+) -> TeaCacheFit:
     """Fit the polynomial by which TeaCache foretells how much the model's output changes from one step to the next.
 
     Args:
@@ -74,9 +76,10 @@ def fit_teacache(model: torch.nn.Module, run: Callable[[Callable[..., Any]], obj
     distances, changes = (_measured(model, run, probe) for probe in (ModuleOutput(module), ModelOutput()))
     if len(distances) <= degree + 1 or len(distances) != len(changes):
         raise ConfigError(
-            f"{len(distances)} and {len(changes)} distances were measured in the two runs", where="fit_teacache",
+            f"{len(distances)} and {len(changes)} distances were measured in the two runs",
+            where="fit_teacache",
             hint=f"both runs must be alike, of more than {degree + 2} steps",
-        )  # fmt: skip
+        )
     x, y = torch.tensor(distances, dtype=torch.float64), torch.tensor(changes, dtype=torch.float64)
     # Scaled to the unit interval: powers of small distances would lose the fit in rounding.
     scale = x.abs().max().clamp_min(1e-300)

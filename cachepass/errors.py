@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from types import FrameType
 
 
 class CachepassError(ValueError):
@@ -77,12 +79,35 @@ class CachepassWarning(UserWarning):
 _heard: ContextVar[list[str] | None] = ContextVar("cachepass_heard", default=None)
 
 
-def warn(message: str, heard: list[str] | None = None, *, stacklevel: int = 2) -> None:
-    """Warn, and write it down for ``summary``: in ``heard``, or in the list of the :func:`hearing` around."""
+# Packages that no warning points at: they lie between the line that the user wrote and what is found wrong.
+_BETWEEN = {"accelerate", "cachepass", "contextlib", "diffusers", "functools", "peft", "threading", "torch", "wrapt"}
+_COMPILED = "torch._dynamo.eval_frame"  # below it runs what was compiled, with lines of its own
+
+
+def _users_frame() -> FrameType:
+    """The frame of the user's line: outside of what is compiled, and of the packages between."""
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    names = [str(frame.f_globals.get("__name__")) for frame in frames]
+    outermost = max((i for i, name in enumerate(names) if name == _COMPILED), default=0)
+    outside = (i for i in range(outermost, len(frames)) if names[i].partition(".")[0] not in _BETWEEN)
+    return frames[next(outside, outermost)]
+
+
+def warn(message: str, heard: list[str] | None = None) -> None:
+    """Warn, at the user's line, and write it down for ``summary``: in ``heard``, or in the list of the
+    :func:`hearing` around."""
     into = _heard.get() if heard is None else heard
     if into is not None and message not in into:
         into.append(message)
-    warnings.warn(message, CachepassWarning, stacklevel=stacklevel + 1)
+    frame = _users_frame()
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(
+        message, CachepassWarning, frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__"), registry
+    )
 
 
 @contextlib.contextmanager

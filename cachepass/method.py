@@ -88,8 +88,13 @@ class Method:
         self.config.review_parts(regions, model)
         self.select(regions)
 
-    def _otherwise(self, modules: Sequence[tuple[Group, Part]], targets: Sequence[Target], regions: Sequence[Region],
-                   model: Sequence[str] | None) -> tuple[list[Target], list[str]]:  # fmt: skip
+    def _otherwise(
+        self,
+        modules: Sequence[tuple[Group, Part]],
+        targets: Sequence[Target],
+        regions: Sequence[Region],
+        model: Sequence[str] | None,
+    ) -> tuple[list[Target], list[str]]:
         """Targets for parts whose identifiers match nothing in the model, where they say what is taken then."""
         taken, found, notes = {target.region.id for target in targets}, list[Target](), list[str]()
         for group, part in modules:
@@ -97,29 +102,34 @@ class Method:
             assert isinstance(cut, Modules)
             if cut.otherwise is None or any(target.group == group.name for target in targets):
                 continue
-            match = re.search if cut.search else re.fullmatch
-            if any(match(identifier, path) for path in model or () for identifier in cut.identifiers):
+            if any(cut.compare(identifier, path) for path in model or () for identifier in cut.identifiers):
                 continue
-            more = [_target(group, part, r) for r in regions
-                    if _fits(cut, r) and r.matches(cut.otherwise) and r.id not in taken]  # fmt: skip
+            more = [
+                _target(group, part, r)
+                for r in regions
+                if cut.fits(r) and r.matches(cut.otherwise) and r.id not in taken
+            ]
             if more:
                 notes.append(f"the default identifiers match nothing; {len(more)} attention modules found instead")
             found += more
         return found, notes
 
-    def _require(self, modules: Sequence[tuple[Group, Part]], targets: Sequence[Target],
-                 regions: Sequence[Region]) -> None:  # fmt: skip
+    def _require(
+        self, modules: Sequence[tuple[Group, Part]], targets: Sequence[Target], regions: Sequence[Region]
+    ) -> None:
         reached = {target.group for target in targets}
         for group, part in modules:
             cut = part.cut
             assert isinstance(cut, Modules)
-            match = re.search if cut.search else re.fullmatch
-            unmatched = [i for i in cut.identifiers if not any(_fits(cut, r) and r.matches(i, match) for r in regions)]
+            unmatched = [
+                i for i in cut.identifiers if not any(cut.fits(r) and r.matches(i, cut.compare) for r in regions)
+            ]
             missed = group.name not in reached
             where = self.config.where(group.name, part)
             if (cut.must_match == "each" and unmatched) or (cut.must_match == "any" and missed):
-                raise no_match(where, unmatched or cut.identifiers, _candidates(cut, regions),
-                               f"{group.name} " if cut.kind else "")  # fmt: skip
+                raise no_match(
+                    where, unmatched or cut.identifiers, _candidates(cut, regions), f"{group.name} " if cut.kind else ""
+                )
             if cut.must_match == "none" and missed and (reached or self.guidance is not None):
                 warn(f"{self.config.where(group.name)} has no effect: {_why_unreached(group, cut, targets)}")
         if modules and not targets and self.guidance is None:
@@ -127,8 +137,9 @@ class Method:
             group, part = modules[0]
             raise no_match(self.config.where(group.name, part), identifiers, _candidates(part.cut, regions))
 
-    def _left(self, modules: Sequence[tuple[Group, Part]], targets: Sequence[Target],
-              regions: Sequence[Region]) -> list[Skip]:  # fmt: skip
+    def _left(
+        self, modules: Sequence[tuple[Group, Part]], targets: Sequence[Target], regions: Sequence[Region]
+    ) -> list[Skip]:
         """Modules that no group takes, where groups take kinds of modules, and why."""
         kinds = {part.cut.kind for _, part in modules if isinstance(part.cut, Modules)} - {None}
         taken = {target.region.id for target in targets}
@@ -139,8 +150,7 @@ class Method:
                 skips.append(Skip(region.id, f"{region.kind}: {why}"))
         return skips
 
-    def _span(self, group: Group, part: Part, regions: Sequence[Region],
-              model: Sequence[str] | None) -> list[Target]:  # fmt: skip
+    def _span(self, group: Group, part: Part, regions: Sequence[Region], model: Sequence[str] | None) -> list[Target]:
         cut = part.cut
         assert isinstance(cut, Blocks)
         blocks = self._stack(group, part, regions, cut.identifiers, model)
@@ -150,13 +160,20 @@ class Method:
         if not middle:
             raise ConfigError(
                 f"the first {cut.first} and last {cut.last} blocks are always computed, and the model has "
-                f"{len(blocks)}", where=self.config.where(group.name, part),
+                f"{len(blocks)}",
+                where=self.config.where(group.name, part),
                 hint=f"blocks: {listing([b.id for b in blocks])}",
-            )  # fmt: skip
+            )
         return [_target(group, part, span_of(middle))]
 
-    def _stack(self, group: Group, part: Part, regions: Sequence[Region], identifiers: Sequence[str] | None,
-               model: Sequence[str] | None) -> list[Region]:  # fmt: skip
+    def _stack(
+        self,
+        group: Group,
+        part: Part,
+        regions: Sequence[Region],
+        identifiers: Sequence[str] | None,
+        model: Sequence[str] | None,
+    ) -> list[Region]:
         """The blocks in the order of their calls; all of them, or none where they are in another graph of the model."""
         patterns = identifiers or [_LISTS]
         blocks = [r for r in regions if any(re.fullmatch(i, r.path) for i in patterns)]
@@ -169,16 +186,18 @@ class Method:
             blocks = [r for r in regions if r.is_block and re.fullmatch(_ANY_LIST, r.path)]
             patterns = [f"{re.escape(r.path.rpartition('.')[0])}\\.\\d+" for r in blocks]
             if not blocks and model is None:
-                raise no_match(where, ["a list of blocks"], [r.path for r in regions],
-                               "give Blocks(identifiers=[...]); ")  # fmt: skip
+                raise no_match(
+                    where, ["a list of blocks"], [r.path for r in regions], "give Blocks(identifiers=[...]); "
+                )
         here = {r.path for r in blocks}
         elsewhere = [path for path in model or () if path not in here and any(re.fullmatch(i, path) for i in patterns)]
         if blocks and elsewhere:
             raise PartialGraphError(
                 f"what a stack of blocks adds to the model's streams is told in one graph, and {listing(elsewhere)} "
-                "lie in others", where=type(self.config).__name__,
+                "lie in others",
+                where=type(self.config).__name__,
                 hint="compile the whole model with fullgraph=True, or forecast modules inside of the blocks",
-            )  # fmt: skip
+            )
         return blocks
 
     def _probe(self, regions: Sequence[Region], model: Sequence[str] | None) -> ProbeTarget | None:
@@ -187,8 +206,14 @@ class Method:
             return None
         probe, name, metric = group.probe, group.name, group.metric
         if isinstance(probe, Latents):
-            return ProbeTarget(name, every=probe.every, per_sample=True, transform=probe.transform,
-                               parameters=int(probe.sigma), metric=metric)  # fmt: skip
+            return ProbeTarget(
+                name,
+                every=probe.every,
+                per_sample=True,
+                transform=probe.transform,
+                parameters=int(probe.sigma),
+                metric=metric,
+            )
         if isinstance(probe, ModelOutput):
             return ProbeTarget(name, of_model=True, every=probe.every, metric=metric)
         part = group.parts[0]
@@ -204,10 +229,12 @@ class Method:
         if first > len(blocks):
             raise ConfigError(
                 f"it looks at {first} blocks, and the model has {len(blocks)}",
-                where=f"{type(self.config).__name__}.probe", hint=f"blocks: {listing([b.id for b in blocks])}",
-            )  # fmt: skip
-        return ProbeTarget(name, span_of(blocks[:first]), residual=isinstance(probe, BlockResidual), every=probe.every,
-                           metric=metric)  # fmt: skip
+                where=f"{type(self.config).__name__}.probe",
+                hint=f"blocks: {listing([b.id for b in blocks])}",
+            )
+        return ProbeTarget(
+            name, span_of(blocks[:first]), residual=isinstance(probe, BlockResidual), every=probe.every, metric=metric
+        )
 
     def _module(self, identifier: str | None, regions: Sequence[Region], block: Region) -> Region:
         if identifier is None:
@@ -216,8 +243,9 @@ class Method:
             inside = [r for r in regions if re.fullmatch(identifier, r.path)]
         if not inside:
             candidates = [r.path for r in regions if r.path.startswith(f"{block.path}.")]
-            raise no_match(f"{type(self.config).__name__}.probe", [identifier or "a norm in the first block"],
-                           candidates)  # fmt: skip
+            raise no_match(
+                f"{type(self.config).__name__}.probe", [identifier or "a norm in the first block"], candidates
+            )
         return inside[0]
 
     # ---- when -------------------------------------------------------------------------------------------------------
@@ -289,10 +317,6 @@ def _target(group: Group, part: Part, region: Region) -> Target:
     return Target(region, group.name, part.forecast.form, part.dtype, residual)
 
 
-def _fits(cut: Modules, region: Region) -> bool:
-    return cut.kind is None or region.is_of(cut.kind)
-
-
 def _first_to_take(modules: Sequence[tuple[Group, Part]], regions: Sequence[Region]) -> list[Target]:
     """Each region with the first part whose cut takes it."""
     targets = []
@@ -300,8 +324,7 @@ def _first_to_take(modules: Sequence[tuple[Group, Part]], regions: Sequence[Regi
         for group, part in modules:
             cut = part.cut
             assert isinstance(cut, Modules)
-            match = re.search if cut.search else re.fullmatch
-            if _fits(cut, region) and any(region.matches(identifier, match) for identifier in cut.identifiers):
+            if cut.takes(region):
                 targets.append(_target(group, part, region))
                 break
     return targets
@@ -309,16 +332,17 @@ def _first_to_take(modules: Sequence[tuple[Group, Part]], regions: Sequence[Regi
 
 def _candidates(cut: object, regions: Sequence[Region]) -> list[str]:
     if isinstance(cut, Modules) and cut.kind is not None:
-        return [r.path for r in regions if _fits(cut, r)]
+        return [r.path for r in regions if cut.fits(r)]
     return [r.path for r in regions if r.is_attention] or [r.path for r in regions]
 
 
 def _why_unreached(group: Group, cut: Modules, targets: Sequence[Target]) -> str:
-    match = re.search if cut.search else re.fullmatch
     for target in targets:
-        if _fits(cut, target.region) and any(target.region.matches(i, match) for i in cut.identifiers):
-            return (f"the {target.group} identifiers, which come first, match {target.region.path} and all others of "
-                    "its modules too")  # fmt: skip
+        if cut.takes(target.region):
+            return (
+                f"the {target.group} identifiers, which come first, match {target.region.path} and all others of "
+                "its modules too"
+            )
     return f"the identifiers match no {group.name} module of the model"
 
 
@@ -326,5 +350,6 @@ def no_match(where: str, patterns: Sequence[str], candidates: Sequence[str], mor
     """The error for patterns that match no module of the traced graph."""
     return NoMatchError(
         f"{', '.join(map(repr, patterns))} matches no module that the model calls",
-        where=where, hint=f"{more}candidates: {listing(candidates)}",
-    )  # fmt: skip
+        where=where,
+        hint=f"{more}candidates: {listing(candidates)}",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,8 @@ class CompileOptions:
         lowering: ``"specialize"`` (one straight-line program per phase), ``"cond"`` (one program with conditional
             branches) or ``"eager"`` (the rewritten variants, uncompiled).
         timestep_input: Name of the graph input that holds the timestep; None: found by name.
-        timestep_scale: Factor from the input's unit to the unit of the config's ranges (1000 for FLUX-like models,
-            whose input runs from 1 to 0).
+        timestep_scale: Factor from the input's unit to the unit of the config's ranges, 1000 to 0. None: 1000 where
+            the first timestep is 1 or below (FLUX-like models, whose input runs from 1 to 0), else 1.
         num_inference_steps: Calls per run, in each context. A run ends when they were made, or when the timestep rises.
             Without it, and for methods that need the timestep, that is read in every call, for which an accelerator is
             waited for.
@@ -51,7 +51,7 @@ class CompileOptions:
     cache: MethodConfig | None = None
     lowering: str = "specialize"
     timestep_input: str | None = None
-    timestep_scale: float = 1.0
+    timestep_scale: float | None = None
     num_inference_steps: int | None = None
     invariants: bool = True
     invariant_inputs: tuple[str, ...] = ()
@@ -63,12 +63,13 @@ class CompileOptions:
 
 
 def is_declared(name: str, given: str) -> bool:
-    """Whether an input is the one, or inside of the one, that the user calls ``given``."""
-    return name == given or name.startswith(f"{given}.")
+    """Whether an input is the one, or inside of the one, that the user calls ``given``: the whole name, or its end
+    (``encoder_hidden_states`` for ``kwargs.encoder_hidden_states``)."""
+    return f".{given}." in f".{name}."
 
 
 def parse_options(
-    options: Mapping[str, Any] | None,
+    options: object,
     mode: str | None,
     inductor_keys: set[str],
     modes: Mapping[str, dict[str, Any]],
@@ -78,6 +79,8 @@ def parse_options(
     ``"mode"`` may stand among the options too, since torch.compile takes either ``mode=`` or ``options=``. A mode's
     patches come first; single options override them.
     """
+    if options is not None and not isinstance(options, Mapping):
+        options = {"cache": options}  # options=TaylorSeerCacheConfig(...)
     given = dict(options or {})
     name: Any = given.pop("mode", mode) or "default"
     if name not in modes:
@@ -92,9 +95,10 @@ def parse_options(
             patches[key.replace("-", "_")] = value
         else:
             raise OptionError(
-                f"unknown option {key!r}", where="torch.compile options",
+                f"unknown option {key!r}",
+                where="torch.compile options",
                 hint=_option_hint(key, ["mode", *names], inductor_keys),
-            )  # fmt: skip
+            )
     if ours.get("cache") is not None:
         ours["cache"] = parse_cache(ours["cache"])
     for key in ("invariant_inputs", "varying_inputs"):
@@ -117,51 +121,76 @@ def _process_group(given: Any) -> Any:
     where = 'options["process_group"]'
     world = _torch.default_group()
     if world is None:
-        raise OptionError("torch.distributed is not initialised", where=where,
-                          hint="call torch.distributed.init_process_group first; one process needs none")  # fmt: skip
+        raise OptionError(
+            "torch.distributed is not initialised",
+            where=where,
+            hint="call torch.distributed.init_process_group first; one process needs none",
+        )
     if isinstance(given, str) and given == "world":
         return world
     if not _torch.is_process_group(given):
         raise OptionError(
-            f"expected a ProcessGroup of which this rank is a member, or 'world', got {given!r}", where=where,
+            f"expected a ProcessGroup of which this rank is a member, or 'world', got {given!r}",
+            where=where,
             hint="torch.distributed.new_group(ranks) makes one, and mesh.get_group(name) has that of a DeviceMesh",
-        )  # fmt: skip
+        )
     return given
 
 
-def _check_options(options: CompileOptions) -> None:
-    def fail(name: str, what: str, hint: str | None = None) -> OptionError:
-        return OptionError(what, where=f'options["{name}"]', hint=hint)
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
+def _is_scale(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (is_number and 0 < value < math.inf)
+
+
+# What the options may be, and how that is said.
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_inference_steps": (lambda v: v is None or _is_int(v, 1), "an int >= 1 or None"),
+    "timestep_input": (lambda v: v is None or isinstance(v, str), "the name of a model input"),
+    "timestep_scale": (_is_scale, "a positive number or None"),
+    "invariants": (lambda v: isinstance(v, bool), "a bool"),
+    "invariant_inputs": (_are_names, "a list of names of model inputs"),
+    "varying_inputs": (_are_names, "a list of names of model inputs"),
+    "max_cache_bytes": (lambda v: v is None or _is_int(v, 1), "a number of bytes or None"),
+    "invariant_bytes": (lambda v: v is None or _is_int(v, 0), "a number of bytes or None"),
+}
+
+
+def _check_options(options: CompileOptions) -> None:
     if options.lowering not in LOWERINGS:
-        raise fail("lowering", f"there is no lowering {options.lowering!r}", closest(str(options.lowering), LOWERINGS))
+        hint = closest(str(options.lowering), LOWERINGS)
+        raise _fail("lowering", f"there is no lowering {options.lowering!r}", hint)
+    for name, (holds, expected) in _EXPECTED.items():
+        value = getattr(options, name)
+        if not holds(value):
+            raise _fail(name, f"expected {expected}, got {value!r}")
+    _check_together(options)
+
+
+def _check_together(options: CompileOptions) -> None:
+    """What options that are right by themselves say together."""
     if options.lowering == "cond" and options.inductor.get("triton.cudagraphs"):
-        raise fail("lowering", "'cond' chooses branches on the host in the middle of a program, which a CUDA graph "
-                   "cannot", 'use "specialize", whose programs are straight lines')  # fmt: skip
-    steps = options.num_inference_steps
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise fail("num_inference_steps", f"expected an int >= 1 or None, got {steps!r}")
-    name = options.timestep_input
-    if name is not None and not isinstance(name, str):
-        raise fail("timestep_input", f"expected the name of a model input, got {name!r}")
-    if not isinstance(options.invariants, bool):
-        raise fail("invariants", f"expected a bool, got {options.invariants!r}")
-    for key in ("invariant_inputs", "varying_inputs"):
-        names = getattr(options, key)
-        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-            raise fail(key, f"expected a list of names of model inputs, got {names!r}")
+        raise _fail(
+            "lowering",
+            "'cond' chooses branches on the host in the middle of a program, which a CUDA graph cannot",
+            'use "specialize", whose programs are straight lines',
+        )
     for name in options.varying_inputs:
         if name in options.invariant_inputs:
-            raise fail("varying_inputs", f"{name!r} is among the invariant_inputs too", "leave out one of the two")
-    most = options.max_cache_bytes
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise fail("max_cache_bytes", f"expected a number of bytes or None, got {most!r}")
-    limit = options.invariant_bytes
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-        raise fail("invariant_bytes", f"expected a number of bytes or None, got {limit!r}")
+            raise _fail("varying_inputs", f"{name!r} is among the invariant_inputs too", "leave out one of the two")
     kept = options.invariant_inputs or (options.cache is not None and options.cache.method == "invariant")
     if not options.invariants and kept:
-        raise fail("invariants", "False, and yet there are things to keep: invariant_inputs, or the method 'invariant'")
-    scale = options.timestep_scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise fail("timestep_scale", f"expected a positive number, got {scale!r}")
+        raise _fail(
+            "invariants", "False, and yet there are things to keep: invariant_inputs, or the method 'invariant'"
+        )
+
+
+def _fail(name: str, what: str, hint: str | None = None) -> OptionError:
+    return OptionError(what, where=f'options["{name}"]', hint=hint)

@@ -49,8 +49,15 @@ def count_compiles() -> Iterator[CompileCounts]:
     counts.graphs, counts.graph_breaks, counts.recompiles = compile_statistics()
 
 
-def graph_diff(model: Callable[..., Any], *args: Any, cache: object, phase: str = "predict", context: int = 0,
-               options: dict[str, Any] | None = None, **kwargs: Any) -> str:  # fmt: skip
+def graph_diff(
+    model: Callable[..., Any],
+    *args: Any,
+    cache: object,
+    phase: str = "predict",
+    context: int = 0,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> str:
     """The unified diff from a model's plain graph to that of a phase, less headers and line numbers.
 
     ``phase`` is ``"compute"``, ``"predict"``, ``"predict:spatial"``, ... or ``"canonical"``.
@@ -60,8 +67,15 @@ def graph_diff(model: Callable[..., Any], *args: Any, cache: object, phase: str 
     return "\n".join(line for line in lines if not line.startswith("@@"))
 
 
-def assert_graph_diff(model: Callable[..., Any], *args: Any, cache: object, golden: str, phase: str = "predict",
-                      options: dict[str, Any] | None = None, **kwargs: Any) -> None:  # fmt: skip
+def assert_graph_diff(
+    model: Callable[..., Any],
+    *args: Any,
+    cache: object,
+    golden: str,
+    phase: str = "predict",
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
     """Raise AssertionError, showing both, unless ``graph_diff`` prints ``golden`` (outer blank lines ignored)."""
     actual = graph_diff(model, *args, cache=cache, phase=phase, options=options, **kwargs)
     if actual.strip() != golden.strip():

@@ -14,8 +14,13 @@ from .run.live import programs_of
 from .run.reach import WARMING, Warming
 
 
-def warmup(model: Callable[..., Any], *args: Any, timesteps: Sequence[float] | None = None, progress: bool = True,
-           **kwargs: Any) -> Summary:  # fmt: skip
+def warmup(
+    model: Callable[..., Any],
+    *args: Any,
+    timesteps: Sequence[float] | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Summary:
     """Compile every phase that a run can reach, with the inputs of one step: ``model(*args, **kwargs)``.
 
     Without it each phase is compiled in the first step that needs it. Here the kernels of one are compiled by

@@ -54,11 +54,21 @@ def _plain(match: re.Match[str], folder: Path) -> str:
 def curves(method: str) -> str:
     """The measured points of one method as a Markdown table, from data/curves.json."""
     known = json.loads((DOCS / "data" / "curves.json").read_text())
-    lines = ["| curve | knob | computed | predicted | FLOPs, % of uncached | PSNR dB | accuracy % | cache MiB |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| curve | knob | computed | predicted | FLOPs, % of uncached | PSNR dB | accuracy % | cache MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for p in (point for point in known["points"] if point["method"] == method):
-        cells = [p["curve"], p["knob"], p["computed"], p["predicted"], f"{p['flops_percent']:.1f}",
-                 f"{p['psnr_db']:.1f}", f"{p['accuracy_percent']:.1f}", f"{p['cache_bytes'] / 2**20:.1f}"]  # fmt: skip
+        cells = [
+            p["curve"],
+            p["knob"],
+            p["computed"],
+            p["predicted"],
+            f"{p['flops_percent']:.1f}",
+            f"{p['psnr_db']:.1f}",
+            f"{p['accuracy_percent']:.1f}",
+            f"{p['cache_bytes'] / 2**20:.1f}",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -66,11 +76,20 @@ def curves(method: str) -> str:
 def adaptive() -> str:
     """The measured points of data/adaptive.json as a Markdown table."""
     known = json.loads((DOCS / "data" / "adaptive.json").read_text())
-    lines = ["| method | knob | computed | FLOPs, % of uncached | PSNR dB | accuracy % | cache MiB |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| method | knob | computed | FLOPs, % of uncached | PSNR dB | accuracy % | cache MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for p in known["points"]:
-        cells = [p["curve"], f"{p['knob']} {p['value']}", p["computed"], f"{p['flops_percent']:.1f}",
-                 f"{p['psnr_db']:.1f}", f"{p['accuracy_percent']:.1f}", f"{p['cache_bytes'] / 2**20:.1f}"]  # fmt: skip
+        cells = [
+            p["curve"],
+            f"{p['knob']} {p['value']}",
+            p["computed"],
+            f"{p['flops_percent']:.1f}",
+            f"{p['psnr_db']:.1f}",
+            f"{p['accuracy_percent']:.1f}",
+            f"{p['cache_bytes'] / 2**20:.1f}",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -86,6 +105,8 @@ def how_measured(data: str = "curves") -> str:
     """The settings of the points, as a sentence."""
     known = json.loads((DOCS / "data" / f"{data}.json").read_text())
     s = known["settings"]
-    return (f"`{known['command']}`: {s['images']} digits, {s['steps']} steps, guidance {s['guidance']:g}, seed "
-            f"{s['seed']}, torch {known['versions']['torch']}; the uncached digits' accuracy is "
-            f"{known['uncached_accuracy_percent']:.1f} %")  # fmt: skip
+    return (
+        f"`{known['command']}`: {s['images']} digits, {s['steps']} steps, guidance {s['guidance']:g}, seed "
+        f"{s['seed']}, torch {known['versions']['torch']}; the uncached digits' accuracy is "
+        f"{known['uncached_accuracy_percent']:.1f} %"
+    )

@@ -16,8 +16,18 @@ Probe = Callable[["BlockCache", torch.Tensor], torch.Tensor]
 class BlockCache:
     """``Transformer`` step by step: the blocks from ``first`` on are computed or their residual is forecast."""
 
-    def __init__(self, model: Transformer, schedule: Schedule, forecast: ForecastRule, *, first: int = 1, last: int = 0,
-                 every: bool = False, modulated: bool = False, residual: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: Transformer,
+        schedule: Schedule,
+        forecast: ForecastRule,
+        *,
+        first: int = 1,
+        last: int = 0,
+        every: bool = False,
+        modulated: bool = False,
+        residual: bool = True,
+    ) -> None:
         self.model, self.schedule, self.forecast = model, schedule, forecast
         self.first, self.end, self.every = first, len(model.blocks) - last, every
         self.modulated, self.residual = modulated, residual
@@ -55,8 +65,9 @@ class BlockCache:
     def _decide(self, step: Step, probe: torch.Tensor) -> tuple[bool, float | None]:
         if not self.history:
             return False, None
-        past = Past(tuple(kept[0] for kept in self.history), self.skipped, self.streak, tuple(self.distances),
-                    self.measured)  # fmt: skip
+        past = Past(
+            tuple(kept[0] for kept in self.history), self.skipped, self.streak, tuple(self.distances), self.measured
+        )
         answer = self.schedule.predicts(step, past)
         if answer is not None or self.kept is None:
             return bool(answer), None

@@ -62,8 +62,9 @@ class Page:
         """The page from the top of an element, as wide as the window and ``height`` (or the element's) high."""
         top, own = self.run(
             "const box = document.querySelector(arguments[0]).getBoundingClientRect();"
-            "return [box.top + scrollY, box.height]", css,
-        )  # fmt: skip
+            "return [box.top + scrollY, box.height]",
+            css,
+        )
         width = self.run("return document.documentElement.clientWidth")
         clip = {"x": 0, "y": max(top, 0), "width": width, "height": height or own, "scale": 1}
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
@@ -75,9 +76,15 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": told})
 
     def size(self, width: int, height: int) -> None:
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": False,
-        })  # fmt: skip
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {
+                "width": width,
+                "height": height,
+                "deviceScaleFactor": 1,
+                "mobile": False,
+            },
+        )
 
     def console(self) -> list[dict[str, Any]]:
         """What was written to the console since this was last asked."""

@@ -7,10 +7,32 @@ import os
 
 import pytest
 import torch
+from covering import covering
+from zoo import ALL
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would only wait for each other
     torch.set_num_threads(1)
 gc.set_threshold(50_000, 20, 50)  # tracing makes many objects; collecting among them took a twentieth of the time
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what no ``covering`` mark asks for."""
+    cases, marks = {}, {}
+    for item in items:
+        if (mark := item.get_closest_marker("covering")) and not ALL:
+            test = item.parent, item.originalname
+            cases.setdefault(test, {})[item] = {name: repr(value) for name, value in item.callspec.params.items()}
+            marks[test] = mark
+    kept = {item for test, mark in marks.items() for item in covering(cases[test], *mark.args, **mark.kwargs)}
+    left_out = {item for test in cases for item in cases[test]} - kept
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish():
+    """What was imported stays; no collection needs to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +41,8 @@ def _fresh_compiler():
     with torch.no_grad():
         yield
     torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()  # what torch never lets go of; looking at it again and again took a tenth of the time
 
 
 @pytest.fixture(autouse=True, scope="session")

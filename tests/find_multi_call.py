@@ -163,8 +163,11 @@ def made_in(statement: ast.stmt) -> Iterator[str]:
 
 
 def tells_timestep(body: list[ast.stmt]) -> bool:
-    return any(isinstance(node, ast.Attribute) and node.attr == "_current_timestep" and isinstance(node.ctx, ast.Store)
-               for statement in body for node in ast.walk(statement))  # fmt: skip
+    return any(
+        isinstance(node, ast.Attribute) and node.attr == "_current_timestep" and isinstance(node.ctx, ast.Store)
+        for statement in body
+        for node in ast.walk(statement)
+    )
 
 
 def steps_of(function: ast.FunctionDef) -> Iterator[list[ast.stmt]]:
@@ -175,8 +178,10 @@ def steps_of(function: ast.FunctionDef) -> Iterator[list[ast.stmt]]:
     for node in ast.walk(function):
         if not isinstance(node, (ast.For, ast.While)) or not _over_steps(node):
             continue
-        if not any(isinstance(inner, (ast.For, ast.While)) and inner is not node and _over_steps(inner)
-                   for inner in ast.walk(node)):  # fmt: skip
+        if not any(
+            isinstance(inner, (ast.For, ast.While)) and inner is not node and _over_steps(inner)
+            for inner in ast.walk(node)
+        ):
             yield node.body
 
 
@@ -190,8 +195,11 @@ def classes_in(path: Path, root: Path) -> Iterator[Found]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in (child for child in tree.body if isinstance(child, ast.ClassDef)):
         methods = {child.name: child for child in node.body if isinstance(child, ast.FunctionDef)}
-        found = [_found(path.relative_to(root), node.name, Step(body, methods, aliases_in(method)))
-                 for method in methods.values() for body in steps_of(method)]  # fmt: skip
+        found = [
+            _found(path.relative_to(root), node.name, Step(body, methods, aliases_in(method)))
+            for method in methods.values()
+            for body in steps_of(method)
+        ]
         found = [each for each in found if each is not None]
         if found:
             yield max(found, key=lambda each: (each.several, each.calls))
@@ -201,10 +209,15 @@ def _found(path: Path, name: str, step: Step) -> Found | None:
     if not step.sites:
         return None
     return Found(
-        str(path.with_suffix("")), name, step.calls, step.loop, step.guider,
-        (sum(site.named for site in step.sites), len(step.sites)), tells_timestep(step.body),
+        str(path.with_suffix("")),
+        name,
+        step.calls,
+        step.loop,
+        step.guider,
+        (sum(site.named for site in step.sites), len(step.sites)),
+        tells_timestep(step.body),
         tuple(dict.fromkeys(step.anew())),
-    )  # fmt: skip
+    )
 
 
 def everything() -> list[Found]:
@@ -226,8 +239,11 @@ def guiders() -> dict[str, int]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 for child in node.body:
-                    if isinstance(child, ast.Assign) and ast.unparse(child.targets[0]) == "_input_predictions" \
-                            and isinstance(child.value, ast.List):  # fmt: skip
+                    if (
+                        isinstance(child, ast.Assign)
+                        and ast.unparse(child.targets[0]) == "_input_predictions"
+                        and isinstance(child.value, ast.List)
+                    ):
                         found[node.name] = len(child.value.elts)
     return found
 
@@ -236,8 +252,14 @@ def row(found: Found) -> tuple[str, ...]:
     calls = f"{found.calls}" + (" x guider" if found.guider else " x n" if found.loop else "")
     inside, sites = found.contexts
     contexts = "each" if inside == sites else "none" if inside == 0 else f"{inside} of {sites}"
-    return (found.place.split("/", 1)[1], found.name, calls, contexts, "yes" if found.tells_timestep else "no",
-            ", ".join(found.anew) or "-")  # fmt: skip
+    return (
+        found.place.split("/", 1)[1],
+        found.name,
+        calls,
+        contexts,
+        "yes" if found.tells_timestep else "no",
+        ", ".join(found.anew) or "-",
+    )
 
 
 HEADER = ("module", "class", "calls", "context", "_current_timestep", "conditioning made in the step")
@@ -245,8 +267,9 @@ HEADER = ("module", "class", "calls", "context", "_current_timestep", "condition
 
 def table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in rows)  # fmt: skip
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows
+    )
 
 
 def main() -> None:

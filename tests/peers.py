@@ -18,8 +18,36 @@ import torch
 from residuals import Block, NoPeer, Peer, blocks_of, mixed, mixed_threshold, reference, relative_l1, reuse
 from zoo import build, clock_of, inputs_of, timestep_scale, trajectory
 
-__all__ = ["NoPeer", "Peer", "db_cache", "first_block_cache", "mag_cache", "mixed", "mixed_threshold", "reference",
-           "reuse", "sea_cache", "vision_of"]  # fmt: skip
+__all__ = [
+    "WITHOUT",
+    "NoPeer",
+    "Peer",
+    "db_cache",
+    "first_block_cache",
+    "mag_cache",
+    "mixed",
+    "mixed_threshold",
+    "reference",
+    "reuse",
+    "sea_cache",
+    "vision_of",
+]
+
+# Why a model has no peer. A peer that stops to run a model is a failure, so that no oracle vanishes unseen.
+NO_LIST = {"HiDreamImageTransformer2DModel", "UVit2DModel"}
+BETWEEN = {"LatteTransformer3DModel"}  # its lists take turns, on tensors rearranged in between
+UNREGISTERED = {"AllegroTransformer3DModel", "HunyuanDiT2DModel", "HunyuanVideo15Transformer3DModel",
+                "Lumina2Transformer2DModel", "OmniGenTransformer2DModel", "SanaTransformer2DModel"}  # fmt: skip
+OTHER_NAME = {"ZImageTransformer2DModel"}  # the registry does not know what its blocks call their input
+FUSED = {"Flux2Transformer2DModel"}  # its last blocks return one stream, its first ones two
+NO_TEXT = {"SD3Transformer2DModel", "SD3Transformer2DModel:SD35"}  # its last block returns None beside a tensor
+WITHOUT = {
+    "reference": NO_LIST | BETWEEN,
+    "first block": NO_LIST | BETWEEN | UNREGISTERED | OTHER_NAME | FUSED | NO_TEXT,
+    "mag": NO_LIST | BETWEEN | UNREGISTERED | OTHER_NAME,
+    "sea": NO_LIST | BETWEEN | UNREGISTERED | OTHER_NAME | FUSED | NO_TEXT,
+    "db": NO_LIST | BETWEEN | FUSED,
+}
 
 
 Apply = Callable[[torch.nn.Module], None]
@@ -57,9 +85,12 @@ class Hooks(_Watched):
 
     def _hook(self, kind: type) -> Any:
         """The one hook of a class, on whichever block it is."""
-        return next(hook for module in self.model.modules()
-                    for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
-                    if isinstance(hook, kind))  # fmt: skip
+        return next(
+            hook
+            for module in self.model.modules()
+            for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
+            if isinstance(hook, kind)
+        )
 
     def _context(self, call: dict[str, Any]) -> dict[str, Any]:
         """What the pipeline would say of this step beside the context's name."""
@@ -193,8 +224,9 @@ def _adapter(model: torch.nn.Module) -> Any:
 
     class_name = type(model).__name__
     if class_name in _PATTERNS:
-        lists = [getattr(model, name) for name in ("transformer_blocks", "single_transformer_blocks")
-                 if hasattr(model, name)]  # fmt: skip
+        lists = [
+            getattr(model, name) for name in ("transformer_blocks", "single_transformer_blocks") if hasattr(model, name)
+        ]
         patterns, patch = [ForwardPattern[_PATTERNS[class_name]]] * len(lists), None
     else:
         if not BlockAdapterRegister.is_supported(model):
@@ -210,9 +242,15 @@ def _adapter(model: torch.nn.Module) -> Any:
     # Its own adapter would cache each list for itself; as one list they decide once, as everybody else does.
     names = [next(n for n, child in model.named_children() if child is blocks) for blocks in lists]
     joined = torch.nn.ModuleList(block for blocks in lists for block in blocks)
-    return BlockAdapter(transformer=model, blocks=joined, blocks_name=names[0], dummy_blocks_names=names[1:],
-                        forward_pattern=patterns[0], check_num_outputs=False,
-                        patch_functor=patch if len(lists) == 1 else None)  # fmt: skip
+    return BlockAdapter(
+        transformer=model,
+        blocks=joined,
+        blocks_name=names[0],
+        dummy_blocks_names=names[1:],
+        forward_pattern=patterns[0],
+        check_num_outputs=False,
+        patch_functor=patch if len(lists) == 1 else None,
+    )
 
 
 Make = Callable[[], Peer]
@@ -280,8 +318,14 @@ def mag_cache(name: str, *, layers: int | None = None, **fields: Any) -> Mag:
         config = MagCacheConfig(**fields)
         return Mag(model, lambda model: apply_mag_cache(model, config), watched)
 
-    _checked("mag", name, layers, functools.partial(make, threshold=1e9, max_skip_steps=100, retention_ratio=0.0,
-                                                    num_inference_steps=100, mag_ratios=[1.0, 1.0]))  # fmt: skip
+    _checked(
+        "mag",
+        name,
+        layers,
+        functools.partial(
+            make, threshold=1e9, max_skip_steps=100, retention_ratio=0.0, num_inference_steps=100, mag_ratios=[1.0, 1.0]
+        ),
+    )
     return make(**fields)
 
 
@@ -312,13 +356,18 @@ def sea_cache(name: str, *, steps: int = 9, layers: int | None = None, vision: b
         config = SeaCacheConfig(**fields)
         return Sea(model, lambda model: apply_sea_cache(model, config), watched, name, steps)
 
-    _checked("sea", name, layers, functools.partial(make, 9, threshold=1e9, retention_steps=0, cache_end_steps=0,
-                                                    max_consecutive_cached=0))  # fmt: skip
+    _checked(
+        "sea",
+        name,
+        layers,
+        functools.partial(make, 9, threshold=1e9, retention_steps=0, cache_end_steps=0, max_consecutive_cached=0),
+    )
     return make(steps, **fields)
 
 
-def db_cache(name: str, config_fields: dict[str, Any], taylor_order: int | None = None, *,
-             layers: int | None = None) -> DB:  # fmt: skip
+def db_cache(
+    name: str, config_fields: dict[str, Any], taylor_order: int | None = None, *, layers: int | None = None
+) -> DB:
     """``config_fields``: of DBCacheConfig; unless they say otherwise one first block, no last one, one warm-up step."""
     import cache_dit  # noqa: F401 (missing, it is no reason of a model's)
 

@@ -70,8 +70,14 @@ def _ddim(name: str = "DDIMScheduler", **config: Any) -> Any:
 def _wan(two: bool) -> Any:
     second = build("WanTransformer3DModel", seed=1) if two else None
     flow = functools.partial(_flow, shift=3.0)
-    return _make("WanPipeline", "WanTransformer3DModel", flow, "tokenizer text_encoder vae",
-                 transformer_2=second, boundary_ratio=0.7 if two else None)  # fmt: skip
+    return _make(
+        "WanPipeline",
+        "WanTransformer3DModel",
+        flow,
+        "tokenizer text_encoder vae",
+        transformer_2=second,
+        boundary_ratio=0.7 if two else None,
+    )
 
 
 def _dit() -> Any:
@@ -172,12 +178,23 @@ def _flux_controlnet() -> Any:
         if not parameter.any():
             parameter.normal_(std=0.02)
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=1, shift_factor=0.0)
-    return _make("FluxControlNetPipeline", "FluxTransformer2DModel", _flow,
-                 "text_encoder tokenizer text_encoder_2 tokenizer_2", controlnet=net, vae=vae)  # fmt: skip
+    return _make(
+        "FluxControlNetPipeline",
+        "FluxTransformer2DModel",
+        _flow,
+        "text_encoder tokenizer text_encoder_2 tokenizer_2",
+        controlnet=net,
+        vae=vae,
+    )
 
 
 FLUX_CONTROLNET = Case(
     _flux_controlnet,
-    lambda: {**_prompts(6, 32, pooled=32), "height": 16, "width": 16, "output_type": "latent",
-             "control_image": _noise(1, 3, 16, 16, seed=4)},
-)  # fmt: skip
+    lambda: {
+        **_prompts(6, 32, pooled=32),
+        "height": 16,
+        "width": 16,
+        "output_type": "latent",
+        "control_image": _noise(1, 3, 16, 16, seed=4),
+    },
+)

@@ -131,10 +131,19 @@ def context_parallel(rank: int, world: int) -> Transformer:  # noqa: ARG001
 def dtensor_parallel(rank: int, world: int) -> Transformer:  # noqa: ARG001
     """As ``tensor_parallel``, by torch's own means."""
     model = whole()
-    plan = {f"{path}.{name}": style() for path in ("attn", "ff") for name, style in (
-        ("q", ColwiseParallel), ("k", ColwiseParallel), ("v", ColwiseParallel), ("out", RowwiseParallel),
-        ("up", ColwiseParallel), ("down", RowwiseParallel))
-        if hasattr(getattr(model.blocks[0], path), name)}  # fmt: skip
+    plan = {
+        f"{path}.{name}": style()
+        for path in ("attn", "ff")
+        for name, style in (
+            ("q", ColwiseParallel),
+            ("k", ColwiseParallel),
+            ("v", ColwiseParallel),
+            ("out", RowwiseParallel),
+            ("up", ColwiseParallel),
+            ("down", RowwiseParallel),
+        )
+        if hasattr(getattr(model.blocks[0], path), name)
+    }
     for block in model.blocks:
         parallelize_module(block, init_device_mesh("cpu", (world,)), plan)
     return model
@@ -234,8 +243,9 @@ def run_case(case: Case, rank: int, world: int) -> dict[str, Any]:
 
 def main(job: str, rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world,
-                            timeout=datetime.timedelta(seconds=60))  # fmt: skip
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+    )
     cases = JOBS[job]
     together = {name: run_case(case, rank, world) for name, case in cases.items()}
     wanted = list(dict.fromkeys(case.alone for case in cases.values() if case.grouped))

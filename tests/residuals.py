@@ -107,8 +107,12 @@ def blocks_of(model: torch.nn.Module, call: dict[str, Any]) -> list[Block]:
         called.append(Block(module, leaves[-1], _bound(module, args, kwargs), _outputs(output)))
 
     handles = []
-    entries = [block for name, child in model.named_children()
-               if name in LISTS and isinstance(child, torch.nn.ModuleList) for block in child]  # fmt: skip
+    entries = [
+        block
+        for name, child in model.named_children()
+        if name in LISTS and isinstance(child, torch.nn.ModuleList)
+        for block in child
+    ]
     for block in entries:
         handles.append(block.register_forward_hook(record, with_kwargs=True))
         for leaf in block.modules():
@@ -128,8 +132,9 @@ def blocks_of(model: torch.nn.Module, call: dict[str, Any]) -> list[Block]:
 
 def _name_streams(called: list[Block]) -> None:
     for block, following in itertools.pairwise(called):
-        names = [next((name for name, value in following.inputs.items() if _same(out, value)), None)
-                 for out in block.outputs]  # fmt: skip
+        names = [
+            next((name for name, value in following.inputs.items() if _same(out, value)), None) for out in block.outputs
+        ]
         if any(names):
             block.streams = tuple(names)
     for i, block in enumerate(called):
@@ -144,9 +149,11 @@ def _name_streams(called: list[Block]) -> None:
 
 
 def _by_shape(output: Any, block: Block) -> str | None:
-    names = [name for name in (MAIN, "encoder_hidden_states")
-             if isinstance(output, torch.Tensor) and name in block.inputs
-             and block.inputs[name].shape == output.shape]  # fmt: skip
+    names = [
+        name
+        for name in (MAIN, "encoder_hidden_states")
+        if isinstance(output, torch.Tensor) and name in block.inputs and block.inputs[name].shape == output.shape
+    ]
     return names[0] if len(names) == 1 or (len(block.outputs) == 1 and names) else None
 
 
@@ -154,8 +161,12 @@ def _fused(streams: dict[str | None, Any], value: torch.Tensor) -> tuple[str, ..
     names = [name for name, part in streams.items() if name is not None and isinstance(part, torch.Tensor)]
     for order in (names, names[::-1]):
         parts = [streams[name] for name in order]
-        if len(parts) == 2 and parts[0].ndim == value.ndim == 3 and parts[0].shape[2] == parts[1].shape[2] \
-                and _same(torch.cat(parts, dim=1), value):  # fmt: skip
+        if (
+            len(parts) == 2
+            and parts[0].ndim == value.ndim == 3
+            and parts[0].shape[2] == parts[1].shape[2]
+            and _same(torch.cat(parts, dim=1), value)
+        ):
             return tuple(order)
     return ()
 
@@ -176,8 +187,9 @@ class _Run:
 class Reference(Peer):
     """Every block is computed at every step; on predicted ones the middle blocks' outputs are replaced."""
 
-    def __init__(self, model: torch.nn.Module, call: dict[str, Any], first: int, last: int, decide: Decide,
-                 forecast: Forecast) -> None:  # fmt: skip
+    def __init__(
+        self, model: torch.nn.Module, call: dict[str, Any], first: int, last: int, decide: Decide, forecast: Forecast
+    ) -> None:
         super().__init__(model)
         self.blocks = blocks_of(model, call)
         end = len(self.blocks) - last - 1
@@ -208,8 +220,10 @@ class Reference(Peer):
                 if name not in base:
                     raise NoPeer(f"an output of {type(end.module).__name__} is no stream in front of the middle blocks")
                 if self._stream(name, base, output).shape != output.shape:
-                    raise NoPeer(f"{name} is {tuple(output.shape)} behind the middle blocks, "
-                                 f"{tuple(base[name].shape)} in front of them")  # fmt: skip
+                    raise NoPeer(
+                        f"{name} is {tuple(output.shape)} behind the middle blocks, "
+                        f"{tuple(base[name].shape)} in front of them"
+                    )
 
     def _stream(self, name: str | None, base: dict[Any, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         if name == MAIN and self._order and base[name].shape != output.shape:
@@ -262,8 +276,9 @@ def reuse(history: list[tuple[int, torch.Tensor]], _step: int) -> torch.Tensor:
     return history[-1][1]
 
 
-def reference(name: str, *, first: int, last: int, decide: Decide, forecast: Forecast = reuse,
-              layers: int | None = None) -> Reference:  # fmt: skip
+def reference(
+    name: str, *, first: int, last: int, decide: Decide, forecast: Forecast = reuse, layers: int | None = None
+) -> Reference:
     """Adaptive caching by definition: the middle blocks are all but the ``first`` and the ``last`` ones.
 
     ``decide(step, distance)`` says whether to compute; it is asked at every step (of a new run from 0 on), and with
@@ -305,8 +320,11 @@ def mixed(name: str, *, first: int = 1, steps: int = 9, layers: int | None = Non
         pairs = [[relative_l1(b, a) for b in residuals] for a in residuals]
         distances = sorted(pairs[i][j] for i in range(steps) for j in range(i + 1, steps))
         middles = [(a * b) ** 0.5 for a, b in itertools.pairwise(distances) if a > 0]
-        found = [run for run in (_simulated(pairs, threshold) for threshold in middles)
-                 if sum(run.computed) >= 3 and run.computed.count(False) >= 2]  # fmt: skip
+        found = [
+            run
+            for run in (_simulated(pairs, threshold) for threshold in middles)
+            if sum(run.computed) >= 3 and run.computed.count(False) >= 2
+        ]
         if not found:
             raise NoPeer("no threshold at which a run both computes and predicts")
         Mixed._cache[key] = max(found, key=lambda run: (run.margin > 0.02, min(run.changes, 4), run.margin))

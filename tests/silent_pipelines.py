@@ -27,8 +27,13 @@ def tiny_vae() -> Any:
 
 
 def _image_to_image() -> Any:
-    return _make("FluxImg2ImgPipeline", "FluxTransformer2DModel", _flow,
-                 "text_encoder tokenizer text_encoder_2 tokenizer_2", vae=tiny_vae())  # fmt: skip
+    return _make(
+        "FluxImg2ImgPipeline",
+        "FluxTransformer2DModel",
+        _flow,
+        "text_encoder tokenizer text_encoder_2 tokenizer_2",
+        vae=tiny_vae(),
+    )
 
 
 def image_inputs() -> dict[str, Any]:
@@ -56,8 +61,11 @@ def _modular(guider: str, **config: Any) -> Any:
 
     blocks = QwenImageCoreDenoiseStep()
     pipe = blocks.init_pipeline()
-    pipe.update_components(transformer=build("QwenImageTransformer2DModel"), scheduler=_flow(),
-                           guider=getattr(diffusers, guider)(guidance_scale=2.0, **config))  # fmt: skip
+    pipe.update_components(
+        transformer=build("QwenImageTransformer2DModel"),
+        scheduler=_flow(),
+        guider=getattr(diffusers, guider)(guidance_scale=2.0, **config),
+    )
     pipe.set_progress_bar_config(disable=True)
     for block in blocks.sub_blocks.values():
         if hasattr(block, "set_progress_bar_config"):

@@ -73,8 +73,9 @@ def calls(steps: int, seed: int = 3, batch: int = 2, width: int = 8) -> list[tup
 class GuidedBlock(Block):
     """``perturbed``: with half of its self-attention, as guidance by a worse model calls it."""
 
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None,
-                perturbed: bool = False) -> torch.Tensor:  # fmt: skip
+    def forward(
+        self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor | None = None, perturbed: bool = False
+    ) -> torch.Tensor:
         if not perturbed:
             return super().forward(x, timestep, context)
         assert self.cross is not None
@@ -90,8 +91,9 @@ class Guided(Transformer):
         super().__init__(0, width)
         self.blocks = nn.ModuleList([GuidedBlock(width, cross=True) for _ in range(depth)])
 
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor,
-                perturbed: bool = False) -> torch.Tensor:  # fmt: skip
+    def forward(
+        self, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, perturbed: bool = False
+    ) -> torch.Tensor:
         for block in self.blocks[:-1]:
             x = block(x, timestep, context, perturbed)
         return self.proj_out(self.blocks[-1](self.between(x), timestep, context, perturbed))

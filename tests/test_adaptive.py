@@ -66,9 +66,11 @@ FORECASTS = {
 
 def compiled_with(cache: object, model: torch.nn.Module, lowering: str = "eager", **options: object):
     return torch.compile(
-        model, backend="cached_inductor", fullgraph=True,
+        model,
+        backend="cached_inductor",
+        fullgraph=True,
         options={"cache": cache, "lowering": lowering, "num_inference_steps": STEPS, **options},
-    )  # fmt: skip
+    )
 
 
 def computed(compiled) -> list[bool]:
@@ -89,6 +91,7 @@ def runs_alike(compiled, reference: BlockCache, runs: int = 2) -> None:
 
 @pytest.mark.parametrize("forecast", FORECASTS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.covering(times=2)
 def test_every_schedule_with_every_forecast(schedule, forecast):
     model = transformer(depth=3)
     bound = SCHEDULES[schedule].bind(STEPS)
@@ -107,6 +110,7 @@ def test_the_schedules_of_the_table_compute_some_steps_and_predict_some():
 @pytest.mark.parametrize("last", [0, 1])
 @pytest.mark.parametrize("first", [1, 2])
 @pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.covering(strength=2)
 def test_blocks_at_both_ends_are_always_computed(first, last, residual):
     model = transformer(depth=5)
     config = CacheConfig(cut=Blocks(first, last, residual=residual), schedule=Threshold(NEAR), forecast=Linear())
@@ -187,8 +191,9 @@ def test_the_program_may_decide_by_itself(method, lowering):
 
 
 def test_a_schedule_without_a_threshold_reads_nothing():
-    compiled = compiled_with(MagCacheConfig(mag_ratios=[1.0, 1.05, 0.97], num_inference_steps=STEPS, threshold=0.2),
-                             transformer(depth=3))  # fmt: skip
+    compiled = compiled_with(
+        MagCacheConfig(mag_ratios=[1.0, 1.05, 0.97], num_inference_steps=STEPS, threshold=0.2), transformer(depth=3)
+    )
     counts = [reads(lambda call=call: compiled(*call)) for call in calls(STEPS)]
     assert sum(counts) == 0 and 0 < sum(computed(compiled)) < STEPS
 
@@ -330,8 +335,14 @@ def test_the_latents_are_found_by_name_and_said():
             return super().forward(torch.cat([text, latents], 1), timestep)
 
     x, timestep = calls(1)[0]
-    explanation = cachepass.explain(Named().eval(), x, timestep, x + 1, cache=SeaCacheConfig(cache_end_steps=0),
-                                    options={"num_inference_steps": STEPS})  # fmt: skip
+    explanation = cachepass.explain(
+        Named().eval(),
+        x,
+        timestep,
+        x + 1,
+        cache=SeaCacheConfig(cache_end_steps=0),
+        options={"num_inference_steps": STEPS},
+    )
     assert "the probe looks at the input latents" in explanation.notes
 
 
@@ -388,7 +399,9 @@ def test_what_does_not_fit_the_model(config, match):
 def test_blocks_compiled_one_by_one_are_no_stack():
     model = transformer(depth=3)
     for block in model.blocks:
-        block.compile(backend="cached_inductor", options={"cache": FirstBlockCacheConfig(), "lowering": "eager",
-                                                          "num_inference_steps": STEPS})  # fmt: skip
+        block.compile(
+            backend="cached_inductor",
+            options={"cache": FirstBlockCacheConfig(), "lowering": "eager", "num_inference_steps": STEPS},
+        )
     with pytest.raises(cachepass.PartialGraphError, match="in one graph"):
         model(*calls(1)[0])

@@ -6,9 +6,11 @@ Where diffusers' first-block hook does not, the definition written out (``residu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
-from peers import db_cache, first_block_cache, mag_cache, sea_cache
-from residuals import MODELS, NoPeer, Peer, mixed, reference, reuse
+from peers import WITHOUT, db_cache, first_block_cache, mag_cache, sea_cache
+from residuals import MODELS, Peer, mixed, reference, reuse
 from zoo import ALL, build, first_tensor, is_one_graph, relative_error, timestep_scale, trajectory
 
 import cachepass
@@ -40,31 +42,38 @@ def torch_compile(name: str, config: object):
     import torch
 
     return torch.compile(
-        build(name, layers=LAYERS), backend="cached_inductor", fullgraph=is_one_graph(name),
-        options={"cache": config, "lowering": "eager", "num_inference_steps": STEPS,
-                 "timestep_scale": timestep_scale(name)},
-    )  # fmt: skip
+        build(name, layers=LAYERS),
+        backend="cached_inductor",
+        fullgraph=is_one_graph(name),
+        options={
+            "cache": config,
+            "lowering": "eager",
+            "num_inference_steps": STEPS,
+            "timestep_scale": timestep_scale(name),
+        },
+    )
 
 
-def _skip_without(make, *args, **kwargs) -> Peer:
-    try:
-        return make(*args, **kwargs)
-    except NoPeer as error:
-        pytest.skip(str(error)[:100])
+def with_peer(method: str, few: Sequence[str] = MODELS) -> list[str]:
+    """Models that the method's peer runs."""
+    return [name for name in (MODELS if ALL else few) if name not in WITHOUT[method]]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", with_peer("reference"))
 def test_first_block_cache(name, sweep):
     """diffusers' hook; by definition where it fails."""
-    try:
-        threshold = mixed(name, first=1, steps=STEPS, layers=LAYERS).threshold
-    except NoPeer as error:
-        pytest.skip(str(error)[:100])
-    try:
+    threshold = mixed(name, first=1, steps=STEPS, layers=LAYERS).threshold
+    if name not in WITHOUT["first block"]:
         peer = first_block_cache(name, threshold, layers=LAYERS)
-    except NoPeer:
-        peer = reference(name, first=1, last=0, layers=LAYERS, forecast=reuse,
-                         decide=lambda _, distance: distance is None or distance > threshold)  # fmt: skip
+    else:
+        peer = reference(
+            name,
+            first=1,
+            last=0,
+            layers=LAYERS,
+            forecast=reuse,
+            decide=lambda _, distance: distance is None or distance > threshold,
+        )
     config = FirstBlockCacheConfig(threshold=threshold)
     if name.startswith("HunyuanVideo15"):  # a graph break in every block
         with pytest.raises(cachepass.PartialGraphError, match="in one graph"):
@@ -73,36 +82,43 @@ def test_first_block_cache(name, sweep):
     sweep("first block", assert_parity(name, peer, config))
 
 
-@pytest.mark.parametrize("name", MODELS if ALL else ("FluxTransformer2DModel", "Flux2Transformer2DModel", WAN))
+@pytest.mark.parametrize("name", with_peer("mag", few=("FluxTransformer2DModel", "Flux2Transformer2DModel", WAN)))
 def test_mag_cache(name, sweep):
-    fields = {"threshold": 0.3, "max_skip_steps": 2, "retention_ratio": 0.2, "num_inference_steps": STEPS,
-              "mag_ratios": RATIOS}  # fmt: skip
-    sweep("mag", assert_parity(name, _skip_without(mag_cache, name, layers=LAYERS, **fields), MagCacheConfig(**fields)))
+    fields = {
+        "threshold": 0.3,
+        "max_skip_steps": 2,
+        "retention_ratio": 0.2,
+        "num_inference_steps": STEPS,
+        "mag_ratios": RATIOS,
+    }
+    sweep("mag", assert_parity(name, mag_cache(name, layers=LAYERS, **fields), MagCacheConfig(**fields)))
 
 
-@pytest.mark.parametrize("name", MODELS if ALL else ("CogVideoXTransformer3DModel", WAN))
+@pytest.mark.parametrize("name", with_peer("sea", few=("CogVideoXTransformer3DModel", WAN)))
 def test_sea_cache(name, sweep):
     order = int(name != WAN)
     fields = {"threshold": 0.5, "residual_order": order}
-    peer = _skip_without(sea_cache, name, steps=STEPS, layers=LAYERS, **fields)
+    peer = sea_cache(name, steps=STEPS, layers=LAYERS, **fields)
     sweep(f"sea {order}", assert_parity(name, peer, SeaCacheConfig(**fields)))
 
 
+IN_ONE_GRAPH = [name for name in with_peer("db") if not name.startswith("HunyuanVideo15")]  # it breaks in every block
+
+
 @pytest.mark.parametrize(("name", "first", "last", "order"), [
-    *((name, 1, 0, None) for name in MODELS if ALL or name == "SD3Transformer2DModel"),
-    *((name, 2, 1, 2) for name in MODELS if ALL or name in ("FluxTransformer2DModel", "HunyuanDiT2DModel", WAN)),
+    *((name, 1, 0, None) for name in IN_ONE_GRAPH if ALL or name == "SD3Transformer2DModel"),
+    *((name, 2, 1, 2) for name in IN_ONE_GRAPH if ALL or name in ("FluxTransformer2DModel", "HunyuanDiT2DModel", WAN)),
 ])  # fmt: skip
 def test_db_cache(name, first, last, order, sweep):
     pytest.importorskip("cache_dit")
-    try:
-        threshold = mixed(name, first=first, steps=STEPS, layers=LAYERS).threshold
-    except NoPeer as error:
-        pytest.skip(str(error)[:100])
-    fields = {"Fn_compute_blocks": first, "Bn_compute_blocks": last, "residual_diff_threshold": threshold,
-              "max_warmup_steps": 1}  # fmt: skip
-    if name.startswith("HunyuanVideo15"):
-        pytest.skip("its blocks are no one graph: see test_first_block_cache")
-    peer = _skip_without(db_cache, name, fields, order, layers=LAYERS)
+    threshold = mixed(name, first=first, steps=STEPS, layers=LAYERS).threshold
+    fields = {
+        "Fn_compute_blocks": first,
+        "Bn_compute_blocks": last,
+        "residual_diff_threshold": threshold,
+        "max_warmup_steps": 1,
+    }
+    peer = db_cache(name, fields, order, layers=LAYERS)
     calibrator = None if order is None else Taylor(order, since=3)
     sweep(f"db {first} {last} {order}", assert_parity(name, peer, DBCacheConfig(**fields, calibrator=calibrator)))
 

@@ -24,8 +24,11 @@ PAB = {"method": "pab", "spatial_attention_block_skip_range": 2}
 
 def settings(cache=TAYLOR, *, dynamic=None, **options):
     """Arguments of torch.compile."""
-    return {"backend": "cached_inductor", "dynamic": dynamic,
-            "options": {"lowering": "eager", "cache": cache, **options}}  # fmt: skip
+    return {
+        "backend": "cached_inductor",
+        "dynamic": dynamic,
+        "options": {"lowering": "eager", "cache": cache, **options},
+    }
 
 
 def whole(model, cache=TAYLOR, **options):
@@ -183,6 +186,7 @@ def _function(model, cache):
 
 @CACHES
 @pytest.mark.parametrize("way", [in_place, whole, _forward, _function, regional])
+@pytest.mark.covering
 def test_entry_points(way, cache):
     """Whatever is given to torch.compile."""
     check_two_runs(way, net(), ByHand(net(), cache), cache)
@@ -237,6 +241,7 @@ def _wrapper(denoiser, cache):
 
 @CACHES
 @pytest.mark.parametrize("way", [in_place, whole, regional, _wrapper])
+@pytest.mark.covering
 def test_a_wrapper_that_takes_sigma(way, cache):
     """The model inside is compiled, or the wrapper as a whole."""
     original, expected = net(), ByHand(net(), cache)
@@ -279,6 +284,7 @@ DYNAMIC = pytest.mark.parametrize("dynamic", [False, True, None], ids=["static",
 
 @WAYS
 @DYNAMIC
+@pytest.mark.covering
 def test_sizes_one_after_the_other(dynamic, way):
     """Another resolution, another batch size, and back; not one capture more than the model needs without a cache."""
     original, expected = net(), ByHand(net())
@@ -295,6 +301,7 @@ def test_sizes_one_after_the_other(dynamic, way):
 @CACHES
 @WAYS
 @DYNAMIC
+@pytest.mark.covering
 def test_sizes_interleaved(dynamic, way, cache):
     """Images of different sizes at once in the default context: each has its own clock and history."""
     original = net()
@@ -314,6 +321,7 @@ def test_sizes_interleaved(dynamic, way, cache):
 
 @WAYS
 @DYNAMIC
+@pytest.mark.covering
 def test_contexts_of_different_sizes(dynamic, way):
     """Conditional calls with two samples, unconditional ones with three."""
     original = net()
@@ -352,6 +360,7 @@ def test_autocast(way, cache):
 @CACHES
 @WAYS
 @pytest.mark.parametrize("switch", [0, 1, 5])
+@pytest.mark.covering(strength=2)
 def test_inference_mode(switch, way, cache):
     """The mode, or inputs that were made in it, may begin in the middle of a run: it stays one run."""
     original, expected = net(), ByHand(net(), cache)
@@ -422,6 +431,7 @@ def scale_adapters(model, scale):
 
 @CACHES
 @WAYS
+@pytest.mark.covering
 def test_lora(way, cache):
     model = check_two_runs(way, with_lora(net()), ByHand(with_lora(net()), cache), cache)
     call = calls(1)[0]
@@ -430,6 +440,7 @@ def test_lora(way, cache):
 
 @CACHES
 @WAYS
+@pytest.mark.covering
 def test_lora_whose_scale_changes_between_runs(way, cache):
     original, expected = with_lora(net()), ByHand(with_lora(net()), cache)
     model = way(original, cache)
@@ -560,6 +571,7 @@ class Numbers(nn.Module):
 @CACHES
 @WAYS
 @pytest.mark.parametrize("number", [int, float])
+@pytest.mark.covering
 def test_timesteps_that_are_python_numbers(number, way, cache):
     """One capture for all of them."""
     run = [(x, number(t[0])) for x, t in calls(9)]

@@ -72,6 +72,7 @@ def assert_two_runs(model, expected, original, cache):
 @WAYS
 @CACHES
 @pytest.mark.parametrize("kind", [Net, BreakBetween, BreakBehind, BreakInBlocks])
+@pytest.mark.covering(strength=2)
 def test_a_forward_that_is_compiled(kind, cache, way):
     model = net(kind)
     way(model, cache)
@@ -90,6 +91,7 @@ def test_forwards_of_blocks(way):
 
 @WAYS
 @pytest.mark.parametrize("kind", [Net, BreakBetween])
+@pytest.mark.covering
 def test_a_forward_in_a_wrapper(kind, way):
     """The wrapper's noise level is no timestep: the steps are those of the model inside."""
     cache = {"method": "pab", "spatial_attention_block_skip_range": 2}
@@ -140,13 +142,19 @@ OFFLOADED = ("FluxTransformer2DModel", "PixArtTransformer2DModel", "LTXVideoTran
 @pytest.mark.parametrize(("name", "offload"), [
     *((name, False) for name in BROKEN), *((name, True) for name in OFFLOADED), (BROKEN[0], True),
 ])  # fmt: skip
+@pytest.mark.covering
 def test_enable_cache_where_the_graph_breaks(name, offload):
     """By itself, or at the hooks of block-level group offloading."""
     model, oracle = zoo.build(name), zoo.taylorseer_oracle(name, **FIELDS)
     if offload:
         model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "block_level", num_blocks_per_group=1)
-    enable_cache(model, {"method": "taylorseer", **FIELDS}, fullgraph=False, lowering="eager",
-                 timestep_scale=zoo.timestep_scale(name))  # fmt: skip
+    enable_cache(
+        model,
+        {"method": "taylorseer", **FIELDS},
+        fullgraph=False,
+        lowering="eager",
+        timestep_scale=zoo.timestep_scale(name),
+    )
     for run in range(2):
         for step, (_, call) in enumerate(zoo.trajectory(name, 9)):
             error = relative_error(zoo.first_tensor(model(**call)), oracle(**call))

@@ -66,8 +66,9 @@ def test_equal_to_the_slow_reference(identifiers, paths, damping):
     model = transformer()
     slow = Reference(twin(model), Slow(steps, computed, damping), paths)
     recipe = chebyshev(steps, computed, damping, Modules(*identifiers))
-    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
-                             options={"cache": recipe, "lowering": "eager"})  # fmt: skip
+    compiled = torch.compile(
+        model, backend="cached_inductor", fullgraph=True, options={"cache": recipe, "lowering": "eager"}
+    )
     for run in range(2):
         for x, timestep in calls(steps, seed=run):
             torch.testing.assert_close(compiled(x, timestep), slow("", x, timestep), rtol=1e-5, atol=1e-5)
@@ -91,8 +92,12 @@ def test_nodes_lie_dense_at_both_ends():
 
 
 def compiled(cache, **options):
-    return torch.compile(transformer(), backend="cached_inductor", fullgraph=True,
-                         options={"cache": cache, "lowering": "eager", **options})  # fmt: skip
+    return torch.compile(
+        transformer(),
+        backend="cached_inductor",
+        fullgraph=True,
+        options={"cache": cache, "lowering": "eager", **options},
+    )
 
 
 def test_a_run_of_nodes_only_is_reported():
@@ -222,8 +227,12 @@ def test_recipes_that_make_no_sense(make, says):
 
 def test_two_groups_with_schedules_of_their_own():
     """A module belongs to the first group that takes it."""
-    recipe = Recipe((Group("first", Every(2), (Part(Modules(r"blocks\.0\..*"), Reuse()),)),
-                     Group("others", Every(3), (Part(Modules("attention", "mlp"), Taylor(1)),))))  # fmt: skip
+    recipe = Recipe(
+        (
+            Group("first", Every(2), (Part(Modules(r"blocks\.0\..*"), Reuse()),)),
+            Group("others", Every(3), (Part(Modules("attention", "mlp"), Taylor(1)),)),
+        )
+    )
     step = compiled(recipe)
     for call in calls(6):
         step(*call)

@@ -114,8 +114,11 @@ def test_what_cannot_be_kept_is_refused(model, lowering, reason):
 
 def test_a_decision_looks_at_nothing_of_unknown_size():
     x, t, prompt = next(calls(0))
-    cache = cachepass.CacheConfig(cut=cachepass.cut.Modules("ff"), schedule=cachepass.schedule.Threshold(0.1),
-                                  probe=cachepass.cut.ModuleOutput("blocks.0.attn"))  # fmt: skip
+    cache = cachepass.CacheConfig(
+        cut=cachepass.cut.Modules("ff"),
+        schedule=cachepass.schedule.Threshold(0.1),
+        probe=cachepass.cut.ModuleOutput("blocks.0.attn"),
+    )
     with pytest.raises(cachepass.NoMatchError, match="what a decision looks at has a size that depends on data"):
         compiled(masked(), cache=cache)(x, t, prompt, mask_of(3))
 

@@ -14,7 +14,7 @@ import torch
 from pipelines import FLUX_CONTROLNET, PIPELINES, WAN_22, Case
 from reference import FasterCache
 from small_models import transformer
-from zoo import relative_error
+from zoo import relative_error, sweep_over
 
 import cachepass
 from cachepass.integrations.diffusers import disable_cache, enable_cache
@@ -25,8 +25,11 @@ STEPS = 9
 TOLERANCE = 1e-5  # relative, fp32
 TAYLOR: dict[str, Any] = {"cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1,
                           "cache_identifiers": [r".*\.attn\d?"]}  # fmt: skip
-PAB: dict[str, Any] = {f"{kind}_attention_{what}": value for kind in ("spatial", "temporal", "cross")
-                       for what, value in (("block_skip_range", 2), ("timestep_skip_range", (100, 900)))}  # fmt: skip
+PAB: dict[str, Any] = {
+    f"{kind}_attention_{what}": value
+    for kind in ("spatial", "temporal", "cross")
+    for what, value in (("block_skip_range", 2), ("timestep_skip_range", (100, 900)))
+}
 # What the models have of these kinds; to the hooks LTX's cross-attentions are spatial ones.
 KINDS = {"Wan": ("spatial", "cross"), "Latte": ("spatial", "temporal", "cross"), "PixArt": ("spatial", "cross"),
          "LTX": ("spatial", "cross")}  # fmt: skip
@@ -88,6 +91,7 @@ def fields_of(name: str, method: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "method"), [
     *itertools.product(PIPELINES, ("taylorseer", "pab")), *((name, "fastercache") for name in FASTER_MODELS),
 ])  # fmt: skip
+@pytest.mark.covering
 def test_pipelines_give_what_diffusers_hooks_give(name, method):
     from diffusers.hooks import HookRegistry
 
@@ -145,14 +149,20 @@ class Defined:
         return output
 
 
-@pytest.mark.parametrize("name", ["Flux", "Wan", "SD3", "HunyuanVideo", "LTX", "DiT", "QwenImage"])
+@pytest.mark.parametrize("name", sweep_over(
+    ["Flux", "Wan", "SD3", "HunyuanVideo", "LTX", "DiT", "QwenImage"], few=["Flux", "Wan", "DiT", "QwenImage"],
+))  # fmt: skip
 def test_fastercache_in_pipelines_where_the_hooks_of_diffusers_fail(name):
     """They know no two calls per step, no tokens and no batch that begins with the conditional half."""
     case = PIPELINES[name]
     config = cachepass.FasterCacheConfig(
-        spatial_attention_timestep_skip_range=(-1, 901), unconditional_batch_timestep_skip_range=(-1, 901),
-        unconditional_batch_skip_range=3, tensor_format=case.latents, latent_grid=case.grid,
-        unconditional_first=case.unconditional_first)  # fmt: skip
+        spatial_attention_timestep_skip_range=(-1, 901),
+        unconditional_batch_timestep_skip_range=(-1, 901),
+        unconditional_batch_skip_range=3,
+        tensor_format=case.latents,
+        latent_grid=case.grid,
+        unconditional_first=case.unconditional_first,
+    )
     pipe, expected = case.make(), case.make()
     enable_cache(pipe, config, lowering="eager")
     with count_compiles() as counts:
@@ -244,9 +254,10 @@ def to_double(pipe: Any) -> None:
     pipe.to(torch.float64)
 
 
-@pytest.mark.parametrize(
-    "changes", [(adapter, offload), (adapter, group_offload), (offload, group_offload), (to_double,)]
-)
+@pytest.mark.parametrize("changes", sweep_over(
+    [(adapter, offload), (adapter, group_offload), (offload, group_offload), (to_double,)],
+    few=[(adapter, group_offload), (to_double,)],
+))  # fmt: skip
 def test_the_order_of_enabling_and_of_other_changes_is_free(changes):
     case, results = PIPELINES["Flux"], []
     for order in itertools.permutations((cache, *changes)):
@@ -294,9 +305,11 @@ def test_disabling_restores_the_model_and_frees_its_slots():
 def test_another_method_after_disabling():
     """Nothing of the first one is left: in no count, no slot and no result. Enabled again, it begins anew."""
     case, pipe, results = PIPELINES["Wan"], PIPELINES["Wan"].make(), []
-    for fields, groups in ((TAYLOR | {"method": "taylorseer"}, {"taylorseer"}),
-                           (fields_of("Wan", "pab") | {"method": "pab"}, {"spatial", "cross"}),
-                           (TAYLOR | {"method": "taylorseer"}, {"taylorseer"})):  # fmt: skip
+    for fields, groups in (
+        (TAYLOR | {"method": "taylorseer"}, {"taylorseer"}),
+        (fields_of("Wan", "pab") | {"method": "pab"}, {"spatial", "cross"}),
+        (TAYLOR | {"method": "taylorseer"}, {"taylorseer"}),
+    ):
         enable_cache(pipe, fields, lowering="eager")
         results.append(case.run(pipe, STEPS))
         found = cachepass.summary(pipe.transformer)
@@ -329,6 +342,7 @@ def test_a_copy_of_a_cached_model_has_states_of_its_own():
 
 @pytest.mark.parametrize("name", ["CogVideoX", "Flux"])
 @pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.covering
 def test_a_saved_model_is_loaded_without_its_cache(name, ran, tmp_path):
     case, pipe = PIPELINES[name], PIPELINES[name].make()
     plain = case.run(pipe, STEPS)
@@ -337,8 +351,10 @@ def test_a_saved_model_is_loaded_without_its_cache(name, ran, tmp_path):
         cached = case.run(pipe, STEPS)
     torch.save(pipe.transformer, tmp_path / "transformer.pt")
     other = case.make()
-    for load in (lambda: torch.load(tmp_path / "transformer.pt", weights_only=False),
-                 lambda: pickle.loads(pickle.dumps(pipe.transformer))):  # fmt: skip
+    for load in (
+        lambda: torch.load(tmp_path / "transformer.pt", weights_only=False),
+        lambda: pickle.loads(pickle.dumps(pipe.transformer)),
+    ):
         other.transformer = load()
         assert torch.equal(case.run(other, STEPS), plain)
         with pytest.raises(cachepass.NotCompiledError):

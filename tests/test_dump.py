@@ -18,8 +18,12 @@ CACHE = {
 
 def run(steps=4):
     torch._dynamo.reset()
-    model = torch.compile(transformer(), backend="cached_inductor", fullgraph=True,
-                          options={"cache": CACHE, "lowering": "eager", "num_inference_steps": steps})  # fmt: skip
+    model = torch.compile(
+        transformer(),
+        backend="cached_inductor",
+        fullgraph=True,
+        options={"cache": CACHE, "lowering": "eager", "num_inference_steps": steps},
+    )
     for call in calls(steps):
         model(*call)
 
@@ -30,8 +34,14 @@ def test_every_pass_is_written_in_order(tmp_path, monkeypatch):
     files = sorted((tmp_path / "graphs").iterdir())
     names = [path.name for path in files]
     assert [name[4:-4] for name in names] == [
-        "dynamo", "annotated", "aten", "hoisted", "canonical", "compute", "predict"
-    ]  # fmt: skip
+        "dynamo",
+        "annotated",
+        "aten",
+        "hoisted",
+        "canonical",
+        "compute",
+        "predict",
+    ]
     assert [name[:3] for name in names] == [f"{number:03d}" for number in range(7)]
     texts = {path.name[4:-4]: path.read_text() for path in files}
     assert "cachepass.cut" in texts["annotated"] and "cachepass.cut" not in texts["dynamo"]

@@ -228,8 +228,12 @@ def test_blocks_that_share_a_graph_are_cut_alike():
     mixed = {"method": "taylorseer", "cache_identifiers": [r"blocks\.0\.(attn|ff)", r"blocks\.1\.attn"]}
     with pytest.raises(cachepass.ConfigError, match=r"blocks.1 is cut in some .*not in blocks.1.ff"):
         by_blocks(mixed)(x, t)
-    kinds = {**PAB, "spatial_attention_block_identifiers": [r"blocks\.0"], "temporal_attention_block_skip_range": 3,
-             "temporal_attention_block_identifiers": [r"blocks\.1"]}  # fmt: skip
+    kinds = {
+        **PAB,
+        "spatial_attention_block_identifiers": [r"blocks\.0"],
+        "temporal_attention_block_skip_range": 3,
+        "temporal_attention_block_identifiers": [r"blocks\.1"],
+    }
     with pytest.raises(cachepass.ConfigError, match=r"of blocks\.1 differ in group or forecast") as caught:
         by_blocks(kinds)(x, t)
     assert "cut alike" in str(caught.value)
@@ -277,8 +281,9 @@ def test_a_block_that_is_called_outside_of_its_model_is_computed():
 
 
 def test_a_function_of_tensors():
-    compiled = torch.compile(lambda x, timestep: x * timestep, backend="cached_inductor",
-                             options={"cache": "taylorseer"})  # fmt: skip
+    compiled = torch.compile(
+        lambda x, timestep: x * timestep, backend="cached_inductor", options={"cache": "taylorseer"}
+    )
     with pytest.raises(cachepass.NoMatchError, match="no module call that can be cached"):
         compiled(torch.ones(2), torch.ones(2))
 
@@ -317,8 +322,10 @@ def test_guidance_of_a_model_that_returns_no_image():
         def forward(self, hidden_states, timestep):
             return super().forward(hidden_states, timestep).argmax(-1)
 
-    with pytest.raises(cachepass.OutputError, match="returns no floating-point tensor"), \
-            cachepass.cache_context("cond"):  # fmt: skip
+    with (
+        pytest.raises(cachepass.OutputError, match="returns no floating-point tensor"),
+        cachepass.cache_context("cond"),
+    ):
         guided(Classes())(**LATENT)
 
 
@@ -349,8 +356,12 @@ def test_guidance_where_sizes_stay_symbolic(monkeypatch):
     from cachepass import _torch
 
     monkeypatch.setattr(_torch, "restart_static", lambda _: False)
-    model = torch.compile(Latent().eval(), backend="cached_inductor", dynamic=True, options={
-        "cache": {"method": "fastercache", "tensor_format": "BCHW"}, "lowering": "eager"})  # fmt: skip
+    model = torch.compile(
+        Latent().eval(),
+        backend="cached_inductor",
+        dynamic=True,
+        options={"cache": {"method": "fastercache", "tensor_format": "BCHW"}, "lowering": "eager"},
+    )
     with pytest.raises(cachepass.BatchError, match="symbolic sizes"):
         model(**LATENT)
 
@@ -358,8 +369,11 @@ def test_guidance_where_sizes_stay_symbolic(monkeypatch):
 def test_a_callback_of_modules_where_a_function_was_compiled():
     models = [Latent().eval()]
     cache = {"method": "fastercache", "is_guidance_distilled": True, "attention_weight_callback": lambda _: 0.3}
-    compiled = torch.compile(lambda hidden_states, timestep: models[0](hidden_states, timestep),
-                             backend="cached_inductor", options={"lowering": "eager", "cache": cache})  # fmt: skip
+    compiled = torch.compile(
+        lambda hidden_states, timestep: models[0](hidden_states, timestep),
+        backend="cached_inductor",
+        options={"lowering": "eager", "cache": cache},
+    )
     for step in range(3):
         compiled(LATENT["hidden_states"], torch.full((4,), 500.0 - step))
     with pytest.raises(cachepass.ConfigError, match="takes a module, and what was compiled is not one"):

@@ -16,14 +16,24 @@ from cachepass import cut
 from cachepass.capture.aliases import Aliases
 from cachepass.schedule import Every, Threshold
 
-LOWERINGS = ["eager", pytest.param("specialize", marks=pytest.mark.inductor),
-             pytest.param("cond", marks=pytest.mark.inductor)]  # fmt: skip
+LOWERINGS = [
+    "eager",
+    pytest.param("specialize", marks=pytest.mark.inductor),
+    pytest.param("cond", marks=pytest.mark.inductor),
+]
 
 
 def reuse(*identifiers, **fields):
     """Outputs of these modules, computed at every third step and reused as they are."""
-    return {"method": "taylorseer", "max_order": 0, "cache_interval": 3, "disable_cache_before_step": 1,
-            "taylor_factors_dtype": None, "cache_identifiers": list(identifiers), **fields}  # fmt: skip
+    return {
+        "method": "taylorseer",
+        "max_order": 0,
+        "cache_interval": 3,
+        "disable_cache_before_step": 1,
+        "taylor_factors_dtype": None,
+        "cache_identifiers": list(identifiers),
+        **fields,
+    }
 
 
 def compiled(model, cache, **options):
@@ -43,12 +53,18 @@ class Returns(nn.Module):
 
     def forward(self, x, timestep, text):
         sample, kept = self.inner(x, timestep), self.project(text)
-        return {"sample": [sample], "rows": (sample[:, 0],), "kept": kept, "turned": kept.transpose(0, 1),
-                "parts": list(kept.chunk(2, -1))}  # fmt: skip
+        return {
+            "sample": [sample],
+            "rows": (sample[:, 0],),
+            "kept": kept,
+            "turned": kept.transpose(0, 1),
+            "parts": list(kept.chunk(2, -1)),
+        }
 
 
 @pytest.mark.parametrize("identifier", ["inner.proj_out", "inner"])
 @pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.covering
 def test_the_caller_owns_what_a_model_returns(identifier, lowering):
     """Written to in place it changes nothing of the cache, and held it is changed by no later step."""
     torch.manual_seed(0)
@@ -161,6 +177,7 @@ def assert_computed_steps_are_the_models(original, cache, steps=(0, 1, 2, 3), **
 
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("identifier", ["attention", "mlp", "block"])
+@pytest.mark.covering
 def test_outputs_that_are_written_in_place(identifier, later):
     cache = reuse(identifier, cache_interval=2) | {"disable_cache_before_step": 2}
     model = assert_computed_steps_are_the_models(seeded(WritesInPlace, later), cache, steps=(0, 1, 3))
@@ -233,8 +250,11 @@ def test_what_a_decision_looks_at(where, probe):
     distances = cachepass.summary(model).distances["default"]
     looked = []
     for x, timestep in calls(4):
-        h = x * 1.5 * torch.cos(timestep / 1000)[:, None, None] if where == "the latents" else (
-            x * torch.cos(timestep / 1000)[:, None, None])  # fmt: skip
+        h = (
+            x * 1.5 * torch.cos(timestep / 1000)[:, None, None]
+            if where == "the latents"
+            else (x * torch.cos(timestep / 1000)[:, None, None])
+        )
         looked.append(x if isinstance(probe, cut.Latents) else seeded(Stack, where).blocks[0](h + h))
     for distance, before, now in zip(distances[1:], looked, looked[1:], strict=False):
         dims = (1, 2) if isinstance(probe, cut.Latents) else (0, 1, 2)  # of latents the mean of each sample's

@@ -240,8 +240,17 @@ def test_chebyshev_is_spectrums_ridge_regression():
 
 def test_forms():
     rules = [Reuse(), Zeros(), Linear(), Taylor(2), Hermite(2), Lagrange(3), Newton(3), Chebyshev(), DMD(6)]
-    names = ["reuse", "zeros", "linear", "taylor(2)", "hermite(2)", "lagrange(3)", "newton(3)", "chebyshev(4)",
-             "dmd(6)"]  # fmt: skip
+    names = [
+        "reuse",
+        "zeros",
+        "linear",
+        "taylor(2)",
+        "hermite(2)",
+        "lagrange(3)",
+        "newton(3)",
+        "chebyshev(4)",
+        "dmd(6)",
+    ]
     assert [str(rule.form) for rule in rules] == names
     assert [rule.form.history for rule in rules] == [1, 0, 2, 3, 3, 4, 4, 10, 6]
     assert Reuse().form is REUSE and Zeros().form is ZEROS

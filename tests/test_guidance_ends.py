@@ -24,8 +24,10 @@ KINDS = {f"inner.blocks.{i}.attn": "spatial" for i in range(2)}
 
 def run_of(batch, alone, steps=STEPS):
     """The calls of a run of guidance batches ``[uncond, cond]``; of the steps ``alone`` the second half only."""
-    return [(x[batch // 2 :], t[batch // 2 :]) if step in alone else (x, t)
-            for step, (x, t) in enumerate(guided_calls(steps, batch))]  # fmt: skip
+    return [
+        (x[batch // 2 :], t[batch // 2 :]) if step in alone else (x, t)
+        for step, (x, t) in enumerate(guided_calls(steps, batch))
+    ]
 
 
 def definition():
@@ -56,6 +58,7 @@ def reference(monkeypatch):
 
 @pytest.mark.parametrize("batch", [2, 6])
 @pytest.mark.parametrize("options", [{}, {"num_inference_steps": STEPS}], ids=["timesteps", "counted"])
+@pytest.mark.covering
 def test_guidance_that_ends(batch, options, reference):
     """The attentions go on from the same history; the next run is guided as ever. Three captures in all."""
     model = small(**options)
@@ -156,8 +159,11 @@ def test_the_cut_off_callback_of_diffusers():
 
     case = PIPELINES["SD3"]
     config = cachepass.FasterCacheConfig(
-        spatial_attention_timestep_skip_range=(-1, 901), unconditional_batch_timestep_skip_range=(-1, 901),
-        unconditional_batch_skip_range=3, tensor_format=case.latents)  # fmt: skip
+        spatial_attention_timestep_skip_range=(-1, 901),
+        unconditional_batch_timestep_skip_range=(-1, 901),
+        unconditional_batch_skip_range=3,
+        tensor_format=case.latents,
+    )
     pipe, expected = case.make(), case.make()
     enable_cache(pipe, config, lowering="eager")
     more = [{"callback_on_step_end": SD3CFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=4)}] * 2 + [{}]

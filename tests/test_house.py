@@ -50,8 +50,12 @@ def test_every_room_is_on_the_spine():
 
 
 def test_imports_run_one_way():
-    upwards = [f"{module} -> {target}" for module, targets in imports().items() for target in targets
-               if room(module) != room(target) and FLOOR[room(module)] <= FLOOR[room(target)]]  # fmt: skip
+    upwards = [
+        f"{module} -> {target}"
+        for module, targets in imports().items()
+        for target in targets
+        if room(module) != room(target) and FLOOR[room(module)] <= FLOOR[room(target)]
+    ]
     assert not upwards, "\n".join(sorted(upwards))
 
 

@@ -260,8 +260,10 @@ def test_slots_are_static_inputs_and_weights_are_not(monkeypatch):
 
     def recorded(gm, inputs, **kwargs):
         placeholders = gm.graph.find_nodes(op="placeholder")
-        programs[len(programs)] = {placeholders[i].name for i in kwargs["static_input_idxs"]}, {
-            node.name for node in placeholders}  # fmt: skip
+        programs[len(programs)] = (
+            {placeholders[i].name for i in kwargs["static_input_idxs"]},
+            {node.name for node in placeholders},
+        )
         return compile_inner(gm, inputs, **kwargs)
 
     monkeypatch.setattr(inductor, "compile_fx_inner", recorded)

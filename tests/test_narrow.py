@@ -179,8 +179,9 @@ def test_of_the_modulation_a_predicted_attention_needs_the_gate():
     torch.manual_seed(0)
     model = Modulated().eval().requires_grad_(False)
     cache = {"method": "taylorseer", "max_order": 1, "cache_identifiers": ["attn"], "taylor_factors_dtype": None}
-    explanation = cachepass.explain(model, torch.ones(3, 2, 4), torch.ones(3), cache=cache,
-                                    options={"num_inference_steps": 9})  # fmt: skip
+    explanation = cachepass.explain(
+        model, torch.ones(3, 2, 4), torch.ones(3), cache=cache, options={"num_inference_steps": 9}
+    )
     added = [
         line for line in explanation.diff("predict").splitlines() if "= aten.addmm" in line and line.startswith("+")
     ]

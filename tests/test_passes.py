@@ -170,15 +170,19 @@ class Goldens(TestCase):
         )
 
     def test_taylorseer_zeros(self):
-        self.check(Residual(), {**TAYLOR, "cache_identifiers": ["gate"], "skip_predict_identifiers": ["gate"]},
-                   "predict", """\
+        self.check(
+            Residual(),
+            {**TAYLOR, "cache_identifiers": ["gate"], "skip_predict_identifiers": ["gate"]},
+            "predict",
+            """\
 
 -sin: f32[1, 2, 4] = aten.sin.default(x)
 -mul: f32[1, 2, 4] = aten.mul.Tensor(sin, 3)
 -mul_1: f32[1, 2, 4] = aten.mul.Tensor(mul, timestep)
 +cached_full: f32[1, 2, 4] = aten.full.default([1, 2, 4], 0, dtype=torch.float32, device=device(type='cpu'), pin_memory=False)
 +mul_1: f32[1, 2, 4] = aten.mul.Tensor(cached_full, timestep)
-""")  # fmt: skip
+""",
+        )
 
     def test_a_cut_behind_which_only_cuts_stand_has_no_slots(self):
         self.check(
@@ -381,14 +385,16 @@ class Goldens(TestCase):
 
 def test_the_helper_shows_both_texts():
     with pytest.raises(AssertionError, match=r"(?s)the graph diff of phase 'predict' is.*expected\nnonsense"):
-        assert_graph_diff(Residual().eval(), X, T, cache={**TAYLOR, "cache_identifiers": ["gate"]}, golden="nonsense",
-                          options=COUNT)  # fmt: skip
+        assert_graph_diff(
+            Residual().eval(), X, T, cache={**TAYLOR, "cache_identifiers": ["gate"]}, golden="nonsense", options=COUNT
+        )
 
 
 def test_an_untouched_module_has_no_diff():
     """Negative: what is not matched is not rewritten."""
-    diff = graph_diff(Chain().eval(), X, T, cache={**TAYLOR, "cache_identifiers": ["second"]}, phase="compute",
-                      options=COUNT)  # fmt: skip
+    diff = graph_diff(
+        Chain().eval(), X, T, cache={**TAYLOR, "cache_identifiers": ["second"]}, phase="compute", options=COUNT
+    )
     assert "first" not in diff
     assert [line for line in diff.splitlines() if line.startswith("-")] == []
 
@@ -410,9 +416,15 @@ def test_regions_outside_diffusers():
     explanation = cachepass.explain(model, x, t, context=torch.randn(2, 5, 8), cache="taylorseer", options=COUNT)
     kinds = {r.path: r.kind for r in explanation.regions if r.kind != "module"}
     assert kinds == {
-        "blocks.0": "block", "blocks.0.attn": "attention", "blocks.0.cross": "cross-attention", "blocks.0.ff": "mlp",
-        "blocks.1": "block", "blocks.1.attn": "attention", "blocks.1.cross": "cross-attention", "blocks.1.ff": "mlp",
-    }  # fmt: skip
+        "blocks.0": "block",
+        "blocks.0.attn": "attention",
+        "blocks.0.cross": "cross-attention",
+        "blocks.0.ff": "mlp",
+        "blocks.1": "block",
+        "blocks.1.attn": "attention",
+        "blocks.1.cross": "cross-attention",
+        "blocks.1.ff": "mlp",
+    }
 
 
 def test_attention_without_a_kernel_call_is_found_by_its_class():
@@ -511,8 +523,9 @@ def test_tuple_outputs_and_repeated_calls():
     model = Model().eval()
     explanation = cachepass.explain(model, X, T, cache=cache)
     assert [cut.name for cut in explanation.plan.cuts] == ["pair:0", "pair:1", "pair@1:0", "pair@1:1"]
-    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
-                             options={"cache": cache, "lowering": "eager"})  # fmt: skip
+    compiled = torch.compile(
+        model, backend="cached_inductor", fullgraph=True, options={"cache": cache, "lowering": "eager"}
+    )
     results = [compiled(X * s, T - s) for s in range(9)]
     for s in (0, *range(2, 9)):  # lines in s are forecast exactly; step 1 has one output to go by
         torch.testing.assert_close(results[s], model(X * s, T - s))
@@ -539,6 +552,7 @@ def test_explain_prints_runs_nothing_and_compiles_nothing():
     assert explanation.graph("plain").count("aten.") == 1
     with pytest.raises(cachepass.CachepassError, match="phases: plain, canonical, compute, predict"):
         explanation.graph("nothing")
-    nested = cachepass.explain(transformer(), *calls(1)[0], options=COUNT,
-                               cache={**TAYLOR, "cache_identifiers": ["blocks.0", "blocks.0.attn"]})  # fmt: skip
+    nested = cachepass.explain(
+        transformer(), *calls(1)[0], options=COUNT, cache={**TAYLOR, "cache_identifiers": ["blocks.0", "blocks.0.attn"]}
+    )
     assert [(s.region, s.reason) for s in nested.skips] == [("blocks.0.attn", "inside blocks.0, which is cut")]

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from peers import NoPeer, db_cache, first_block_cache, mag_cache, mixed, mixed_threshold, reference, reuse, sea_cache
+from peers import (
+    WITHOUT,
+    NoPeer,
+    db_cache,
+    first_block_cache,
+    mag_cache,
+    mixed,
+    mixed_threshold,
+    reference,
+    reuse,
+    sea_cache,
+)
 from residuals import MODELS
 from zoo import ALL, relative_error, trajectory
 
@@ -20,23 +31,6 @@ LAYERS = 4  # of each list of blocks: some in front of, among and behind the mid
 MAG: dict[str, Any] = {"threshold": 0.1, "max_skip_steps": 2, "num_inference_steps": STEPS,
                        "mag_ratios": [1.0, 1.05, 0.99, 0.98, 1.02, 0.97, 1.0, 0.96, 1.01]}  # fmt: skip
 SEA: dict[str, Any] = {"threshold": 0.5, "steps": STEPS}
-
-# Why a model has no peer.
-NO_LIST = {"HiDreamImageTransformer2DModel", "UVit2DModel"}
-BETWEEN = {"LatteTransformer3DModel"}  # its lists take turns, on tensors rearranged in between
-UNREGISTERED = {"AllegroTransformer3DModel", "HunyuanDiT2DModel", "HunyuanVideo15Transformer3DModel",
-                "Lumina2Transformer2DModel", "OmniGenTransformer2DModel", "SanaTransformer2DModel"}  # fmt: skip
-OTHER_NAME = {"ZImageTransformer2DModel"}  # the registry does not know what its blocks call their input
-FUSED = {"Flux2Transformer2DModel"}  # its last blocks return one stream, its first ones two
-NO_TEXT = {"SD3Transformer2DModel", "SD3Transformer2DModel:SD35"}  # its last block returns None beside a tensor
-WITHOUT = {
-    "reference": NO_LIST | BETWEEN,
-    "first block": NO_LIST | BETWEEN | UNREGISTERED | OTHER_NAME | FUSED | NO_TEXT,
-    "mag": NO_LIST | BETWEEN | UNREGISTERED | OTHER_NAME,
-    "sea": NO_LIST | BETWEEN | UNREGISTERED | OTHER_NAME | FUSED | NO_TEXT,
-    "db": NO_LIST | BETWEEN | FUSED,
-}
-
 
 KINDS = ["CogVideoXTransformer3DModel", "DiTTransformer2DModel", "FluxTransformer2DModel", "HunyuanDiT2DModel",
          "HunyuanVideoTransformer3DModel", "Lumina2Transformer2DModel", "SD3Transformer2DModel:SD35",
@@ -154,8 +148,14 @@ def test_reference_is_db_cache(name, first, last, order):
     pytest.importorskip("cache_dit")
     threshold = mixed_threshold(name, first=first, steps=STEPS, layers=LAYERS)
     fields = {"Fn_compute_blocks": first, "Bn_compute_blocks": last, "residual_diff_threshold": threshold}
-    ours = reference(name, first=first, last=last, decide=above(threshold), layers=LAYERS,
-                     forecast=reuse if order is None else taylor(order))  # fmt: skip
+    ours = reference(
+        name,
+        first=first,
+        last=last,
+        decide=above(threshold),
+        layers=LAYERS,
+        forecast=reuse if order is None else taylor(order),
+    )
     assert_equal(name, ours, run(db_cache(name, fields, order, layers=LAYERS), name))
 
 

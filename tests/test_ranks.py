@@ -19,7 +19,7 @@ from torch import nn
 from cachepass import CacheConfig, CachepassWarning, FirstBlockCacheConfig, MagCacheConfig, OptionError, _torch
 from cachepass.forecast import Reuse
 from cachepass.options import parse_options
-from cachepass.program.plan import Phase
+from cachepass.program.phases import Phase
 from cachepass.program.roles import Carried
 from cachepass.program.specialize import up_to_decision
 from cachepass.recipe.vocabulary import WHOLE
@@ -92,8 +92,9 @@ def assert_would_differ(together: list[dict], alone: dict) -> None:
 @pytest.fixture
 def group():
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1,
-                            timeout=datetime.timedelta(seconds=30))  # fmt: skip
+    dist.init_process_group(
+        "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=datetime.timedelta(seconds=30)
+    )
     yield dist.group.WORLD
     dist.destroy_process_group()
 
@@ -116,8 +117,10 @@ def test_a_group_is_a_process_group(given):
 
 
 def test_a_group_is_given_or_is_the_default_one(group):
-    assert all(parse_options({"process_group": given}, None, set(), {"default": {}}).process_group is group
-               for given in (group, "world"))  # fmt: skip
+    assert all(
+        parse_options({"process_group": given}, None, set(), {"default": {}}).process_group is group
+        for given in (group, "world")
+    )
 
 
 @pytest.fixture
@@ -178,7 +181,7 @@ def programs_of(model, inputs, cache):
     with torch.no_grad():
         call = compiled(model, cache)
         outputs = [call(*value) for value in inputs]
-    program = next(d.program for d in LIVE if d.root is not None and d.root() is model)
+    program = next(d.program for d in LIVE if d.instances.root is not None and d.instances.root() is model)
     assert program is not None
     return program, outputs
 

@@ -16,7 +16,7 @@ import zoo
 from small_models import Attention, calls, transformer
 from test_calling import CACHES, WAYS, Block, ByHand, Net, check, check_two_runs, fired, net, regional, settings
 from torch import nn
-from zoo import relative_error
+from zoo import relative_error, sweep_over
 
 import cachepass
 from cachepass import cache_context
@@ -26,18 +26,25 @@ from cachepass.testing import CompileCounts, count_compiles
 # ---- blocks compiled one by one -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "layers", "attentions"), [
+LISTS_OF_BLOCKS = [
     ("FluxTransformer2DModel", {"num_layers": 2, "num_single_layers": 3}, None),
     ("WanTransformer3DModel", {"num_layers": 3}, r"blocks\.\d\.attn\d"),
     ("HunyuanVideoTransformer3DModel", {}, r"(single_)?transformer_blocks\.\d\.attn"),
     ("ZImageTransformer2DModel", {"n_layers": 2}, r".*\.attention"),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize(("name", "layers", "attentions"), sweep_over(LISTS_OF_BLOCKS, few=LISTS_OF_BLOCKS[1:2]))
 def test_repeated_blocks_of_diffusers(name, layers, attentions, monkeypatch):
     """Equal to the whole model's graph and to diffusers' hooks, with as many graphs as without a cache."""
     for key, value in layers.items():
         monkeypatch.setitem(zoo.ZOO[name]["init"], key, value)
-    fields = {"cache_interval": 3, "disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32,
-              "cache_identifiers": [attentions] if attentions else None}  # fmt: skip
+    fields = {
+        "cache_interval": 3,
+        "disable_cache_before_step": 2,
+        "taylor_factors_dtype": torch.float32,
+        "cache_identifiers": [attentions] if attentions else None,
+    }
     compile_options = settings({"method": "taylorseer", **fields})
     steps = [call for _ in range(2) for _, call in zoo.trajectory(name, 9)]
     with count_compiles() as plain:
@@ -88,6 +95,7 @@ class TimestepInBlocks(Failing):
 @CACHES
 @pytest.mark.parametrize("kind", [Failing, TimestepInBlocks])
 @pytest.mark.parametrize("failing", [0, 2, 3])
+@pytest.mark.covering(strength=2)
 def test_a_step_that_fails_behind_its_blocks_is_repeated(kind, cache, failing):
     """The blocks ran, the model raised: the step is not over, and its repetition gives what it would have given."""
     model, expected = regional(net(kind), cache), ByHand(net(kind), cache)
@@ -224,6 +232,7 @@ def printing(where):
     BreakBetween, BreakBehind, BreakInBlocks, BreakInCalls,
     *(pytest.param(printing(where), id=f"print-{where}") for where in ("start", "middle")),
 ])  # fmt: skip
+@pytest.mark.covering(strength=2)
 def test_a_model_whose_graph_breaks(kind, by_itself, cache):
     """Wherever it breaks, every step is that of the model without the break."""
     original, expected = net(kind), ByHand(net(), cache)
@@ -274,6 +283,7 @@ def _offloaded_blocks(model):
 @CACHES
 @pytest.mark.parametrize("by_itself", [False, True], ids=["whole", "regional"])
 @pytest.mark.parametrize("offload", [_offloaded_model, _offloaded_blocks])
+@pytest.mark.covering(strength=2)
 def test_parameters_that_accelerate_offloads(offload, by_itself, cache):
     """New parameters in every call: still the same model, with one state."""
     original, expected = offload(net()), ByHand(net(), cache)
@@ -405,6 +415,7 @@ def slots_of(model):
 
 @CACHES
 @WAYS
+@pytest.mark.covering
 def test_models_blocks_and_slots_are_freed(way, cache):
     original = net()
     model = way(original, cache)
@@ -441,6 +452,7 @@ def test_a_compiled_graph_keeps_neither_inputs_nor_the_model(way):
 
 @CACHES
 @WAYS
+@pytest.mark.covering
 def test_memory_is_flat(way, cache):
     """Of all tensors that Python can reach, less those of other tests."""
     others = {id(tensor): tensor for tensor in live_tensors()}

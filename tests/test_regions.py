@@ -139,13 +139,21 @@ def test_kinds_by_dataflow(attention):
 
 @pytest.mark.parametrize("identifier", ["attention", "block"])
 @pytest.mark.parametrize("attention", STYLES)
+@pytest.mark.covering
 def test_runs_equal_what_is_predicted_by_hand(attention, identifier):
     """TaylorSeer of order 0 on what a kind names: predicted steps reuse the outputs of the last computed one."""
     model = build(attention)
-    cached = torch.compile(build(attention), backend="cached_inductor", fullgraph=True, options={
-        "cache": {**TAYLOR, "max_order": 0, "cache_identifiers": [identifier]}, "lowering": "eager"})  # fmt: skip
-    named = ("stack.0", "stack.1") if identifier == "block" else tuple(
-        f"stack.{i}.{name}" for i in range(2) for name in ("mix", "cross"))  # fmt: skip
+    cached = torch.compile(
+        build(attention),
+        backend="cached_inductor",
+        fullgraph=True,
+        options={"cache": {**TAYLOR, "max_order": 0, "cache_identifiers": [identifier]}, "lowering": "eager"},
+    )
+    named = (
+        ("stack.0", "stack.1")
+        if identifier == "block"
+        else tuple(f"stack.{i}.{name}" for i in range(2) for name in ("mix", "cross"))
+    )
     kept, computing, text = {}, True, context()
 
     def reuse(name, forward):
@@ -209,8 +217,13 @@ def test_blocks_that_return_more_than_a_tensor(kind):
         def forward(self, x, timestep):
             y = self.inner(x, timestep)
             pair = [y, y.mean(-1)]
-            return {"tuple": tuple(pair), "list": pair, "dict": {"a": pair[0], "b": pair[1]},
-                    "dataclass": Result(y, y.shape[1]), "size": (y, y.shape[0])}[kind]  # fmt: skip
+            return {
+                "tuple": tuple(pair),
+                "list": pair,
+                "dict": {"a": pair[0], "b": pair[1]},
+                "dataclass": Result(y, y.shape[1]),
+                "size": (y, y.shape[0]),
+            }[kind]
 
     class Outer(nn.Module):
         def __init__(self):
@@ -224,8 +237,11 @@ def test_blocks_that_return_more_than_a_tensor(kind):
             return result
 
     def first(result):
-        return result.sample if isinstance(result, Result) else next(iter(
-            result.values() if isinstance(result, dict) else result))  # fmt: skip
+        return (
+            result.sample
+            if isinstance(result, Result)
+            else next(iter(result.values() if isinstance(result, dict) else result))
+        )
 
     torch.manual_seed(0)
     model = Outer().eval().requires_grad_(False)

@@ -94,8 +94,20 @@ def test_the_page_has_its_parts_and_asks_for_nothing(page):
     parsed = Page(page)
     ids = parsed.ids()
     assert len(ids) == len(set(ids))
-    assert {"timeline", "modules", "memory", "phases", "graphs", "tree", "diff", "data", "totals", "filter", "find",
-            "phase"} <= set(ids)  # fmt: skip
+    assert {
+        "timeline",
+        "modules",
+        "memory",
+        "phases",
+        "graphs",
+        "tree",
+        "diff",
+        "data",
+        "totals",
+        "filter",
+        "find",
+        "phase",
+    } <= set(ids)
     loading = {"src", "srcset", "data", "action", "poster", "background"}
     for tag, attributes, _ in parsed.elements:
         assert tag not in ("link", "iframe", "object", "embed", "img"), tag
@@ -168,8 +180,11 @@ def test_a_page_without_groups_and_one_that_never_predicts():
     )
     text = lossless.to_html()
     assert "Nothing is scheduled" in text and 'data-fate="once"' not in text
-    kept = cachepass.explain(transformer(cross=True), *inputs, cache={"method": "taylorseer", "cache_interval": 1,
-                                                                      "cache_identifiers": ["attention"]})  # fmt: skip
+    kept = cachepass.explain(
+        transformer(cross=True),
+        *inputs,
+        cache={"method": "taylorseer", "cache_interval": 1, "cache_identifiers": ["attention"]},
+    )
     assert "cache_interval=1 computes every step" in kept.to_html()
     assert "kept for a run" in text
 
@@ -242,8 +257,10 @@ def test_the_page_in_a_browser(chromium, explanation, tmp_path):
 
     # modules: the filter shows what fits, and all that it is in
     chromium.one("#filter").send_keys("blocks.1 attention cut")
-    shown = chromium.run("return [...document.querySelectorAll('#tree li')].filter(e => e.getClientRects().length)"
-                         ".map(e => e.querySelector('.row').title)")  # fmt: skip
+    shown = chromium.run(
+        "return [...document.querySelectorAll('#tree li')].filter(e => e.getClientRects().length)"
+        ".map(e => e.querySelector('.row').title)"
+    )
     assert shown == ["blocks", "blocks.1", "blocks.1.attn"]
     assert chromium.one("#shown").text.startswith("1 of ")
     chromium.one("#filter").clear()
@@ -286,8 +303,11 @@ def check_graphs(chromium, explanation):
     assert chromium.visible("#diff tbody tr") == rows + hidden - 1
     current = chromium.one("#diff tr.current")
     assert target in current.text and current.is_displayed()
-    box = chromium.run("const b = arguments[0].getBoundingClientRect(), d = document.querySelector('#diff')"
-                       ".getBoundingClientRect(); return b.top >= d.top && b.bottom <= d.bottom", current)  # fmt: skip
+    box = chromium.run(
+        "const b = arguments[0].getBoundingClientRect(), d = document.querySelector('#diff')"
+        ".getBoundingClientRect(); return b.top >= d.top && b.bottom <= d.bottom",
+        current,
+    )
     assert box and chromium.visible("#diff mark") >= 2 * hits
     chromium.one("#find").clear()
     chromium.one("#find").send_keys("blocks.2.ff.\n")
@@ -349,8 +369,11 @@ def test_screenshots(chromium, tmp_path):
     from demo import METHODS
     from models import load_dit
 
-    call = {"hidden_states": torch.randn(2, 1, 28, 28), "timestep": torch.full((2,), 500),
-            "class_labels": torch.tensor([10, 3])}  # fmt: skip
+    call = {
+        "hidden_states": torch.randn(2, 1, 28, 28),
+        "timestep": torch.full((2,), 500),
+        "class_labels": torch.tensor([10, 3]),
+    }
     explanation = cachepass.explain(load_dit(), cache=METHODS["FasterCache, branch and attention"], **call)
     explanation.to_html(tmp_path / "report.html", num_inference_steps=50)
     chromium.open(tmp_path / "report.html")

@@ -18,8 +18,9 @@ STEPS = 6
 
 
 def compiled(model: Transformer, **options):
-    return torch.compile(model, backend="cached_inductor", fullgraph=True,
-                         options={"cache": TAYLOR, "lowering": "eager", **options})  # fmt: skip
+    return torch.compile(
+        model, backend="cached_inductor", fullgraph=True, options={"cache": TAYLOR, "lowering": "eager", **options}
+    )
 
 
 def tokens(length: int, seed: int = 0) -> torch.Tensor:
@@ -28,8 +29,9 @@ def tokens(length: int, seed: int = 0) -> torch.Tensor:
 
 def run_of(model, context: torch.Tensor, x: torch.Tensor | None = None) -> list[torch.Tensor]:
     """A run under a prompt, at the size of ``x``."""
-    return [model(latents if x is None else x + 0.01 * step, t, context)
-            for step, (latents, t) in enumerate(calls(STEPS))]  # fmt: skip
+    return [
+        model(latents if x is None else x + 0.01 * step, t, context) for step, (latents, t) in enumerate(calls(STEPS))
+    ]
 
 
 def record_of(model):

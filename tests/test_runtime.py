@@ -229,6 +229,7 @@ def _run(model, context="default"):
 @pytest.mark.parametrize("cache", [TAYLOR, PAB])
 @pytest.mark.parametrize("lowering", ["eager", "cond"])
 @pytest.mark.parametrize("failing", [1, 3, 4])
+@pytest.mark.covering(strength=2)
 def test_a_failed_step_leaves_the_next_one_right(cache, lowering, failing):
     """A step runs, its slots are damaged and it raises; repeated, it and all later ones are right."""
     model = compiled(transformer(), cache, lowering=lowering)
@@ -314,9 +315,17 @@ def test_nan_of_a_diverged_run_does_not_reach_the_next():
 
 def test_outputs_are_the_callers():
     """A predicted output is not a slot's memory: later steps do not change it."""
-    model = compiled(transformer(), {"method": "taylorseer", "cache_identifiers": ["proj_out"], "max_order": 0,
-                                     "taylor_factors_dtype": None, "cache_interval": 3,
-                                     "disable_cache_before_step": 1})  # fmt: skip
+    model = compiled(
+        transformer(),
+        {
+            "method": "taylorseer",
+            "cache_identifiers": ["proj_out"],
+            "max_order": 0,
+            "taylor_factors_dtype": None,
+            "cache_interval": 3,
+            "disable_cache_before_step": 1,
+        },
+    )
     outputs = run(model)
     frozen = [output.clone() for output in outputs]
     for output in outputs:
@@ -434,15 +443,25 @@ def test_summary_counts(cache, steps, expected):
 @pytest.mark.parametrize("order", [1, 2])
 def test_dead_slots_change_memory_and_not_a_bit_of_the_outputs(order, monkeypatch):
     """A chain of blocks keeps the last one's history; kept for all of them, every output is the same."""
-    cache = {"method": "taylorseer", "max_order": order, "cache_interval": 3, "disable_cache_before_step": 2,
-             "taylor_factors_dtype": None, "cache_identifiers": [r"blocks\.\d+"]}  # fmt: skip
+    cache = {
+        "method": "taylorseer",
+        "max_order": order,
+        "cache_interval": 3,
+        "disable_cache_before_step": 2,
+        "taylor_factors_dtype": None,
+        "cache_identifiers": [r"blocks\.\d+"],
+    }
     results, sizes = [], []
     for dead in (False, True):
         if dead:
             monkeypatch.setattr(plan, "live_markers", lambda _graph, group_of, _groups: set(group_of))
         torch._dynamo.reset()
-        model = torch.compile(transformer(depth=6), backend="cached_inductor", fullgraph=True,
-                              options={"cache": cache, "lowering": "eager", "num_inference_steps": 9})  # fmt: skip
+        model = torch.compile(
+            transformer(depth=6),
+            backend="cached_inductor",
+            fullgraph=True,
+            options={"cache": cache, "lowering": "eager", "num_inference_steps": 9},
+        )
         results.append([model(*call) for call in calls(9)])
         sizes.append(cachepass.summary(model).cache_bytes)
     assert sizes[1] == 6 * sizes[0]

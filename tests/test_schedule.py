@@ -214,9 +214,13 @@ def test_the_polynomial_is_numpys():
 
 
 @given(
-    st.floats(0, 2), st.lists(st.floats(-1, 2), max_size=4), st.floats(-1, 3), st.booleans(), st.booleans(),
+    st.floats(0, 2),
+    st.lists(st.floats(-1, 2), max_size=4),
+    st.floats(-1, 3),
+    st.booleans(),
+    st.booleans(),
     st.lists(st.floats(-4, 4), max_size=4),
-)  # fmt: skip
+)
 def test_bound_decides_as_predicts_does(value, distances, distance, accumulate, inclusive, coefficients):
     threshold = Threshold(value, accumulate, inclusive, coefficients)
     past = Past((0,), distances=tuple(distances))
@@ -256,8 +260,11 @@ def magcache(ratios: list[float], max_error: float, most: int, retention: int, s
 
 @settings(max_examples=300)
 @given(
-    st.lists(st.floats(0.5, 1.5), min_size=1, max_size=35), st.floats(0, 0.6), st.integers(0, 6), st.integers(0, 12),
-)  # fmt: skip
+    st.lists(st.floats(0.5, 1.5), min_size=1, max_size=35),
+    st.floats(0, 0.6),
+    st.integers(0, 6),
+    st.integers(0, 12),
+)
 def test_magnitude_budget_is_magcaches_rule(ratios, max_error, most, retention):
     schedule = MagnitudeBudget(ratios, max_error, most, retention)
     expected = magcache(ratios, max_error, most, retention, 30)
@@ -309,11 +316,13 @@ PLAIN = st.one_of(
 WITHOUT = st.recursive(
     PLAIN,
     lambda inner: st.one_of(
-        st.builds(lambda a, b: a & b, inner, inner), st.builds(lambda a, b: a | b, inner, inner),
-        st.builds(lambda a: ~a, inner), st.builds(lambda a, at, r: Refresh(a, at, r), inner, st.integers(1, 5),
-                                                  st.booleans()),
-    ), max_leaves=6,
-)  # fmt: skip
+        st.builds(lambda a, b: a & b, inner, inner),
+        st.builds(lambda a, b: a | b, inner, inner),
+        st.builds(lambda a: ~a, inner),
+        st.builds(lambda a, at, r: Refresh(a, at, r), inner, st.integers(1, 5), st.booleans()),
+    ),
+    max_leaves=6,
+)
 PASTS = st.builds(Past, st.just((0,)), st.integers(0, 4), st.integers(0, 4), st.lists(st.floats(0, 1)).map(tuple))
 
 
@@ -350,7 +359,7 @@ def naive(schedule: Schedule, index: int, past: Past, answer: bool | None) -> bo
 def test_combinations_against_naive_evaluation(schedule, index, past, distance):
     step, threshold = Step(index), schedule.threshold
     unknown, known = schedule.predicts(step, past), schedule.predicts(step, past, distance)
-    answer = threshold.predicts(step, past, distance) if threshold else None
+    answer = None if threshold is None else threshold.predicts(step, past, distance)
     assert unknown is naive(schedule, index, past, None)
     assert known is naive(schedule, index, past, answer)
     assert known in (True, False)

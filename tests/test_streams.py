@@ -94,8 +94,9 @@ def bases(model: nn.Module, *inputs: torch.Tensor, cache: object = WHOLE) -> tup
 
 def runs_alike(model: nn.Module, *inputs: torch.Tensor, forecast) -> None:
     """On a predicted step the output is what ``forecast(model, before, now)`` says."""
-    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
-                             options={"cache": WHOLE, "lowering": "eager", **OPTIONS})  # fmt: skip
+    compiled = torch.compile(
+        model, backend="cached_inductor", fullgraph=True, options={"cache": WHOLE, "lowering": "eager", **OPTIONS}
+    )
     first, *rest = inputs
     compiled(first, T, *rest)
     torch.testing.assert_close(compiled(first + 1, T, *rest), forecast(first, first + 1))

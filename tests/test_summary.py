@@ -63,17 +63,27 @@ def test_what_is_computed_once_counts_once_per_run():
 
 
 def test_warm_up_is_not_counted():
-    compiled = torch.compile(transformer(), backend="cached_inductor", fullgraph=True,
-                             options={"cache": CACHE, "lowering": "eager", "num_inference_steps": 5})  # fmt: skip
+    compiled = torch.compile(
+        transformer(),
+        backend="cached_inductor",
+        fullgraph=True,
+        options={"cache": CACHE, "lowering": "eager", "num_inference_steps": 5},
+    )
     found = cachepass.warmup(compiled, *calls(1)[0], progress=False)
     assert (found.flops, found.plain_flops, found.saved) == (0, 0, 0)
 
 
 def test_warnings_are_kept():
     with pytest.warns(cachepass.CachepassWarning):
-        compiled = run(transformer(), cache={"method": "pab", "spatial_attention_block_skip_range": 2,
-                                             "spatial_attention_timestep_skip_range": (0, 1),
-                                             "temporal_attention_block_skip_range": 2})  # fmt: skip
+        compiled = run(
+            transformer(),
+            cache={
+                "method": "pab",
+                "spatial_attention_block_skip_range": 2,
+                "spatial_attention_timestep_skip_range": (0, 1),
+                "temporal_attention_block_skip_range": 2,
+            },
+        )
     found = cachepass.summary(compiled)
     assert [message.split(":")[0] for message in found.warnings] == [
         "PyramidAttentionBroadcastConfig.temporal_attention_block_skip_range has no effect",
@@ -107,3 +117,64 @@ def test_contexts_are_told_apart():
     assert found.last_runs == {"cond": {"taylorseer": "#.#.."}, "uncond": {"taylorseer": "#"}}
     rows = [line.split() for line in str(found).splitlines()]
     assert ["cond", "taylorseer", "2", "3", "60", "%", "#.#.."] in rows
+
+
+# ---- several configs on one module ----------------------------------------------------------------------------------
+
+
+PAB = {"method": "pab", "spatial_attention_block_skip_range": 2}
+
+
+def compiled_with(model, cache):
+    return torch.compile(
+        model, backend="cached_inductor", fullgraph=True, options={"cache": cache, "lowering": "eager"}
+    )
+
+
+def test_each_compiled_config_has_figures_of_its_own():
+    torch._dynamo.reset()
+    model = transformer()
+    taylorseer, pab = compiled_with(model, CACHE), compiled_with(model, PAB)
+    for call in calls(5):
+        taylorseer(*call)
+    for call in calls(3):
+        pab(*call)
+    one, other = cachepass.summary(taylorseer), cachepass.summary(pab)
+    assert (one.steps, other.steps) == (5, 3)
+    assert (set(one.computed), set(other.computed)) == ({"taylorseer"}, {"spatial"})
+    assert (one.cache_bytes, other.cache_bytes) == (one.planned_bytes, other.planned_bytes)
+    assert (
+        one.config == "taylorseer(cache_interval=3, disable_cache_before_step=1)"
+        and other.config == "pab(spatial_attention_block_skip_range=2)"
+    )
+    assert (one.others, other.others) == ((other.config,), (one.config,))
+    assert "compiled as well: pab(" in str(one)
+    assert cachepass.summary(model) == other  # which was called last
+    taylorseer(*calls(6)[5])
+    assert cachepass.summary(model).config == one.config
+
+
+def test_after_an_error_nothing_is_said_of_the_config_before():
+    torch._dynamo.reset()
+    model = transformer()
+    compiled_with(model, CACHE)(*calls(1)[0])
+    wrong = compiled_with(model, {**CACHE, "cache_identifiers": ["nothing"]})
+    with pytest.raises(cachepass.NoMatchError):
+        wrong(*calls(1)[0])
+    with pytest.raises(cachepass.NotCompiledError):
+        cachepass.summary(wrong)
+
+
+def test_modules_that_are_compiled_in_place():
+    torch._dynamo.reset()
+    model = transformer()
+    compiled_with(model, CACHE)(*calls(1)[0])
+    model.compile(backend="cached_inductor", options={"cache": PAB, "lowering": "eager"})
+    model(*calls(1)[0])
+    compiled_with(model, CACHE)(*calls(2)[1])
+    assert cachepass.summary(model).config.startswith("pab")
+
+
+def test_a_recipe_is_called_by_its_groups():
+    found = cachepass.summary(run(transformer(), cache=cachepass.TaylorSeerCacheConfig().recipe(5)))
+    assert found.config == "recipe(taylorseer)"

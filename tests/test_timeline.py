@@ -45,8 +45,9 @@ CONFIGS = {
 
 def real_run(model, cache, timesteps, contexts, inputs):
     """What groups did in every call: ``{(context, group): [predicted, ...]}``, and the summary."""
-    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
-                             options={"cache": cache, "lowering": "eager"})  # fmt: skip
+    compiled = torch.compile(
+        model, backend="cached_inductor", fullgraph=True, options={"cache": cache, "lowering": "eager"}
+    )
     seen: dict[tuple[str, str], list[bool]] = {}
     for timestep in timesteps:
         for context in contexts:
@@ -61,8 +62,9 @@ def real_run(model, cache, timesteps, contexts, inputs):
 
 
 def assert_agrees(lanes, seen, summary):
-    assert {(lane.context, lane.group): [cell.state not in ("computed", "plain") for cell in lane.cells]
-            for lane in lanes} == seen  # fmt: skip
+    assert {
+        (lane.context, lane.group): [cell.state not in ("computed", "plain") for cell in lane.cells] for lane in lanes
+    } == seen
     for counts, kind in ((summary.computed, "computed"), (summary.predicted, "predicted")):
         told: dict[str, int] = {}
         for lane in lanes:
@@ -103,8 +105,9 @@ def test_an_unconditional_call_that_comes_first_keeps_nothing():
         explanation = cachepass.explain(model, torch.randn(1, 4, 2, 4), T[:1], cache=FASTER)
     lanes = explanation.timeline(STEPS, contexts=("uncond", "cond"))
     assert {(lane.group, cell.state) for lane in lanes for cell in lane.cells} == {
-        ("unconditional", "plain"), ("spatial", "computed")
-    }  # fmt: skip
+        ("unconditional", "plain"),
+        ("spatial", "computed"),
+    }
     seen, summary = real_run(model, FASTER, even_timesteps(4), ("uncond", "cond"), torch.randn(1, 4, 2, 4))
     assert not summary.predicted and not any(predicted for lane in seen.values() for predicted in lane)
 

@@ -140,6 +140,7 @@ class Bench:
 
 @every_way
 @pytest.mark.parametrize("scenario", trajectories.TOLD_APART)
+@pytest.mark.covering(times=3)
 def test_told_apart(scenario, way):
     bench, expected = Bench(way), trajectories.TOLD_APART[scenario]
     bench.run(scenario)
@@ -150,6 +151,7 @@ def test_told_apart(scenario, way):
 
 @every_way
 @pytest.mark.parametrize("scenario", trajectories.ANEW)
+@pytest.mark.covering(times=2)
 def test_told_apart_where_prompts_are_made_anew(scenario, way):
     """What depends on them is computed every time, and that is said where it would be kept otherwise."""
     bench = Bench(way)
@@ -171,6 +173,7 @@ def test_told_apart_where_the_graph_of_a_model_with_enable_cache_breaks(scenario
 
 
 @pytest.mark.parametrize(("way", "scenario"), pairs(WAYS))
+@pytest.mark.covering
 def test_told_apart_under_pab(scenario, way):
     bench = Bench(way, "pab")
     bench.run(scenario)
@@ -186,6 +189,7 @@ def test_told_apart_under_first_block_cache(scenario, way):
 
 @every_way
 @pytest.mark.parametrize("scenario", trajectories.ONE_STEP)
+@pytest.mark.covering(times=2)
 def test_a_model_of_one_step_is_computed(scenario, way):
     """Nothing is predicted of an image from another one's, with or without a word about it."""
     bench = Bench(way)
@@ -198,6 +202,7 @@ def test_a_model_of_one_step_is_computed(scenario, way):
 
 @every_way
 @pytest.mark.parametrize("scenario", trajectories.UNDECIDED)
+@pytest.mark.covering(times=2)
 def test_where_nothing_tells_the_calls_apart(scenario, way):
     """As the reference, without a word; or computed, once that is said with the line to add."""
     bench = Bench(way)
@@ -219,10 +224,18 @@ def test_where_nothing_tells_the_calls_apart(scenario, way):
 
 @every_way
 @pytest.mark.parametrize("scenario", trajectories.COUNTED)
+@pytest.mark.covering(times=2)
 def test_with_the_number_of_steps(scenario, way):
     bench = Bench(way, num_inference_steps=9)
-    bench.run(scenario)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CachepassWarning)
+        bench.run(scenario)
     assert bench.predicted() > 0
+    said = [str(each.message) for each in caught]
+    if scenario is trajectories.longer_than_said:
+        assert len(said) == 1 and "the timestep goes on from 340 to 270 after 9 steps" in said[0]
+    else:  # runs that end early: two of one length, or none, which may have been cancelled
+        assert all("ended after 6 steps" in message for message in said) and len(said) <= 1
 
 
 @pytest.mark.parametrize(("way", "scenario"), pairs((compiled, by_blocks)))
@@ -319,8 +332,10 @@ def steps_in_a_thread(bench: Bench, thread: int, scenario: Scenario, outer: str 
 def test_two_threads_that_take_turns(way, scenario, outer):
     """They call the same model at the same timesteps, and each has trajectories of its own: by itself, or by name."""
     bench = Bench(way)
-    works = [lambda thread=thread: steps_in_a_thread(bench, thread, scenario, f"user-{thread}" if outer else None)
-             for thread in range(2)]  # fmt: skip
+    works = [
+        lambda thread=thread: steps_in_a_thread(bench, thread, scenario, f"user-{thread}" if outer else None)
+        for thread in range(2)
+    ]
     in_turns(works)
     assert bench.predicted() == bench.told.predicted > 0
 

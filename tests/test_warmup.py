@@ -19,8 +19,9 @@ CONTEXT = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
 
 def compiled(model, cache, **options):
     torch._dynamo.reset()
-    return torch.compile(model, backend="cached_inductor", fullgraph=True, options={
-        "cache": cache, "lowering": "eager", **options})  # fmt: skip
+    return torch.compile(
+        model, backend="cached_inductor", fullgraph=True, options={"cache": cache, "lowering": "eager", **options}
+    )
 
 
 def run(model, steps=9):
@@ -37,8 +38,9 @@ def run(model, steps=9):
 def test_what_a_run_can_reach_is_compiled(cache, options, timesteps, variants):
     if variants is None:
         with pytest.warns(cachepass.CachepassWarning, match="never fires"):
-            summary = cachepass.warmup(compiled(transformer(cross=True), cache, **options), *calls(1)[0], CONTEXT,
-                                       progress=False)  # fmt: skip
+            summary = cachepass.warmup(
+                compiled(transformer(cross=True), cache, **options), *calls(1)[0], CONTEXT, progress=False
+            )
         assert summary.variants == {}
         return
     model = compiled(transformer(cross=True), cache, **options)
@@ -100,8 +102,12 @@ def test_guidance(two_calls):
         def forward(self, hidden_states, timestep):
             return self.inner(hidden_states.flatten(2), timestep).view_as(hidden_states)
 
-    faster = {"method": "fastercache", "tensor_format": "BCHW", "spatial_attention_block_skip_range": 2,
-              "unconditional_batch_skip_range": 3}  # fmt: skip
+    faster = {
+        "method": "fastercache",
+        "tensor_format": "BCHW",
+        "spatial_attention_block_skip_range": 2,
+        "unconditional_batch_skip_range": 3,
+    }
     model = compiled(Image().eval().requires_grad_(False), faster)
     x, t = torch.randn(4, 4, 2, 4), torch.full((4,), 500.0)
     if two_calls:

@@ -92,14 +92,23 @@ class FirstBlock(BlockCache):
         return self.computed.count(False)
 
 
-INTERVAL, BEFORE, SKIP_RANGE, RANGE, NEAR = 3, 2, 2, (100, 800), 0.3
+INTERVAL, BEFORE, SKIP_RANGE, RANGE, NEAR = 3, 2, 2, (100, 800), 0.11
 CACHES: dict[str, dict[str, Any]] = {
-    "taylorseer": {"method": "taylorseer", "cache_interval": INTERVAL, "disable_cache_before_step": BEFORE,
-                   "max_order": 1, "taylor_factors_dtype": None, "cache_identifiers": [r".*\.attn", r".*\.ff"]},
-    "pab": {"method": "pab", "spatial_attention_block_skip_range": SKIP_RANGE,
-            "spatial_attention_timestep_skip_range": RANGE},
+    "taylorseer": {
+        "method": "taylorseer",
+        "cache_interval": INTERVAL,
+        "disable_cache_before_step": BEFORE,
+        "max_order": 1,
+        "taylor_factors_dtype": None,
+        "cache_identifiers": [r".*\.attn", r".*\.ff"],
+    },
+    "pab": {
+        "method": "pab",
+        "spatial_attention_block_skip_range": SKIP_RANGE,
+        "spatial_attention_timestep_skip_range": RANGE,
+    },
     "first_block_cache": {"method": "first_block_cache", "threshold": NEAR},
-}  # fmt: skip
+}
 
 
 def told(model: Guided, cache: str) -> Told:

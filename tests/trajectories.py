@@ -75,8 +75,9 @@ def prompt(seed: int, batch: int = 1, tokens: int = 3) -> torch.Tensor:
     return noise(1000 + seed, batch, tokens, 8)
 
 
-def latents(seed: int, times: Sequence[float] = TIMES, batch: int = 1,
-            tokens: int = 4) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+def latents(
+    seed: int, times: Sequence[float] = TIMES, batch: int = 1, tokens: int = 4
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Latents and timestep of every step: they change smoothly, with some noise."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, tokens, 8, generator=generator)
@@ -89,9 +90,14 @@ def same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def guided(run: int, prompts: Sequence[torch.Tensor], times: Sequence[float] = TIMES,
-           saids: Sequence[Said] = (nothing, nothing), given: Callable[[torch.Tensor], torch.Tensor] = same,
-           tokens: int = 4) -> Calls:  # fmt: skip
+def guided(
+    run: int,
+    prompts: Sequence[torch.Tensor],
+    times: Sequence[float] = TIMES,
+    saids: Sequence[Said] = (nothing, nothing),
+    given: Callable[[torch.Tensor], torch.Tensor] = same,
+    tokens: int = 4,
+) -> Calls:
     """A run with as many calls per step as prompts: of the same latents, and timesteps made for each call."""
     for x, t in latents(run, times, tokens=tokens):
         for call, (embeddings, said) in enumerate(zip(prompts, saids, strict=False)):

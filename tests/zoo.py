@@ -51,8 +51,10 @@ def build(name: str, seed: int = 0, *, layers: int | None = None) -> torch.nn.Mo
 
     entry = ZOO[name]
     torch.manual_seed(seed)
-    init = {k: tuple(v) if isinstance(v, list) and v and k != "dual_attention_layers" else v
-            for k, v in entry["init"].items()}  # fmt: skip
+    init = {
+        k: tuple(v) if isinstance(v, list) and v and k != "dual_attention_layers" else v
+        for k, v in entry["init"].items()
+    }
     if layers is not None and "llama_layers" not in init:
         init |= {k: max(layers, init[k]) for k in ("num_layers", "num_single_layers", "n_layers") if k in init}
     model = getattr(diffusers, entry["model"])(**init).eval().requires_grad_(False)
@@ -103,8 +105,9 @@ def guided_inputs_of(name: str, seed: int = 1) -> dict[str, Any]:
     return {key: double(key, value) for key, value in base.items()}
 
 
-def trajectory(name: str, steps: int, dtype: torch.dtype = torch.float32, *,
-               guided: bool = False) -> Iterator[tuple[float, dict[str, Any]]]:  # fmt: skip
+def trajectory(
+    name: str, steps: int, dtype: torch.dtype = torch.float32, *, guided: bool = False
+) -> Iterator[tuple[float, dict[str, Any]]]:
     """``steps`` calls of a denoising run: the timestep (falling from 950) and the keyword arguments.
 
     The latents change smoothly with some noise; models whose timestep runs from 1 to 0 get it so.

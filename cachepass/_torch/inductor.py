@@ -24,6 +24,7 @@ from torch._inductor.runtime.runtime_utils import cache_dir
 from torch._inductor.virtualized import V
 from torch._logging import trace_structured
 from torch._subclasses import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.proxy import GraphAppendingTracer
@@ -55,8 +56,9 @@ def plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str,
     return compile_fx(gm, inputs, config_patches=patches or None)  # pyright: ignore[reportReturnType]
 
 
-def compile_once(gm: fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any],
-                 patches: dict[str, Any]) -> Callable[..., Any]:  # fmt: skip
+def compile_once(
+    gm: fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
     """Run AOTAutograd, decompositions and joint passes over ``gm`` and hand the ATen graph to ``inner``.
 
     AOTAutograd's cache is off: a hit would bypass ``inner``. Inductor's own FX graph cache still serves each variant.
@@ -83,8 +85,9 @@ class SavedContext:
             stack.enter_context(V.set_fake_mode(self.fake_mode))
             yield
 
-    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int] = (), *,
-                cudagraphs: bool = True) -> Callable[[list[Any]], Any]:  # fmt: skip
+    def compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int] = (), *, cudagraphs: bool = True
+    ) -> Callable[[list[Any]], Any]:
         """``compile_fx_inner`` over a variant; the result takes its inputs as one list (boxed).
 
         ``static`` are indices of inputs whose memory stays where it is. ``cudagraphs=False``: none for this program,
@@ -118,6 +121,11 @@ def kernels_side_by_side() -> Iterator[None]:
         AsyncCompile.wait = wait
         for compiler, scope in waiting:
             wait(compiler, scope)
+
+
+def graph_module(owner: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph with the owner's attributes; its Python code is written when it is first called, if ever."""
+    return _LazyGraphModule(owner, graph)
 
 
 def save_context(inputs: Sequence[Any], patches: dict[str, Any], inner_kwargs: dict[str, Any]) -> SavedContext:
@@ -184,8 +192,9 @@ class _ValuedTracer(GraphAppendingTracer):
         return node
 
 
-def emit_number(graph: fx.Graph, number: torch.SymInt | torch.SymFloat,
-                symbols: Mapping[sympy.Symbol, fx.Node]) -> fx.Node:  # fmt: skip
+def emit_number(
+    graph: fx.Graph, number: torch.SymInt | torch.SymFloat, symbols: Mapping[sympy.Symbol, fx.Node]
+) -> fx.Node:
     """The nodes that compute a symbolic number from its symbols, at the place where the graph inserts; the last one.
 
     Raises:

@@ -76,8 +76,14 @@ def outermost(targets: tuple[Target, ...], table: RegionTable) -> tuple[list[Tar
     kept, skips = [], []
     for target in targets:
         region = target.region.id
-        outer = next((t.region.id for t in targets if t.region.id != region and table.inside(region, t.region.id)
-                      and not table.inside(t.region.id, region)), None)  # fmt: skip
+        outer = next(
+            (
+                t.region.id
+                for t in targets
+                if t.region.id != region and table.inside(region, t.region.id) and not table.inside(t.region.id, region)
+            ),
+            None,
+        )
         if outer is None:
             kept.append(target)
         else:

@@ -53,8 +53,9 @@ class RegionTable:
     _member_cache: dict[str, set[fx.Node]] = field(default_factory=dict, repr=False)
 
 
-def classify(table: RegionTable, owners_of: Mapping[fx.Node, Sequence[str]], *,
-             projections_missing: bool = False) -> list[Region]:  # fmt: skip
+def classify(
+    table: RegionTable, owners_of: Mapping[fx.Node, Sequence[str]], *, projections_missing: bool = False
+) -> list[Region]:
     """The table's regions with their kinds. ``owners_of``: the ids of the regions around a node, outermost first.
 
     ``projections_missing``: the graph may begin behind the projections of queries and keys; where they are not seen, an

@@ -57,8 +57,11 @@ def _is_cut_by_numbers(node: fx.Node) -> bool:
     """The sizes of its value follow from those of what it is a part of, and from numbers, not from data."""
     if node.target not in _CUTS:
         return False
-    return not any(isinstance(source.meta.get("example_value"), torch.Tensor) for source in node.all_input_nodes
-                   if source is not node.args[0])  # fmt: skip
+    return not any(
+        isinstance(source.meta.get("example_value"), torch.Tensor)
+        for source in node.all_input_nodes
+        if source is not node.args[0]
+    )
 
 
 def why_unfit(gm: fx.GraphModule, outputs: Sequence[fx.Node], varying: Collection[int | None]) -> str | None:

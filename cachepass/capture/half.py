@@ -99,8 +99,9 @@ class _Halving:
             self.halved.append(name)
             return half
         if strict and value.ndim and value.shape[0] != 1:
-            raise BatchError(f"its batch is {_shape(value)}, that of {self.main} is {self.batch}",
-                             where=f"input {name}", hint=_HINT)  # fmt: skip
+            raise BatchError(
+                f"its batch is {_shape(value)}, that of {self.main} is {self.batch}", where=f"input {name}", hint=_HINT
+            )
         return value
 
     def leave(self, value: Any, name: str) -> Any:
@@ -124,15 +125,21 @@ def halve(frame: _torch.Frame, guidance: Guidance) -> tuple[Arguments, _Halving]
     given = {name: value for name, value in arguments.all if name in inputs and _sized(value)}
     if not given:
         names = [name for name, value in arguments.all if not isinstance(value, torch.nn.Module)]
-        raise BatchError("no tensor input of the model carries a guidance batch", where=f"{guidance.settings}.{_NAMES}",
-                         hint=f"known names: {listing(inputs)}; the model's inputs: {listing(names)}")  # fmt: skip
+        raise BatchError(
+            "no tensor input of the model carries a guidance batch",
+            where=f"{guidance.settings}.{_NAMES}",
+            hint=f"known names: {listing(inputs)}; the model's inputs: {listing(names)}",
+        )
     main = next((name for name in ("hidden_states", "x", "sample") if name in given), next(iter(given)))
     value = given[main]
     batch = len(value)
     if batch % 2:
         shape = _shape(value) if isinstance(value, torch.Tensor) else f"a list of {batch}"
-        raise BatchError(f"its batch is odd ({shape}): it cannot hold as many unconditional as conditional samples",
-                         where=f"input {main}", hint=_HINT)  # fmt: skip
+        raise BatchError(
+            f"its batch is odd ({shape}): it cannot hold as many unconditional as conditional samples",
+            where=f"input {main}",
+            hint=_HINT,
+        )
     halving = _Halving(batch, main, guidance.latents.unconditional_first, isinstance(value, (list, tuple)))
 
     def take(name: str, argument: Any) -> Any:
@@ -140,8 +147,9 @@ def halve(frame: _torch.Frame, guidance: Guidance) -> tuple[Arguments, _Halving]
             return halving.take(argument, name, strict=name in guidance.strict_inputs)
         return halving.leave(argument, name)
 
-    half = Arguments([(n, take(n, v)) for n, v in arguments.positional],
-                      [(n, take(n, v)) for n, v in arguments.keyword])  # fmt: skip
+    half = Arguments(
+        [(n, take(n, v)) for n, v in arguments.positional], [(n, take(n, v)) for n, v in arguments.keyword]
+    )
     return half, halving
 
 
@@ -149,8 +157,12 @@ def _sized(value: Any) -> bool:
     return (isinstance(value, torch.Tensor) and value.ndim > 0) or (isinstance(value, (list, tuple)) and bool(value))
 
 
-def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], guidance: Guidance,
-                 backend: Callable[[fx.GraphModule, Sequence[Any], HalfCall], None]) -> None:  # fmt: skip
+def capture_half(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    guidance: Guidance,
+    backend: Callable[[fx.GraphModule, Sequence[Any], HalfCall], None],
+) -> None:
     """Hand the half-batch graph of the frame being traced, whose own graph is ``gm``, to ``backend``.
 
     Raises:
@@ -167,8 +179,11 @@ def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], guidance: Guidance,
         missing = numbers.keys() - _number_inputs(half, arguments).keys()
         for name in missing:  # as a constant of this call it would be wrong in all others
             _torch.restart_dynamic(name, numbers[name])
-            raise BatchError("a number that changes from call to call is a constant at half batch",
-                             where=f"input {name}", hint="give it as a tensor")  # fmt: skip
+            raise BatchError(
+                "a number that changes from call to call is a constant at half batch",
+                where=f"input {name}",
+                hint="give it as a tensor",
+            )
         picks = _picks(gm, inputs, half, half_inputs, halving)
         backend(half, half_inputs, HalfCall(picks, first, tuple(halving.halved)))
 
@@ -182,10 +197,11 @@ def capture_half(gm: fx.GraphModule, inputs: Sequence[Any], guidance: Guidance,
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         whole = f"; left whole, with the batch's size in front: {listing(halving.whole)}" if halving.whole else ""
         raise BatchError(
-            f"the model cannot be traced at half batch: {reason}", where="torch.compile",
+            f"the model cannot be traced at half batch: {reason}",
+            where="torch.compile",
             hint=f"halved: {listing(halving.halved)}{whole}. The inputs that carry guidance batches are named in "
-                 f"{guidance.settings}.{_NAMES}",
-        ) from error  # fmt: skip
+            f"{guidance.settings}.{_NAMES}",
+        ) from error
 
 
 def _number_inputs(gm: fx.GraphModule, arguments: Arguments) -> dict[str, float]:
@@ -195,8 +211,9 @@ def _number_inputs(gm: fx.GraphModule, arguments: Arguments) -> dict[str, float]
     return {name: value for name, value in given.items() if name in names}
 
 
-def _picks(gm: fx.GraphModule, inputs: Sequence[Any], half: fx.GraphModule, half_inputs: Sequence[Any],
-           halving: _Halving) -> tuple[tuple[int, bool], ...]:  # fmt: skip
+def _picks(
+    gm: fx.GraphModule, inputs: Sequence[Any], half: fx.GraphModule, half_inputs: Sequence[Any], halving: _Halving
+) -> tuple[tuple[int, bool], ...]:
     """Which input of the full graph each input of the half one is: by the tensor itself, or where it comes from."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     by_tensor = {id(value): i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
@@ -208,8 +225,11 @@ def _picks(gm: fx.GraphModule, inputs: Sequence[Any], half: fx.GraphModule, half
         if index is None and not halving.sample_lists:  # in lists the same place holds another sample
             index = by_source.get(_torch.placeholder_source(node))
         if index is None or not _fits(value, inputs[index], origin is not None):
-            raise BatchError("the half-batch graph has it, the full one has not", where=f"input {input_name(node)}",
-                             hint="compile the transformer itself, called with its inputs as arguments")  # fmt: skip
+            raise BatchError(
+                "the half-batch graph has it, the full one has not",
+                where=f"input {input_name(node)}",
+                hint="compile the transformer itself, called with its inputs as arguments",
+            )
         picks.append((index, origin is not None))
     return tuple(picks)
 
@@ -249,8 +269,9 @@ def check_halves(full: fx.Graph, half: fx.Graph) -> None:
         if shapes[0] != shapes[1] and halved_dimension(*shapes) is None:
             raise BatchError(
                 f"its output is {_shape(whole.meta['val'])} at full and {_shape(part.meta['val'])} at half batch",
-                where=str(whole.args[1]), hint="leave the module out of the config's identifiers",
-            )  # fmt: skip
+                where=str(whole.args[1]),
+                hint="leave the module out of the config's identifiers",
+            )
 
 
 def halved_dimension(full: Sequence[int | torch.SymInt], half: Sequence[int | torch.SymInt]) -> int | None:

@@ -88,8 +88,11 @@ def find_timestep(names: dict[int, str], wanted: str | None) -> int | None:
             if candidate in (name, base(name)):
                 return index
     if wanted is not None:
-        raise TimestepError(f"the model has no tensor input {wanted!r}", where='options["timestep_input"]',
-                            hint=f"inputs: {listing(names.values())}")  # fmt: skip
+        raise TimestepError(
+            f"the model has no tensor input {wanted!r}",
+            where='options["timestep_input"]',
+            hint=f"inputs: {listing(names.values())}",
+        )
     return None
 
 
@@ -165,8 +168,10 @@ def named_inputs(call: _torch.ModuleCall) -> dict[str, Any]:
 
 def find_timestep_input(inputs: Mapping[str, Any], wanted: str | None, *, per_token: bool = True) -> str | None:
     """The name of the input that holds the timestep: a number, one for all samples or one for each; ``per_token``:
-    or one for each token."""
-    for name in (wanted,) if wanted is not None else TIMESTEP_NAMES:
+    or one for each token. The last part of a name is enough: ``timestep`` for ``kwargs.timestep``."""
+    short = {name.rpartition(".")[2]: name for name in reversed(list(inputs))}
+    for known in (wanted,) if wanted is not None else TIMESTEP_NAMES:
+        name = known if known in inputs else short.get(known, known)
         value = inputs.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return name

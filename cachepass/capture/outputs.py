@@ -22,9 +22,11 @@ def returned(gm: fx.GraphModule) -> list[fx.Node]:
 
 def _require_known_sizes(values: Sequence[fx.Node], where: str) -> None:
     if any(_torch.depends_on_data(value.meta["example_value"]) for value in values):
-        raise OutputError("the size of the model's output depends on the data that it is called with", where=where,
-                          hint="what is kept of it has a fixed size; is_guidance_distilled=True forecasts attentions "
-                               "alone")  # fmt: skip
+        raise OutputError(
+            "the size of the model's output depends on the data that it is called with",
+            where=where,
+            hint="what is kept of it has a fixed size; is_guidance_distilled=True forecasts attentions alone",
+        )
 
 
 def sample_output(gm: fx.GraphModule, guidance: Guidance) -> list[fx.Node]:
@@ -41,8 +43,9 @@ def sample_output(gm: fx.GraphModule, guidance: Guidance) -> list[fx.Node]:
     return values[:1]
 
 
-def paired_outputs(full: fx.GraphModule, half: fx.GraphModule,
-                   guidance: Guidance) -> tuple[list[fx.Node], list[fx.Node], LatentFormat]:  # fmt: skip
+def paired_outputs(
+    full: fx.GraphModule, half: fx.GraphModule, guidance: Guidance
+) -> tuple[list[fx.Node], list[fx.Node], LatentFormat]:
     """The sample among the values that a model returns at full and at half batch; a list of samples, if it is one.
 
     Raises:
@@ -58,17 +61,19 @@ def paired_outputs(full: fx.GraphModule, half: fx.GraphModule,
     if not shapes[0] or len(shapes[0]) != len(shapes[1]) or not _halves(shapes[0][0], shapes[1][0]):
         raise OutputError(
             f"the model's output does not follow its batch: it returns {_text(shapes[0])} for the whole batch and "
-            f"{_text(shapes[1])} for half of it", where=where,
+            f"{_text(shapes[1])} for half of it",
+            where=where,
             hint="the output must hold [uncond, cond] samples; the inputs that carry such batches are named in "
-                 f"{guidance.settings}._unconditional_conditional_input_kwargs_identifiers",
-        )  # fmt: skip
+            f"{guidance.settings}._unconditional_conditional_input_kwargs_identifiers",
+        )
     guidance.latents.check(shapes[0][0], where)
     others = [i for i in range(1, len(of_full)) if shapes[0][i] != shapes[1][i]]
     if others:
         raise OutputError(
             f"output {others[0]} of the model ({_text(shapes[0][others[0] : others[0] + 1])}) carries the batch too; "
-            "only the first one is estimated", where="the model's output",
-        )  # fmt: skip
+            "only the first one is estimated",
+            where="the model's output",
+        )
     return of_full[:1], of_half[:1], guidance.latents
 
 

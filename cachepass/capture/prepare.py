@@ -7,6 +7,7 @@ All that can be wrong with the user's settings for a model is found here.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,8 +72,7 @@ class Prepared:
         return {self.names[i] for i in (*self.layout.latents, self.layout.timestep) if i is not None}
 
 
-def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
-            place: Place | None = None) -> Prepared:  # fmt: skip
+def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions, place: Place | None = None) -> Prepared:
     """Choose what is cut. Where the graph is only a part of its model (it has a ``place``), what matches nothing in it
     may match in another."""
     assert options.cache is not None
@@ -80,49 +80,26 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     _refuse_training(gm, inputs)
     method = Method(options.cache, options.num_inference_steps)
     named = read_inputs(gm, inputs)
-    siblings = None
     _check_declared(named, options, whole=place is None)
+    siblings = timestep = None
     if place is None:
-        table = find_regions(gm)
-        if not table.regions and method.cuts:
-            raise NoMatchError(
-                "the traced graph contains no module call that can be cached", where="torch.compile",
-                hint="compile the transformer itself (an nn.Module), not a function of tensors",
-            )  # fmt: skip
-        timestep = _find_timestep(named, inputs, options)
-        _require_timestep(timestep is not None, [named.names[i] for i in named.own], method, options)
-        selection = method.select(table.regions)
-        _add_spans(gm, table, selection)
+        table, selection, timestep = _choose(gm, inputs, named, method, options)
     else:
-        if not method.cuts:
-            raise PartialGraphError(
-                "what stays the same within a run can be told in the graph of a whole model only, and this graph is a "
-                f"part of one ({place.why})", where=type(place.call.module).__name__,
-                hint="compile the whole model with fullgraph=True",
-            )  # fmt: skip
-        if method.guidance is not None:
-            raise PartialGraphError(
-                f"{type(options.cache).__name__} estimates the unconditional branch from the model's output, and this "
-                f"graph is only a part of the model ({place.why})", where=type(place.call.module).__name__,
-                hint="compile the whole model with fullgraph=True, or give is_guidance_distilled=True to forecast "
-                     "attentions alone",
-            )  # fmt: skip
+        _refuse_part(place, method, options)
         paths = place.paths()
         table = find_regions(gm, paths, place.root, rest=place.rest)
-        timestep = None
         _require_timestep(place.timestep is not None, place.inputs, method, options)
         siblings = Siblings(method, tuple(table.regions), place.prefix, place.siblings, tuple(paths.values()))
         selection = siblings.selection()
-        _add_spans(gm, table, selection)
+    _add_spans(gm, table, selection)
     targets, nested = outermost(selection.targets, table)
     for note in selection.notes:
         logger.info(note)
-    skips = (*table.skips, *selection.skips, *nested)
     found = find_latents([named.names[i] for i in named.own], [inputs[i] for i in named.own])
     latents = tuple(i for i in (named.own[k] for k in found) if isinstance(inputs[i], torch.Tensor))
     targets, resized, sizing = _sized_by_data(gm, table, targets, {*latents, timestep}, method, options)
     _refuse_probe_sized_by_data(table, selection.probe)
-    skips = (*skips, *resized)
+    skips = (*table.skips, *selection.skips, *nested, *resized)
     static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
     telling = _telling(named, inputs, {*latents, timestep}, options)
     names = tuple(named.names[i] for i in telling)
@@ -130,12 +107,55 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions,
     notes, probe = selection.notes, selection.probe
     if probe is not None and probe.region is None and not probe.of_model:
         notes = (*notes, f"the probe looks at the input {listing([named.names[i] for i in latents[:1]])}")
+    if siblings is not None:
+        siblings = dataclasses.replace(siblings, targets=tuple(targets))
     return Prepared(method, table, tuple(targets), skips, notes, named.names, layout, tuple(named.own), probe, siblings)
 
 
-def _sized_by_data(gm: fx.GraphModule, table: RegionTable, targets: Sequence[Target], varying: set[int | None],
-                   method: Method, options: CompileOptions) -> tuple[list[Target], list[Skip],
-                                                                     tuple[int, ...]]:  # fmt: skip
+def _choose(
+    gm: fx.GraphModule, inputs: Sequence[Any], named: GraphInputs, method: Method, options: CompileOptions
+) -> tuple[RegionTable, Selection, int | None]:
+    """The regions of a whole model, what the method takes of them, and which input is the timestep."""
+    table = find_regions(gm)
+    if not table.regions and method.cuts:
+        raise NoMatchError(
+            "the traced graph contains no module call that can be cached",
+            where="torch.compile",
+            hint="compile the transformer itself (an nn.Module), not a function of tensors",
+        )
+    timestep = _find_timestep(named, inputs, options)
+    _require_timestep(timestep is not None, [named.names[i] for i in named.own], method, options)
+    return table, method.select(table.regions), timestep
+
+
+def _refuse_part(place: Place, method: Method, options: CompileOptions) -> None:
+    """Raise for methods that need the graph of a whole model."""
+    where = type(place.call.module).__name__
+    if not method.cuts:
+        raise PartialGraphError(
+            "what stays the same within a run can be told in the graph of a whole model only, and this graph is a "
+            f"part of one ({place.why})",
+            where=where,
+            hint="compile the whole model with fullgraph=True",
+        )
+    if method.guidance is not None:
+        raise PartialGraphError(
+            f"{type(options.cache).__name__} estimates the unconditional branch from the model's output, and this "
+            f"graph is only a part of the model ({place.why})",
+            where=where,
+            hint="compile the whole model with fullgraph=True, or give is_guidance_distilled=True to forecast "
+            "attentions alone",
+        )
+
+
+def _sized_by_data(
+    gm: fx.GraphModule,
+    table: RegionTable,
+    targets: Sequence[Target],
+    varying: set[int | None],
+    method: Method,
+    options: CompileOptions,
+) -> tuple[list[Target], list[Skip], tuple[int, ...]]:
     """The targets that can be kept though their sizes may depend on data, why others cannot, and the indices of the
     inputs that the sizes come from.
 
@@ -155,8 +175,11 @@ def _sized_by_data(gm: fx.GraphModule, table: RegionTable, targets: Sequence[Tar
         else:
             skips.append(Skip(target.region.id, reason))
     if targets and not kept:
-        raise NoMatchError(f"nothing can be cached: {skips[0].reason}", where=skips[0].region,
-                           hint="cut modules whose outputs have a size of their own")  # fmt: skip
+        raise NoMatchError(
+            f"nothing can be cached: {skips[0].reason}",
+            where=skips[0].region,
+            hint="cut modules whose outputs have a size of their own",
+        )
     return kept, skips, tuple(sorted(sizing))
 
 
@@ -166,8 +189,11 @@ def _refuse_probe_sized_by_data(table: RegionTable, probe: ProbeTarget | None) -
     outputs = table.outputs[probe.region.id]
     looked = outputs if probe.region.blocks else outputs[probe.output :][:1]
     if any(_torch.depends_on_data(output.meta["example_value"]) for output in looked):
-        raise NoMatchError("what a decision looks at has a size that depends on data", where=probe.region.id,
-                           hint="look at the latents, or at an output whose size is its own")  # fmt: skip
+        raise NoMatchError(
+            "what a decision looks at has a size that depends on data",
+            where=probe.region.id,
+            hint="look at the latents, or at an output whose size is its own",
+        )
 
 
 def _add_spans(gm: fx.GraphModule, table: RegionTable, selection: Selection) -> None:
@@ -180,13 +206,17 @@ def _add_spans(gm: fx.GraphModule, table: RegionTable, selection: Selection) -> 
             add_span(gm, table, region)
 
 
-def _telling(named: GraphInputs, inputs: Sequence[Any], varying: set[int | None],
-             options: CompileOptions) -> tuple[int, ...]:  # fmt: skip
+def _telling(
+    named: GraphInputs, inputs: Sequence[Any], varying: set[int | None], options: CompileOptions
+) -> tuple[int, ...]:
     """Indices of the inputs that tell one conditioning from another: tensors that are neither latents nor timestep, nor
     declared to change within a trajectory, or to come as another tensor every time."""
     declared = (*options.varying_inputs, *options.invariant_inputs)
-    return tuple(i for i in named.own if i not in varying and tells(inputs[i])
-                 and not any(is_declared(named.names[i], given) for given in declared))  # fmt: skip
+    return tuple(
+        i
+        for i in named.own
+        if i not in varying and tells(inputs[i]) and not any(is_declared(named.names[i], given) for given in declared)
+    )
 
 
 def _check_declared(named: GraphInputs, options: CompileOptions, *, whole: bool) -> None:
@@ -195,8 +225,11 @@ def _check_declared(named: GraphInputs, options: CompileOptions, *, whole: bool)
     for option in ("invariant_inputs", "varying_inputs") if whole else ():
         for given in getattr(options, option):
             if not any(is_declared(name, given) for name in names):
-                raise OptionError(f"the model has no tensor input {given!r}", where=f'options["{option}"]',
-                                  hint=f"inputs: {listing(names)}")  # fmt: skip
+                raise OptionError(
+                    f"the model has no tensor input {given!r}",
+                    where=f'options["{option}"]',
+                    hint=f"inputs: {listing(names)}",
+                )
 
 
 def _find_timestep(named: GraphInputs, inputs: Sequence[Any], options: CompileOptions) -> int | None:
@@ -227,16 +260,21 @@ def _require_timestep(found: bool, names: Sequence[str], method: Method, options
     if options.num_inference_steps is None:
         warn(
             "no timestep input found, so the end of a run cannot be seen: call cachepass.reset(model) between "
-            'runs, or give options["num_inference_steps"] or options["timestep_input"]', stacklevel=4,
-        )  # fmt: skip
+            'runs, or give options["num_inference_steps"] or options["timestep_input"]',
+        )
 
 
 def _refuse_training(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     for root in _torch.root_modules()[:1]:
         if root.training:
-            raise TrainingError("the model is in training mode", where=type(root).__name__,
-                                hint="caching is for inference: call model.eval() first")  # fmt: skip
+            raise TrainingError(
+                "the model is in training mode",
+                where=type(root).__name__,
+                hint="caching is for inference: call model.eval() first",
+            )
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-        raise TrainingError("gradients are required", where=type(gm).__name__,
-                            hint="caching is for inference: call the model under torch.no_grad() or "
-                                 "torch.inference_mode()")  # fmt: skip
+        raise TrainingError(
+            "gradients are required",
+            where=type(gm).__name__,
+            hint="caching is for inference: call the model under torch.no_grad() or torch.inference_mode()",
+        )

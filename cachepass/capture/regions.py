@@ -34,8 +34,13 @@ def dotted(source: str) -> str:
     return ".".join(t for t in tokens if t not in _PLUMBING)
 
 
-def find_regions(gm: fx.GraphModule, paths: Mapping[int, str] | None = None,
-                 root: tuple[str, str] | None = None, *, rest: bool = False) -> RegionTable:  # fmt: skip
+def find_regions(
+    gm: fx.GraphModule,
+    paths: Mapping[int, str] | None = None,
+    root: tuple[str, str] | None = None,
+    *,
+    rest: bool = False,
+) -> RegionTable:
     """All module calls of a Dynamo graph; those that cannot be cut are in ``skips`` with the reason.
 
     Modules are named by where the captured code finds them. Where that is only a part of the model, ``paths`` names its
@@ -65,8 +70,9 @@ def find_regions(gm: fx.GraphModule, paths: Mapping[int, str] | None = None,
     return table
 
 
-def _stack(node: fx.Node, paths: Mapping[int, str],
-           root: tuple[str, str] | None) -> Iterator[tuple[str, tuple[str, object]]]:  # fmt: skip
+def _stack(
+    node: fx.Node, paths: Mapping[int, str], root: tuple[str, str] | None
+) -> Iterator[tuple[str, tuple[str, object]]]:
     """The module calls around a node, outermost first: a key for each call, the module's path and class. A module that
     is reached by two paths has one key in Dynamo's stack for both calls."""
     if node.op in ("placeholder", "output"):
@@ -98,9 +104,8 @@ def _find_outputs(table: RegionTable, gm: fx.GraphModule) -> None:
         nodes = sorted(members, key=order.__getitem__)
         table.nodes[region.id] = nodes
         table.outputs[region.id] = [
-            n for n in nodes
-            if is_floating(n.meta.get("example_value")) and any(u not in members for u in n.users)
-        ]  # fmt: skip
+            n for n in nodes if is_floating(n.meta.get("example_value")) and any(u not in members for u in n.users)
+        ]
 
 
 def is_floating(value: object) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError
@@ -23,6 +22,7 @@ class Siblings:
         prefix: Path of the captured module.
         prefixes: Paths of all modules of its class, it among them.
         model: Paths of all modules of the model.
+        targets: What the graph cuts.
     """
 
     method: Method
@@ -30,12 +30,15 @@ class Siblings:
     prefix: str
     prefixes: tuple[str, ...]
     model: tuple[str, ...]
+    targets: tuple[Target, ...] = ()
     _chosen: dict[str, Selection] = field(default_factory=dict, repr=False, compare=False)
 
     def under(self, prefix: str) -> list[Region]:
         """The regions as they are called under a prefix."""
-        return [dataclasses.replace(region, id=self.moved(region.id, prefix), path=self.moved(region.path, prefix))
-                for region in self.regions]  # fmt: skip
+        return [
+            dataclasses.replace(region, id=self.moved(region.id, prefix), path=self.moved(region.path, prefix))
+            for region in self.regions
+        ]
 
     def moved(self, name: str, prefix: str) -> str:
         """What has this name in the captured module, under a prefix."""
@@ -48,8 +51,10 @@ class Siblings:
             moved = self.under(prefix)
             captured = {region.id: own for region, own in zip(moved, self.regions, strict=True)}
             selection = self.method.select(moved, self.model)
-            targets = [dataclasses.replace(target, region=captured.get(target.region.id, target.region))
-                       for target in selection.targets]  # fmt: skip
+            targets = [
+                dataclasses.replace(target, region=captured.get(target.region.id, target.region))
+                for target in selection.targets
+            ]
             self._chosen[prefix] = dataclasses.replace(selection, targets=tuple(targets))
         return self._chosen[prefix]
 
@@ -71,23 +76,24 @@ class Siblings:
                     )
         return dataclasses.replace(self.chosen(self.prefix), targets=tuple(chosen.values()))
 
-    def groups(self, prefix: str, targets: Sequence[Target]) -> frozenset[str]:
-        """The groups of ``targets``, which the graph cuts, that are cut under a prefix.
+    def groups(self, prefix: str) -> frozenset[str]:
+        """The groups that are cut under a prefix.
 
         Raises:
             ConfigError: One is cut in some of its modules and not in others.
         """
         chosen = {target.region.id for target in self.chosen(prefix).targets}
         wanted: dict[str, set[str]] = {}
-        for target in targets:
+        for target in self.targets:
             wanted.setdefault(target.group, set()).add(target.region.id)
         for regions in wanted.values():
             if chosen & regions and not regions <= chosen:
                 missing = ", ".join(sorted(self.moved(region, prefix) for region in regions - chosen))
                 raise ConfigError(
                     f"{prefix} is cut in some of the modules that are cut in others of its class (not in {missing}), "
-                    "and they share one compiled graph", where=type(self.method.config).__name__,
+                    "and they share one compiled graph",
+                    where=type(self.method.config).__name__,
                     hint="write identifiers that take the same modules of every block, or whole blocks out; or compile "
-                         "the whole model",
-                )  # fmt: skip
+                    "the whole model",
+                )
         return frozenset(group for group, regions in wanted.items() if regions <= chosen)

@@ -27,25 +27,31 @@ def add_span(gm: fx.GraphModule, table: RegionTable, region: Region) -> None:
         return
     owned = {node for block in region.blocks for node in table.nodes[block]}
     order = list(gm.graph.nodes)
-    first, last = (next(i for i, node in walk if node in owned)
-                   for walk in (enumerate(order), reversed(list(enumerate(order)))))  # fmt: skip
+    first, last = (
+        next(i for i, node in walk if node in owned) for walk in (enumerate(order), reversed(list(enumerate(order))))
+    )
     members: set[fx.Node] = set()
     for node in order[first : last + 1]:
         if node.op != "placeholder" and (node in owned or any(source in members for source in node.all_input_nodes)):
             members.add(node)
     table.nodes[region.id] = [node for node in order[first : last + 1] if node in members]
     table.outputs[region.id] = [
-        node for node in table.nodes[region.id]
+        node
+        for node in table.nodes[region.id]
         if is_floating(node.meta.get("example_value")) and any(user not in members for user in node.users)
-    ]  # fmt: skip
+    ]
     if not table.outputs[region.id]:
-        raise NoMatchError("no floating-point tensor leaves these blocks", where=region.id,
-                           hint=f"blocks: {listing(region.blocks)}")  # fmt: skip
+        raise NoMatchError(
+            "no floating-point tensor leaves these blocks", where=region.id, hint=f"blocks: {listing(region.blocks)}"
+        )
     aliases = Aliases(gm)
     reason = unfit(region, table, aliases)
     if reason is None and aliases.entered_and_written(table.nodes[region.id], members):
         reason = "what enters them is written in place between them"
     if reason is not None:
-        raise NoMatchError(f"these blocks cannot be left out: {reason}", where=region.id,
-                           hint="choose others, or forecast modules inside of them")  # fmt: skip
+        raise NoMatchError(
+            f"these blocks cannot be left out: {reason}",
+            where=region.id,
+            hint="choose others, or forecast modules inside of them",
+        )
     table.regions.append(region)

@@ -37,8 +37,9 @@ FLUX_MAG_RATIOS = (
 )  # fmt: skip
 
 
-def _one_group(cut: Cut, schedule: Schedule, forecast: ForecastRule, probe: Probe | None = None,
-               metric: str = "relative_l1") -> Recipe:  # fmt: skip
+def _one_group(
+    cut: Cut, schedule: Schedule, forecast: ForecastRule, probe: Probe | None = None, metric: str = "relative_l1"
+) -> Recipe:
     name = "blocks" if isinstance(cut, Blocks) else "modules"
     return Recipe((Group(name, schedule, (Part(cut, forecast),), probe, metric),))
 
@@ -141,8 +142,12 @@ class MagCacheConfig(MethodConfig):
         check_int(self, "num_inference_steps", 1)
         check_flag(self, "calibrate")
         if self.mag_ratios is None and not self.calibrate:
-            raise self.fail("mag_ratios", "there are none", "they belong to a checkpoint: measure them in a run with "
-                            "calibrate=True (cachepass.mag_ratios), or give cachepass.FLUX_MAG_RATIOS")  # fmt: skip
+            raise self.fail(
+                "mag_ratios",
+                "there are none",
+                "they belong to a checkpoint: measure them in a run with "
+                "calibrate=True (cachepass.mag_ratios), or give cachepass.FLUX_MAG_RATIOS",
+            )
         ratios: Any = self.mag_ratios
         if ratios is not None:
             ratios = tuple(ratios.tolist() if isinstance(ratios, torch.Tensor) else ratios)
@@ -242,9 +247,11 @@ class TeaCacheConfig(MethodConfig):
         check_number(self, "rel_l1_thresh", 0)
         check_int(self, "final_steps", 0)
         coefficients: Any = self.coefficients
-        if not isinstance(coefficients, (list, tuple)) or len(coefficients) > 7 or not all(
-            isinstance(c, (int, float)) and math.isfinite(c) for c in coefficients
-        ):  # fmt: skip
+        if (
+            not isinstance(coefficients, (list, tuple))
+            or len(coefficients) > 7
+            or not all(isinstance(c, (int, float)) and math.isfinite(c) for c in coefficients)
+        ):
             raise self.fail("coefficients", f"expected up to 7 numbers, got {coefficients!r}")
         object.__setattr__(self, "coefficients", tuple(map(float, coefficients)))
         ModuleOutput(self.module)
@@ -314,9 +321,12 @@ class DBCacheConfig(MethodConfig):
         check_among(self, "steps_computation_policy", "policy", ("dynamic", "static"))
         check_among(self, "force_refresh_step_policy", "policy", ("once", "repeat"))
         if self.enable_separate_cfg or self.cfg_compute_first or not self.cfg_diff_compute_separate:
-            raise self.fail("enable_separate_cfg", "calls are not told apart by counting them",
-                            "name the two calls of a step: cachepass.cache_context('cond') and ('uncond'); "
-                            "enable_cache does so for pipelines")  # fmt: skip
+            raise self.fail(
+                "enable_separate_cfg",
+                "calls are not told apart by counting them",
+                "name the two calls of a step: cachepass.cache_context('cond') and ('uncond'); "
+                "enable_cache does so for pipelines",
+            )
         if self.steps_computation_mask is not None:
             object.__setattr__(self, "steps_computation_mask", Mask(self.steps_computation_mask).computed)
         object.__setattr__(self, "calibrator", self._forecast())
@@ -333,8 +343,11 @@ class DBCacheConfig(MethodConfig):
             return Taylor(given.taylorseer_order, since=3)
         if kind == "dmd":
             return DMD(given.dmd_history, given.dmd_rank, given.dmd_ridge)
-        raise self.fail("calibrator", f"{given!r} is neither a forecast nor a calibrator that is known here",
-                        "give a value of cachepass.forecast, such as Taylor(1)")  # fmt: skip
+        raise self.fail(
+            "calibrator",
+            f"{given!r} is neither a forecast nor a calibrator that is known here",
+            "give a value of cachepass.forecast, such as Taylor(1)",
+        )
 
     def recipe(self, num_inference_steps: int | None) -> Recipe:  # noqa: ARG002
         caps = MaxSkips(

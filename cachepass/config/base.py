@@ -43,6 +43,17 @@ class MethodConfig:
     def check(self) -> None:
         """Raise a ConfigError for values that make no sense; runs at construction."""
 
+    @property
+    def label(self) -> str:
+        """The method, and the fields that differ from their defaults: ``"taylorseer(cache_interval=3)"``."""
+        own: list[str] = []
+        for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            value = getattr(self, f.name)
+            if value is not default and value != default:
+                own.append(f"{f.name}={value!r}")
+        return f"{self.method}({', '.join(own)})" if own else self.method
+
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON takes it: ``{"schema": 1, "method": name, ...fields}``.
 
@@ -73,8 +84,11 @@ class MethodConfig:
         Raises:
             ConfigError: The number of steps is needed; or the config does not say what it is made of.
         """
-        raise ConfigError("it has no recipe", where=type(self).__name__,
-                          hint="def recipe(self, num_inference_steps): return Recipe(Group(...))")  # fmt: skip
+        raise ConfigError(
+            "it has no recipe",
+            where=type(self).__name__,
+            hint="def recipe(self, num_inference_steps): return Recipe(Group(...))",
+        )
 
     # What a recipe's parts are called by the user, for messages.
 
@@ -151,6 +165,10 @@ class RecipeConfig(MethodConfig):
 
     given: Recipe
 
+    @property
+    def label(self) -> str:
+        return f"recipe({', '.join(group.name for group in self.given.groups)})"
+
     def recipe(self, num_inference_steps: int | None) -> Recipe:
         return self.given.bind(num_inference_steps)
 
@@ -170,8 +188,9 @@ def load_config(path: str | Path) -> MethodConfig:
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot be read: {error}", where=f'options["cache"] = {str(path)!r}') from None
     if not isinstance(saved, dict):
-        raise OptionError("holds no recipe", where=f'options["cache"] = {str(path)!r}',
-                          hint="write json.dumps(config.to_dict())")  # fmt: skip
+        raise OptionError(
+            "holds no recipe", where=f'options["cache"] = {str(path)!r}', hint="write json.dumps(config.to_dict())"
+        )
     return RecipeConfig(Recipe.from_dict(saved)) if "recipe" in saved else MethodConfig.from_dict(saved)
 
 
@@ -197,8 +216,9 @@ def parse_cache(value: object) -> MethodConfig:
         return ours(**_shared_fields(ours, value))
     raise OptionError(
         f"cannot be read as a cache config: {value!r} ({type(value).__name__})",
-        where='options["cache"]', hint="give a config object, a dict or a method's name. " + _methods_hint(),
-    )  # fmt: skip
+        where='options["cache"]',
+        hint="give a config object, a dict or a method's name. " + _methods_hint(),
+    )
 
 
 def _shared_fields(ours: type[MethodConfig], value: Any) -> dict[str, Any]:

@@ -60,8 +60,10 @@ class TaylorSeerCacheConfig(MethodConfig):
         forecast = Taylor(self.max_order), self.taylor_factors_dtype
         zeros = self.skip_predict_identifiers or ()
         if self.use_lite_mode:
-            parts = [Part(Modules(*_LITE_ZEROS, must_match="none"), Zeros()),
-                     Part(Modules(*_LITE_FORECAST, must_match="none"), *forecast)]  # fmt: skip
+            parts = [
+                Part(Modules(*_LITE_ZEROS, must_match="none"), Zeros()),
+                Part(Modules(*_LITE_FORECAST, must_match="none"), *forecast),
+            ]
         else:
             parts = [Part(Modules(*zeros), Zeros())] if zeros else []
             cut = Modules(*_ATTENTION, otherwise="attention", must_match="any")
@@ -78,22 +80,23 @@ class TaylorSeerCacheConfig(MethodConfig):
             return
         name = type(self).__name__
         if self.skip_predict_identifiers or self.cache_identifiers:
-            warn(f"{name}: use_lite_mode overrides cache_identifiers and skip_predict_identifiers", stacklevel=2)
+            warn(f"{name}: use_lite_mode overrides cache_identifiers and skip_predict_identifiers")
         if not any(region.matches(p) for region in regions for p in _LITE_FORECAST):
             warn(
                 f"{name}: use_lite_mode forecasts '^proj_out$', which matches no module of this model: on predicted "
                 "steps its blocks return zeros and nothing stands in for them, as in diffusers. Give cache_identifiers "
-                "for the model's last projection and skip_predict_identifiers for its blocks.", stacklevel=2,
-            )  # fmt: skip
+                "for the model's last projection and skip_predict_identifiers for its blocks.",
+            )
 
     def review_parts(self, regions: Sequence[Region], model: Sequence[str]) -> None:
         outside = [path for path in model if any(re.fullmatch(p, path) for p in _LITE_FORECAST)]
         if self.use_lite_mode and outside and not any(r.matches(p) for r in regions for p in _LITE_FORECAST):
             raise NoMatchError(
                 f"use_lite_mode forecasts {outside[0]}, which is in no compiled graph: blocks would return zeros, and "
-                "nothing would stand in for them", where=type(self).__name__,
+                "nothing would stand in for them",
+                where=type(self).__name__,
                 hint="compile the whole model as one graph, or give cache_identifiers",
-            )  # fmt: skip
+            )
 
     def why_never(self, num_inference_steps: int | None) -> str | None:
         if self.cache_interval == 1:
@@ -118,15 +121,17 @@ class TaylorSeerCacheConfig(MethodConfig):
             object.__setattr__(self, "taylor_factors_dtype", dtype)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise self.fail(
-                "taylor_factors_dtype", f"expected a floating-point torch.dtype or None, got {dtype!r}",
+                "taylor_factors_dtype",
+                f"expected a floating-point torch.dtype or None, got {dtype!r}",
                 "torch.float32 or torch.bfloat16; None keeps the module's own dtype",
-            )  # fmt: skip
+            )
         after, before = self.disable_cache_after_step, self.disable_cache_before_step
         if after is not None and after < before:
             raise self.fail(
-                "disable_cache_after_step", f"{after} lies before disable_cache_before_step={before}: no step is left",
+                "disable_cache_after_step",
+                f"{after} lies before disable_cache_before_step={before}: no step is left",
                 "predicted steps lie in [disable_cache_before_step, disable_cache_after_step)",
-            )  # fmt: skip
+            )
 
 
 @cache_config("invariant")

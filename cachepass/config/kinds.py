@@ -50,8 +50,13 @@ class _KindsConfig(MethodConfig):
             if skip_range is None:
                 continue
             own = identifiers != tuple(getattr(type(self), f"{_prefix(name)}_block_identifiers"))
-            cut = Modules(*identifiers, kind=_KIND_OF.get(name, name), search=True, must_match="any" if own else "none",
-                          otherwise=None if own else (otherwise or {}).get(name))  # fmt: skip
+            cut = Modules(
+                *identifiers,
+                kind=_KIND_OF.get(name, name),
+                search=True,
+                must_match="any" if own else "none",
+                otherwise=None if own else (otherwise or {}).get(name),
+            )
             made.append(Group(name, Every(skip_range) & Timesteps(*bounds), (Part(cut, forecast),)))
         return tuple(made)
 
@@ -66,8 +71,7 @@ class _KindsConfig(MethodConfig):
             check_patterns(self, f"{prefix}_block_identifiers")
 
     def why_idle(self, recipe: Recipe, timesteps: tuple[float, float] | None) -> str:
-        ranges = ", ".join(f"{group.name} {self.kind(group.name)[1]}" for group in recipe.groups)
-        return _out_of_range(ranges, timesteps)
+        return _out_of_range({group.name: self.kind(group.name)[1] for group in recipe.groups}, timesteps)
 
 
 # Spatial and temporal attentions look alike: identifiers tell them apart.
@@ -78,12 +82,13 @@ def _prefix(kind: str) -> str:
     return "mlp" if kind == "mlp" else f"{kind}_attention"
 
 
-def _out_of_range(ranges: str, timesteps: tuple[float, float] | None) -> str:
+def _out_of_range(ranges: Mapping[str, tuple[float, float]], timesteps: tuple[float, float] | None) -> str:
     """Why a run predicted nothing: no timestep that could be skipped lay in the ranges."""
     seen = f"{timesteps[0]:g} to {timesteps[1]:g}" if timesteps else "none"
+    listed = ", ".join(f"{name} {bounds}" for name, bounds in ranges.items())
     return (
-        f"no step that could be skipped had a timestep within its range ({ranges}); timesteps seen: {seen}. "
-        'Where the model\'s input is scaled (1 to 0 instead of 1000 to 0) give options["timestep_scale"]=1000'
+        f"no step that could be skipped had a timestep within its range ({listed}); timesteps seen: {seen}. "
+        'Where the model\'s timesteps run neither from 1000 to 0 nor from 1 to 0 give options["timestep_scale"]'
     )
 
 
@@ -197,8 +202,10 @@ class FasterCacheConfig(_KindsConfig):
     unconditional_batch_skip_range: int = 5
     unconditional_batch_timestep_skip_range: tuple[float, float] = (-1, 641)
     spatial_attention_block_identifiers: tuple[str, ...] = (
-        "^blocks.*attn", "^transformer_blocks.*attn", "^single_transformer_blocks.*attn",
-    )  # fmt: skip
+        "^blocks.*attn",
+        "^transformer_blocks.*attn",
+        "^single_transformer_blocks.*attn",
+    )
     temporal_attention_block_identifiers: tuple[str, ...] = ("^temporal_transformer_blocks.*attn",)
     attention_weight_callback: Callable[[torch.nn.Module], float] | None = None
     low_frequency_weight_callback: Callable[[torch.nn.Module], float] | None = None
@@ -225,15 +232,22 @@ class FasterCacheConfig(_KindsConfig):
         grid = None if self.latent_grid is None else tuple(self.latent_grid)
         schedule = Every(self.unconditional_batch_skip_range) & Timesteps(*self.unconditional_batch_timestep_skip_range)
         guidance = Guidance(
-            schedule, LatentFormat(self.tensor_format, grid, self.unconditional_first), self.guided_inputs,
-            self.strict_inputs, self._ramp("low"), self._ramp("high"), settings=type(self).__name__,
-        )  # fmt: skip
+            schedule,
+            LatentFormat(self.tensor_format, grid, self.unconditional_first),
+            self.guided_inputs,
+            self.strict_inputs,
+            self._ramp("low"),
+            self._ramp("high"),
+            settings=type(self).__name__,
+        )
         return Recipe(groups, guidance)
 
     def _ramp(self, kind: str) -> Ramp:
-        return Ramp(getattr(self, f"alpha_{kind}_frequency"),
-                    getattr(self, f"{kind}_frequency_weight_update_timestep_range"),
-                    getattr(self, f"{kind}_frequency_weight_callback"))  # fmt: skip
+        return Ramp(
+            getattr(self, f"alpha_{kind}_frequency"),
+            getattr(self, f"{kind}_frequency_weight_update_timestep_range"),
+            getattr(self, f"{kind}_frequency_weight_callback"),
+        )
 
     def why_never(self, num_inference_steps: int | None) -> str | None:
         if num_inference_steps == 1:
@@ -251,9 +265,12 @@ class FasterCacheConfig(_KindsConfig):
     def why_idle(self, recipe: Recipe, timesteps: tuple[float, float] | None) -> str:
         if self.is_guidance_distilled:
             return super().why_idle(recipe, timesteps)
-        ranges = f"unconditional {self.unconditional_batch_timestep_skip_range}"
-        two_calls = ". With two calls per step, the one in the context 'cond' must come before the one in 'uncond'"
-        return _out_of_range(ranges, timesteps) + two_calls
+        low, high = self.unconditional_batch_timestep_skip_range
+        order = "with two calls per step, the one in the context 'cond' must come before the one in 'uncond'"
+        why = _out_of_range({"unconditional": (low, high)}, timesteps)
+        if timesteps is not None and timesteps[0] < high and low < timesteps[1]:
+            return f"{order}. Else {why}"
+        return f"{why}. Else {order}"
 
     def why_left(self, region: Region) -> str | None:
         if not region.is_attention:
@@ -280,8 +297,11 @@ class FasterCacheConfig(_KindsConfig):
         check_among(self, "tensor_format", "format", TENSOR_FORMATS)
         grid, tokens = self.latent_grid, self.tensor_format == "BSC"
         if not tokens and grid is not None:
-            raise self.fail("latent_grid", f"{grid!r} is given, but tensor_format is {self.tensor_format!r}",
-                             'a grid belongs to tensor_format="BSC"')  # fmt: skip
+            raise self.fail(
+                "latent_grid",
+                f"{grid!r} is given, but tensor_format is {self.tensor_format!r}",
+                'a grid belongs to tensor_format="BSC"',
+            )
         if not tokens or (self.is_guidance_distilled and grid is None):
             return
         check_grid(self, "latent_grid", 'tensor_format="BSC" needs the grid that the tokens stand for')

@@ -62,9 +62,16 @@ class _Subject:
         return summary(self.call) if self.cached else None
 
 
-def bench(model: torch.nn.Module, inputs: Mapping[str, Any], caches: Sequence[MethodConfig], *, steps: int = 28,
-          rounds: int = 5, options: Mapping[str, Any] | None = None,
-          advance: Callable[[str], None] | None = None) -> list[Measured]:  # fmt: skip
+def bench(
+    model: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    caches: Sequence[MethodConfig],
+    *,
+    steps: int = 28,
+    rounds: int = 5,
+    options: Mapping[str, Any] | None = None,
+    advance: Callable[[str], None] | None = None,
+) -> list[Measured]:
     """Measure a model without and with each of the caches.
 
     Args:
@@ -81,8 +88,7 @@ def bench(model: torch.nn.Module, inputs: Mapping[str, Any], caches: Sequence[Me
         OptionError: Fewer than two steps, or no round.
     """
     if steps < 2 or rounds < 1:
-        raise OptionError(f"{steps} steps in {rounds} rounds", where="bench",
-                          hint="at least two steps and one round")  # fmt: skip
+        raise OptionError(f"{steps} steps in {rounds} rounds", where="bench", hint="at least two steps and one round")
     trajectory = _trajectory(inputs, steps, options)
     subjects = [_Subject(PLAIN, torch.compile(model, fullgraph=True, options=_inductor(options)), cached=False)]
     for cache in caches:
@@ -107,8 +113,11 @@ def _trajectory(inputs: Mapping[str, Any], steps: int, options: Mapping[str, Any
     """The inputs of every step: the timestep goes down, the latents drift; all others are the same objects."""
     name = find_timestep_input(dict(inputs), (options or {}).get("timestep_input"))
     if name is None:
-        raise TimestepError("no input is called timestep, timesteps, t or sigma", where="bench",
-                            hint=f'give options["timestep_input"]. inputs: {listing(inputs)}')  # fmt: skip
+        raise TimestepError(
+            "no input is called timestep, timesteps, t or sigma",
+            where="bench",
+            hint=f'give options["timestep_input"]. inputs: {listing(inputs)}',
+        )
     names, values = list(inputs), list(inputs.values())
     latents = [names[i] for i in find_latents(names, values)]
     generator = torch.Generator().manual_seed(0)
@@ -152,8 +161,9 @@ def _figures(subject: _Subject, plain: _Subject) -> Measured:
     first, *runs = subject.runs
     totals = [sum(seconds for _, seconds in run) for run in runs]
     plain_totals = [sum(seconds for _, seconds in run) for run in plain.runs[1:]]
-    kinds = {kind: [seconds for run in runs for predicted, seconds in run if predicted is kind]
-             for kind in (False, True)}  # fmt: skip
+    kinds = {
+        kind: [seconds for run in runs for predicted, seconds in run if predicted is kind] for kind in (False, True)
+    }
     found = subject.summary()
     return Measured(
         name=subject.name,
@@ -170,11 +180,22 @@ def _figures(subject: _Subject, plain: _Subject) -> Measured:
 def as_table(rows: Sequence[Measured]) -> str:
     """The figures for people."""
     columns = ("", "computed ms", "predicted ms", "run ms", "speedup", "computed + predicted", "compile s", "cache")
-    return table(columns, [
-        (row.name, _milliseconds(row.computed), _milliseconds(row.predicted), _milliseconds(row.run),
-         f"{row.speedup:.2f}x", f"{row.steps[0]} + {row.steps[1]}", f"{row.compile:.1f}", human_bytes(row.cache_bytes))
-        for row in rows
-    ])  # fmt: skip
+    return table(
+        columns,
+        [
+            (
+                row.name,
+                _milliseconds(row.computed),
+                _milliseconds(row.predicted),
+                _milliseconds(row.run),
+                f"{row.speedup:.2f}x",
+                f"{row.steps[0]} + {row.steps[1]}",
+                f"{row.compile:.1f}",
+                human_bytes(row.cache_bytes),
+            )
+            for row in rows
+        ],
+    )
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -33,16 +33,25 @@ def main() -> None:
 )
 @click.option("--all", "variants", is_flag=True, help="Also the variants of each method: seven rows instead of four.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Also write the table as OUT/digits.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option("--models", default=_DIGITS, type=click.Path(path_type=Path), help="The folder examples/digits.")
-def demo(images: int, steps: int, guidance: float, lowering: str, out: Path, variants: bool, seed: int, as_json: bool,
-         models: Path) -> None:  # fmt: skip
+def demo(
+    images: int,
+    steps: int,
+    guidance: float,
+    lowering: str,
+    out: Path,
+    variants: bool,
+    seed: int,
+    as_json: bool,
+    models: Path,
+) -> None:
     """Sample digits from a trained model, uncached and with each method; compare speed and quality."""
     module = _load_demo(models)
     names = tuple(module.METHODS) if variants else module.ONE_EACH
-    rows = module.main(images, steps, guidance, lowering, out, seed, names)
+    rows = module.main(images, steps, guidance, lowering, out, seed, names, quiet=as_json)
     if as_json:
-        (out / "digits.json").write_text(json.dumps(rows, indent=1) + "\n")
+        click.echo(json.dumps(rows, indent=1))
 
 
 class _Source(click.ParamType):
@@ -78,6 +87,11 @@ class _Cache(click.ParamType):
 
 
 _source = click.argument("source", metavar="MODEL.py:FUNCTION", type=_Source())
+_timestep_scale = click.option(
+    "--timestep-scale",
+    type=float,
+    help="From the timestep input to the config's unit, 1000 to 0.  [default: 1000 for 1 to 0, else 1]",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 _CACHE_HELP = """A method, or a JSON object: {"method": "pab", "spatial_attention_block_skip_range": 2}."""
 
@@ -103,8 +117,9 @@ def _told() -> Iterator[None]:
 @_json
 @click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page instead.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the run on the page's timeline.  [default: 28]")
-def explain(source: Callable[[], Any], cache: Any, phase: str | None, as_json: bool, page: Path | None,
-            steps: int | None) -> None:  # fmt: skip
+def explain(
+    source: Callable[[], Any], cache: Any, phase: str | None, as_json: bool, page: Path | None, steps: int | None
+) -> None:
     """Show what a cache would do to a model, without compiling or running it.
 
     FUNCTION, in the file MODEL.py, returns the model and a dict of the keyword arguments of one call.
@@ -124,15 +139,29 @@ def explain(source: Callable[[], Any], cache: Any, phase: str | None, as_json: b
 
 @main.command()
 @_source
-@click.option("--cache", "caches", type=_Cache(), multiple=True, default=["taylorseer"], show_default=True,
-              help=_CACHE_HELP + " Give it several times to compare.")  # fmt: skip
+@click.option(
+    "--cache",
+    "caches",
+    type=_Cache(),
+    multiple=True,
+    default=["taylorseer"],
+    show_default=True,
+    help=_CACHE_HELP + " Give it several times to compare.",
+)
 @click.option("--steps", default=28, show_default=True, type=click.IntRange(2), help="Denoising steps of a run.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Runs of each that count.")
 @click.option("--lowering", default="specialize", show_default=True, type=click.Choice(["specialize", "cond", "eager"]))
-@click.option("--timestep-scale", default=1.0, show_default=True, help="From the timestep input to the config's unit.")
+@_timestep_scale
 @_json
-def bench(source: Callable[[], Any], caches: tuple[Any, ...], steps: int, rounds: int, lowering: str,
-          timestep_scale: float, as_json: bool) -> None:  # fmt: skip
+def bench(
+    source: Callable[[], Any],
+    caches: tuple[Any, ...],
+    steps: int,
+    rounds: int,
+    lowering: str,
+    timestep_scale: float | None,
+    as_json: bool,
+) -> None:
     """Measure a model with caches against plain Inductor: steps, runs, compilation, memory. Quality is not looked at.
 
     FUNCTION, in the file MODEL.py, returns the model and a dict of the keyword arguments of the first step.
@@ -147,10 +176,14 @@ def bench(source: Callable[[], Any], caches: tuple[Any, ...], steps: int, rounds
         task = bar.add_task("compiling", total=(1 + rounds) * (1 + len(caches)))
         model, inputs = source()
         found = measure(
-            model, inputs, caches, steps=steps, rounds=rounds,
+            model,
+            inputs,
+            caches,
+            steps=steps,
+            rounds=rounds,
             options={"lowering": lowering, "timestep_scale": timestep_scale},
             advance=lambda name: bar.update(task, description=name, advance=1),
-        )  # fmt: skip
+        )
     rows = [dataclasses.asdict(row) for row in found]
     click.echo(json.dumps(rows, indent=1) if as_json else as_table(found).rstrip("\n"))
 

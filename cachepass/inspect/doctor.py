@@ -63,9 +63,12 @@ def _version_of_torch() -> Check:
 def _backend() -> Check:
     if "cached_inductor" in torch.compiler.list_backends(exclude_tags=()):
         return Check("backend", "ok", 'backend="cached_inductor" is known to torch.compile')
-    return Check("backend", "error", "torch.compile does not know cached_inductor",
-                 "install cachepass itself (pip install cachepass, or -e . in a clone), not a copy of its "
-                 "folder")  # fmt: skip
+    return Check(
+        "backend",
+        "error",
+        "torch.compile does not know cached_inductor",
+        "install cachepass itself (pip install cachepass, or -e . in a clone), not a copy of its folder",
+    )
 
 
 def _device() -> Check:
@@ -73,8 +76,12 @@ def _device() -> Check:
         device = torch.cuda.get_device_properties(0)
         return Check("device", "ok", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
     if torch.version.cuda is not None:
-        return Check("device", "warning", "torch is a CUDA build and sees no GPU: CPU only",
-                     "look at nvidia-smi: the driver may be absent or too old for this build")  # fmt: skip
+        return Check(
+            "device",
+            "warning",
+            "torch is a CUDA build and sees no GPU: CPU only",
+            "look at nvidia-smi: the driver may be absent or too old for this build",
+        )
     return Check("device", "ok", f"CPU, {torch.get_num_threads()} threads")
 
 
@@ -82,8 +89,12 @@ def _compiler() -> Check:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
-        return Check("C++ compiler", "error", f"none of {', '.join(names)}",
-                     "install one (apt install g++), or set CXX: Inductor compiles with it")  # fmt: skip
+        return Check(
+            "C++ compiler",
+            "error",
+            f"none of {', '.join(names)}",
+            "install one (apt install g++), or set CXX: Inductor compiles with it",
+        )
     return Check("C++ compiler", "ok", found)
 
 
@@ -106,8 +117,9 @@ def _folder() -> Check:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return Check("Inductor's cache", "error", str(error),
-                     "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written")  # fmt: skip
+        return Check(
+            "Inductor's cache", "error", str(error), "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+        )
     return Check("Inductor's cache", "ok", folder)
 
 
@@ -143,8 +155,12 @@ def _trial(device: str) -> Check:
         error = _run(model, device)
         counts = summary(model)
     except Exception as failure:  # whatever it is, it is what the user needs to see
-        return Check(name, "error", f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
-                     "run the same with TORCH_LOGS=+cachepass,inductor for the whole story")  # fmt: skip
+        return Check(
+            name,
+            "error",
+            f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
+            "run the same with TORCH_LOGS=+cachepass,inductor for the whole story",
+        )
     predicted = sum(counts.predicted.values())
     told = f"{predicted} of {counts.steps} steps predicted, computed ones differ by {error:.0e}"
     if predicted != 2 or not error < 1e-3:

@@ -25,8 +25,14 @@ from .findings import Findings
 class Explanation(Findings):
     __doc__ = Findings.__doc__  # the same, for those who read it here
 
-    def to_html(self, path: str | Path | None = None, *, num_inference_steps: int | None = None,
-                timesteps: Sequence[float] | None = None, contexts: Sequence[str] | None = None) -> str:  # fmt: skip
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        contexts: Sequence[str] | None = None,
+    ) -> str:
         """All of this as one HTML page that needs no network; written to ``path`` if that is given.
 
         The arguments are those of ``timeline``.
@@ -39,8 +45,9 @@ class Explanation(Findings):
         return page
 
 
-def explain(model: Callable[..., Any], *args: Any, cache: object, options: Mapping[str, Any] | None = None,
-            **kwargs: Any) -> Explanation:  # fmt: skip
+def explain(
+    model: Callable[..., Any], *args: Any, cache: object, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Explanation:
     """What ``options={"cache": cache}`` would do to ``model(*args, **kwargs)``.
 
     The model is traced and rewritten exactly as the backend does it; nothing is lowered and nothing runs. ``options``
@@ -71,9 +78,12 @@ def _fresh_code(model: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(function, types.FunctionType):
         return lambda *args, **kwargs: model(*args, **kwargs)
     fresh = types.FunctionType(
-        function.__code__.replace(co_name="cachepass_explain"), function.__globals__, "cachepass_explain",
-        function.__defaults__, function.__closure__,
-    )  # fmt: skip
+        function.__code__.replace(co_name="cachepass_explain"),
+        function.__globals__,
+        "cachepass_explain",
+        function.__defaults__,
+        function.__closure__,
+    )
     fresh.__kwdefaults__ = function.__kwdefaults__
     owner = getattr(method, "__self__", None)
     return fresh if owner is None else types.MethodType(fresh, owner)
@@ -85,5 +95,6 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOp
     program = build(gm, inputs, prepared, options, CurrentCall()).program  # never called: nothing runs
     never = prepared.method.never_predicts(options.num_inference_steps)
     plan = program.plan
-    return Explanation(prepared.targets, plan.skips, regions, plan, plan.notes, never, model, prepared.method, options,
-                       program)  # fmt: skip
+    return Explanation(
+        prepared.targets, plan.skips, regions, plan, plan.notes, never, model, prepared.method, options, program
+    )

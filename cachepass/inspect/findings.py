@@ -13,10 +13,12 @@ from ..method import Method
 from ..options import CompileOptions
 from ..program.flops import count_flops
 from ..program.hoist import Hoisted
-from ..program.plan import CachePlan, Phase, PlannedCut, phase_name
+from ..program.phases import Phase, phase_name
+from ..program.plan import CachePlan, PlannedCut
 from ..program.show import diff, readable
 from ..program.variants import Program
 from ..recipe.vocabulary import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
+from ..run.clock import scale_of
 from .tables import human_bytes, human_flops, table
 from .timeline import Lane, SimulatedCall, default_contexts, even_timesteps, lanes, simulate_calls
 
@@ -122,8 +124,13 @@ class Findings:
             return 0 if hoisted is None else count_flops(hoisted.once.graph)
         return count_flops(self.fx_graph(phase))
 
-    def timeline(self, num_inference_steps: int | None = None, *, timesteps: Sequence[float] | None = None,
-                 contexts: Sequence[str] | None = None) -> tuple[Lane, ...]:  # fmt: skip
+    def timeline(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        timesteps: Sequence[float] | None = None,
+        contexts: Sequence[str] | None = None,
+    ) -> tuple[Lane, ...]:
         """What every group does in every step of a run, per context; nothing runs.
 
         Args:
@@ -140,16 +147,21 @@ class Findings:
         """
         return lanes(self._calls(num_inference_steps, timesteps, contexts), self.plan)
 
-    def _calls(self, num_inference_steps: int | None, timesteps: Sequence[float] | None,
-               contexts: Sequence[str] | None) -> tuple[SimulatedCall, ...]:  # fmt: skip
+    def _calls(
+        self, num_inference_steps: int | None, timesteps: Sequence[float] | None, contexts: Sequence[str] | None
+    ) -> tuple[SimulatedCall, ...]:
         steps = num_inference_steps or (len(timesteps) if timesteps else self.options.num_inference_steps or _STEPS)
         if timesteps is None:
             scaled = even_timesteps(steps)
         elif len(timesteps) != steps:
-            raise OptionError(f"{len(timesteps)} timesteps for {steps} steps", where="timeline",
-                              hint="give one of the two, or one timestep for each step")  # fmt: skip
+            raise OptionError(
+                f"{len(timesteps)} timesteps for {steps} steps",
+                where="timeline",
+                hint="give one of the two, or one timestep for each step",
+            )
         else:
-            scaled = tuple(timestep * self.options.timestep_scale for timestep in timesteps)
+            scale = self.options.timestep_scale or scale_of(max(map(float, timesteps))) or 1.0
+            scaled = tuple(timestep * scale for timestep in timesteps)
         return simulate_calls(self.method, self.plan, scaled, contexts or default_contexts(self.plan))
 
     def _phase(self, name: str) -> Phase:
@@ -160,14 +172,27 @@ class Findings:
 
     def as_dict(self) -> dict[str, Any]:
         """What is printed, as plain values: cuts, phases with their operations, what is not cut, bytes, notes."""
-        cuts = [{"region": cut.region, "output": cut.output, "group": cut.group, "forecast": str(cut.forecast),
-                 "shape": [str(size) for size in cut.shape], "slots": cut.history,
-                 "bytes": cut.history * cut.slot_bytes}
-                for cut in self.plan.cuts]  # fmt: skip
-        return {"cuts": cuts, "operations": {phase: self.nodes(phase) for phase in self.phases},
-                "flops": {phase: self.flops(phase) for phase in self.phases},
-                "not_cut": {skip.region: skip.reason for skip in self.skips}, "cache_bytes": self.cache_bytes,
-                "notes": list(self.notes), "never": self.never}  # fmt: skip
+        cuts = [
+            {
+                "region": cut.region,
+                "output": cut.output,
+                "group": cut.group,
+                "forecast": str(cut.forecast),
+                "shape": [str(size) for size in cut.shape],
+                "slots": cut.history,
+                "bytes": cut.history * cut.slot_bytes,
+            }
+            for cut in self.plan.cuts
+        ]
+        return {
+            "cuts": cuts,
+            "operations": {phase: self.nodes(phase) for phase in self.phases},
+            "flops": {phase: self.flops(phase) for phase in self.phases},
+            "not_cut": {skip.region: skip.reason for skip in self.skips},
+            "cache_bytes": self.cache_bytes,
+            "notes": list(self.notes),
+            "never": self.never,
+        }
 
     @property
     def _budget(self) -> str:
@@ -177,13 +202,30 @@ class Findings:
     def __str__(self) -> str:
         plan, forecasts = self.plan, {cut.name: cut for cut in self.plan.cuts}
         rows = [
-            (cut.region, cut.output, cut.group, cut.forecast, _shape(cut.shape), f"{cut.history}",
-             _bytes(cut) if cut.live else "dead: no phase reads it")
+            (
+                cut.region,
+                cut.output,
+                cut.group,
+                cut.forecast,
+                _shape(cut.shape),
+                f"{cut.history}",
+                _bytes(cut) if cut.live else "dead: no phase reads it",
+            )
             for cut in forecasts.values()
-        ]  # fmt: skip
+        ]
         if plan.output is not None:
-            rows += [("(output)", slot.name, plan.output.guidance.group, "guidance", _shape(slot.shape), "1",
-                      human_bytes(slot.slot_bytes)) for slot in plan.output.slots]  # fmt: skip
+            rows += [
+                (
+                    "(output)",
+                    slot.name,
+                    plan.output.guidance.group,
+                    "guidance",
+                    _shape(slot.shape),
+                    "1",
+                    human_bytes(slot.slot_bytes),
+                )
+                for slot in plan.output.slots
+            ]
         text = ""
         if rows:
             text = table(("region", "out", "group", "forecast", "value", "slots", "bytes"), rows, title="cuts") + "\n"
@@ -196,9 +238,11 @@ class Findings:
         text += " and what sizes that depend on data take\n" if unknown else "\n"
         hoisted = self.hoisted
         if hoisted is not None:
-            text += (f"kept for a run: {len(hoisted.slots)} value{'s' * (len(hoisted.slots) > 1)}, "
-                     f"{human_bytes(hoisted.slot_bytes)} ({hoisted.slot_bytes} B){self._budget}; {hoisted.operations} "
-                     "operations run once in it\n")  # fmt: skip
+            text += (
+                f"kept for a run: {len(hoisted.slots)} value{'s' * (len(hoisted.slots) > 1)}, "
+                f"{human_bytes(hoisted.slot_bytes)} ({hoisted.slot_bytes} B){self._budget}; {hoisted.operations} "
+                "operations run once in it\n"
+            )
         for note in (*self.notes, *([f"never predicts: {self.never}"] if self.never else [])):
             text += f"note: {note}\n"
         return text

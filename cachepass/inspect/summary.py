@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import NotCompiledError
+from ..options import CompileOptions
 from ..program.flops import add_known
-from ..program.plan import Phase
+from ..program.phases import Phase
+from ..program.variants import Program
 from ..recipe.vocabulary import PLAIN
 from ..run.dispatch import LIVE, Dispatcher
 from ..run.instance import Instance
-from ..run.live import original_of, programs_of
+from ..run.live import options_of, original_of, programs_of
+from ..run.model import Model
+from ..run.runs import Run
 from .tables import human_bytes, human_flops, table
 
 
@@ -23,6 +28,8 @@ class Summary:
     """What the cache of one model did so far.
 
     Attributes:
+        config: The method, and what of it differs from its defaults: ``"taylorseer(cache_interval=3)"``.
+        others: The same of other configs that this module is compiled with, too.
         method: The method's config class name.
         computed, predicted: Steps per group, over all contexts and runs.
         cache_bytes: Bytes of all slots that are allocated now, over all contexts.
@@ -47,6 +54,8 @@ class Summary:
             it was not asked.
     """
 
+    config: str
+    others: tuple[str, ...]
     method: str
     computed: dict[str, int]
     predicted: dict[str, int]
@@ -77,93 +86,142 @@ class Summary:
         return 1 - self.flops / self.plain_flops if self.plain_flops else 0.0
 
     def __str__(self) -> str:
-        rows = [
-            (
-                context,
-                group,
-                computed,
-                predicted,
-                f"{100 * predicted / (computed + predicted):.0f} %",
-                self.last_runs.get(context, {}).get(group, ""),
-            )
-            for context, groups in self.by_context.items()
-            for group, (computed, predicted) in groups.items()
-        ]
         compiled = ", ".join(f"{name} ({seconds:.1f} s)" for name, seconds in self.variants.items()) or "none"
-        saved = "unknown: sizes depend on data"
-        if self.saved is not None:
-            saved = f"{human_flops(self.flops)} of {human_flops(self.plain_flops)}, {100 * self.saved:.0f} % saved"
+        lines = [
+            f"{self.config}: {self.steps} steps in {self.runs} runs, contexts: {', '.join(self.contexts) or 'none'}",
+            *self._table(),
+            f"cache: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B), variants: {compiled}",
+        ]
+        if self.invariant_bytes:
+            lines.append(f"kept for a run: {human_bytes(self.invariant_bytes)}")
+        if self.max_bytes is not None:
+            lines.append(f"held in all: {human_bytes(self.held_bytes)} of at most {human_bytes(self.max_bytes)}")
+        if self.saved is None:
+            lines.append("compute: unknown: sizes depend on data")
+        elif self.plain_flops:
+            taken, plain = human_flops(self.flops), human_flops(self.plain_flops)
+            lines.append(f"compute: {taken} of {plain}, {100 * self.saved:.0f} % saved")
+        lines += [f"warning: {message}" for message in self.warnings]
+        if self.others:
+            lines.append(f"compiled as well: {', '.join(self.others)} (summary(compiled) tells of one)")
+        return "\n".join(lines) + "\n"
+
+    def _table(self) -> list[str]:
+        """A line for each context and group."""
         columns = ("context", "group", "computed", "predicted", "share predicted", "last run")
-        return (
-            f"{self.method}: {self.steps} steps in {self.runs} runs, contexts: {', '.join(self.contexts) or 'none'}\n"
-            + (table(columns, rows) if rows else "")
-            + f"cache: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B), variants: {compiled}\n"
-            + (f"kept for a run: {human_bytes(self.invariant_bytes)}\n" if self.invariant_bytes else "")
-            + (f"held in all: {human_bytes(self.held_bytes)} of at most {human_bytes(self.max_bytes)}\n"
-               if self.max_bytes is not None else "")
-            + (f"compute: {saved}\n" if self.plain_flops != 0 else "")
-            + "".join(f"warning: {message}\n" for message in self.warnings)
-        )  # fmt: skip
+        rows = []
+        for context, groups in self.by_context.items():
+            for group, (computed, predicted) in groups.items():
+                share = f"{100 * predicted / (computed + predicted):.0f} %"
+                rows.append(
+                    (context, group, computed, predicted, share, self.last_runs.get(context, {}).get(group, ""))
+                )
+        return [table(columns, rows).rstrip("\n")] if rows else []
 
 
 def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
     """What the cache of ``model`` (the compiled or the original module) did so far.
 
+    A module may be compiled several times, with other options: a compiled one tells of itself, the original one of
+    what was called last.
+
     Raises:
         NotCompiledError: No program of ``backend="cached_inductor"`` belongs to the model (yet).
         NoMatchError: The model is many graphs, and nothing in any of them is cached.
     """
-    found = list(programs_of(model))
-    if not found:
-        for dispatcher in list(LIVE):
-            if dispatcher.part is not None and dispatcher.part.model.module is original_of(model):
-                dispatcher.part.model.require_match()
-        raise NotCompiledError(
-            f"no cached_inductor program belongs to this {type(original_of(model)).__name__}",
-            where="summary", hint='call the model compiled with backend="cached_inductor" and a cache at least once',
-        )  # fmt: skip
-    variants: dict[str, float] = {}
-    dispatchers = list(dict.fromkeys(dispatcher for dispatcher, _ in found))
-    for dispatcher in dispatchers:
-        for name, variant in ({} if dispatcher.program is None else dispatcher.program.variants).items():
-            variants[name] = variants.get(name, 0.0) + variant.compile_seconds
+    found, others = _of_one_config(model)
+    programs = [d.program for d, _ in found if d.program is not None]
+    dispatchers = list(dict.fromkeys(d for d, _ in found))
     models = list(dict.fromkeys(instance.model for _, instance in found))
     for record in models:
         record.settle()
     runs = [run for record in models for run in record.runs if run.call is not None]
-    cuts = {key: state for run in runs for key, state in run.states.items()}
-    outputs = {slots: state for run in runs for slots, state in run.outputs.items()}
-    computed, predicted = _total(m.computed for m in models), _total(m.predicted for m in models)
+    parts = [d for d in list(LIVE) if d.instances.captured_in in models]
+    owners = (*dispatchers, *dict.fromkeys(programs), *models)
     flops, plain_flops = _flops(found)
     return Summary(
-        method=type(found[0][0].method.config).__name__,
-        computed=_by_group(computed),
-        predicted=_by_group(predicted),
-        cache_bytes=sum(s.cache_bytes for run in runs for s in (*run.states.values(), *run.outputs.values())),
-        planned_bytes=sum(s.planned_bytes for s in cuts.values()) + sum(s.plan.slot_bytes for s in outputs.values()),
-        variants=variants,
-        runs=sum(record.begun for record in models),
-        steps=sum(record.steps for record in models),
-        contexts=tuple(dict.fromkeys(run.context for run in runs)),
-        graphs=len(dict.fromkeys([*dispatchers, *(d for d in list(LIVE) if d.part and d.part.model in models)])),
+        **_steps(models, runs),
+        **_bytes(models, runs),
+        config=dispatchers[0].method.config.label,
+        others=others,
+        method=type(dispatchers[0].method.config).__name__,
+        variants=_compile_seconds(dict.fromkeys(programs)),
+        graphs=len(dict.fromkeys([*dispatchers, *parts])),
         modules=tuple(dict.fromkeys(path for d, instance in found for path in d.modules(instance))),
-        once=tuple(
-            dict.fromkeys(path for d in dispatchers if d.program is not None for path in d.program.computed_once)
-        ),
-        invariant_bytes=sum(state.cache_bytes for run in runs for state in run.invariants.values()),
-        held_bytes=sum(run.cache_bytes for run in runs),
-        max_bytes=max((m.room.limit for m in models if m.room.limit is not None), default=None),
+        once=tuple(dict.fromkeys(path for program in programs for path in program.computed_once)),
         flops=flops,
         plain_flops=plain_flops,
-        warnings=tuple(dict.fromkeys(
-            message for owner in (*dispatchers, *(d.program for d in dispatchers if d.program), *models)
-            for message in owner.warnings
-        )),
-        by_context=_by_context(computed, predicted, [run.context for run in runs]),
-        last_runs={run.context: run.marks() for run in sorted(runs, key=lambda run: run.stamp)},
-        distances={run.context: tuple(run.distances) for run in sorted(runs, key=lambda run: run.stamp)
-                   if any(distance is not None for distance in run.distances)},
-    )  # fmt: skip
+        warnings=tuple(dict.fromkeys(message for owner in owners for message in owner.warnings)),
+    )
+
+
+Found = Sequence[tuple[Dispatcher, Instance]]
+
+
+def _of_one_config(model: object) -> tuple[Found, tuple[str, ...]]:
+    """The graphs that a model was captured in with its own options or, where it has none of its own, with those that
+    it was called with last; and the labels of its other configs."""
+    found, module = list(programs_of(model)), original_of(model)
+    by_options: list[tuple[CompileOptions, list[tuple[Dispatcher, Instance]]]] = []
+    for dispatcher, instance in found:
+        same = next((own for options, own in by_options if options == dispatcher.options), None)
+        if same is None:
+            by_options.append((dispatcher.options, same := []))
+        same.append((dispatcher, instance))
+    by_options.sort(key=lambda item: max((run.stamp for _, i in item[1] for run in i.model.runs), default=0))
+    given = options_of(model)
+    chosen = by_options[-1:] if given is None else [item for item in by_options if item[0] == given]
+    if not chosen:
+        for dispatcher in list(LIVE):
+            record = dispatcher.instances.captured_in
+            if record is not None and record.module is module:
+                record.require_match()
+        raise NotCompiledError(
+            f"no cached_inductor program belongs to this {type(module).__name__}",
+            where="summary",
+            hint='call the model compiled with backend="cached_inductor" and a cache at least once',
+        )
+    others = [options.cache.label for options, _ in by_options if options != chosen[0][0] and options.cache is not None]
+    return chosen[0][1], tuple(others)
+
+
+def _steps(models: Sequence[Model], runs: Sequence[Run]) -> dict[str, Any]:
+    """What was done in which steps."""
+    computed: _Counts = sum((m.counts.computed for m in models), Counter())
+    predicted: _Counts = sum((m.counts.predicted for m in models), Counter())
+    latest = sorted(runs, key=lambda run: run.stamp)
+    return {
+        "computed": _by_group(computed),
+        "predicted": _by_group(predicted),
+        "runs": sum(record.counts.runs for record in models),
+        "steps": sum(record.counts.steps for record in models),
+        "contexts": tuple(dict.fromkeys(run.context for run in runs)),
+        "by_context": _by_context(computed, predicted, [run.context for run in runs]),
+        "last_runs": {run.context: run.marks() for run in latest},
+        "distances": {run.context: tuple(run.distances) for run in latest if set(run.distances) - {None}},
+    }
+
+
+def _bytes(models: Sequence[Model], runs: Sequence[Run]) -> dict[str, Any]:
+    """What is kept, and what would be."""
+    cuts = {key: state for run in runs for key, state in run.states.items()}
+    outputs = {slots: state for run in runs for slots, state in run.outputs.items()}
+    return {
+        "cache_bytes": sum(s.cache_bytes for run in runs for s in (*run.states.values(), *run.outputs.values())),
+        "planned_bytes": sum(s.planned_bytes for s in cuts.values()) + sum(s.plan.slot_bytes for s in outputs.values()),
+        "invariant_bytes": sum(state.cache_bytes for run in runs for state in run.invariants.values()),
+        "held_bytes": sum(run.cache_bytes for run in runs),
+        "max_bytes": max((m.room.limit for m in models if m.room.limit is not None), default=None),
+    }
+
+
+def _compile_seconds(programs: Iterable[Program]) -> dict[str, float]:
+    """By phase, over all graphs."""
+    seconds: dict[str, float] = {}
+    for program in programs:
+        for name, variant in program.variants.items():
+            seconds[name] = seconds.get(name, 0.0) + variant.compile_seconds
+    return seconds
 
 
 def _flops(found: Iterable[tuple[Dispatcher, Instance]]) -> tuple[int | None, int | None]:
@@ -186,15 +244,7 @@ def _times(calls: int, flops: int | None) -> int | None:
     return None if flops is None else calls * flops
 
 
-_Counts = dict[tuple[str, str], int]  # by context and group
-
-
-def _total(counts: Iterable[_Counts]) -> _Counts:
-    total: _Counts = {}
-    for count in counts:
-        for key, number in count.items():
-            total[key] = total.get(key, 0) + number
-    return total
+_Counts = Counter[tuple[str, str]]  # by context and group
 
 
 def _by_group(counts: _Counts) -> dict[str, int]:
@@ -210,6 +260,7 @@ def _by_context(computed: _Counts, predicted: _Counts, order: Iterable[str]) -> 
     contexts = dict.fromkeys([*order, *(context for context, _ in keys)])
     groups = {name: [group for context, group in keys if context == name] for name in contexts}
     return {
-        name: {group: (computed.get((name, group), 0), predicted.get((name, group), 0)) for group in found}
-        for name, found in groups.items() if found
-    }  # fmt: skip
+        name: {group: (computed[name, group], predicted[name, group]) for group in found}
+        for name, found in groups.items()
+        if found
+    }

@@ -14,7 +14,8 @@ from typing import Literal
 
 from ..errors import BatchError
 from ..method import Method
-from ..program.plan import CachePlan, Phase, phase_name
+from ..program.phases import Phase, phase_name
+from ..program.plan import CachePlan
 from ..recipe.schedule import Step
 from ..recipe.vocabulary import PLAIN, Route
 from ..run.context import DEFAULT, guidance_partner
@@ -109,8 +110,9 @@ def default_contexts(plan: CachePlan) -> tuple[str, ...]:
     return ("cond", "uncond") if two_calls else (DEFAULT,)
 
 
-def simulate_calls(method: Method, plan: CachePlan, timesteps: Sequence[float],
-                   contexts: Sequence[str]) -> tuple[SimulatedCall, ...]:  # fmt: skip
+def simulate_calls(
+    method: Method, plan: CachePlan, timesteps: Sequence[float], contexts: Sequence[str]
+) -> tuple[SimulatedCall, ...]:
     """The calls of one run: in every step one in each context, in the order given; timesteps in the unit of the
     config's ranges.
 
@@ -123,8 +125,9 @@ def simulate_calls(method: Method, plan: CachePlan, timesteps: Sequence[float],
     known = {name: _Context(name, *(pair or (None, None)), Rehearsal(method, plan)) for name, pair in pairs.items()}
     return tuple(
         _call(method, plan, known, name, Step(index, float(timestep)))
-        for index, timestep in enumerate(timesteps) for name in contexts
-    )  # fmt: skip
+        for index, timestep in enumerate(timesteps)
+        for name in contexts
+    )
 
 
 def lanes(calls: Sequence[SimulatedCall], plan: CachePlan) -> tuple[Lane, ...]:
@@ -145,13 +148,15 @@ def _check_contexts(plan: CachePlan, contexts: Sequence[str]) -> None:
         if (guidance_partner(name) is None) != plan.output.halved:
             ways = ("guidance batches", "two calls per step, in the contexts 'cond' and 'uncond'")
             made, asked = ways if plan.output.halved else reversed(ways)
-            raise BatchError(f"the plan was made for {made}, and not for {asked}", where=f"cache context {name!r}",
-                             hint="explain the model inside cache_context('cond') for two calls per step, and outside "
-                                  "of it for guidance batches")  # fmt: skip
+            raise BatchError(
+                f"the plan was made for {made}, and not for {asked}",
+                where=f"cache context {name!r}",
+                hint="explain the model inside cache_context('cond') for two calls per step, and outside "
+                "of it for guidance batches",
+            )
 
 
-def _call(method: Method, plan: CachePlan, contexts: Mapping[str, _Context], name: str,
-          step: Step) -> SimulatedCall:  # fmt: skip
+def _call(method: Method, plan: CachePlan, contexts: Mapping[str, _Context], name: str, step: Step) -> SimulatedCall:
     """One call; what it keeps is known afterwards."""
     assert step.timestep is not None
     context = contexts[name]

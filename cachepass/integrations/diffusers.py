@@ -36,8 +36,9 @@ _DENOISERS = re.compile(r"(transformer|unet)(_\d+)?")
 _STATE = "_cachepass"  # the attribute of a module whose cache is on
 
 
-def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bool | None = None,
-                 **options: Any) -> None:  # fmt: skip
+def enable_cache(
+    target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bool | None = None, **options: Any
+) -> None:
     """Compile a pipeline's denoisers in place, with a cache.
 
     Args:
@@ -62,12 +63,16 @@ def enable_cache(target: Any, cache: Any, *, fullgraph: bool = True, dynamic: bo
         if module.__dict__.get(_STATE) is not None or getattr(module, "is_cache_enabled", False):
             raise ConfigError("a cache is on already", where=name, hint="call disable_cache first")
         if not _places(module):
-            raise ConfigError(f"its forward was replaced by {module.forward}", where=name,
-                              hint="call enable_cache before whatever replaces it")  # fmt: skip
+            raise ConfigError(
+                f"its forward was replaced by {module.forward}",
+                where=name,
+                hint="call enable_cache before whatever replaces it",
+            )
     for module in modules.values():
         enabled = _Enabled(None if module is target else weakref.ref(target))
-        compiled = torch.compile(type(module).forward, backend="cached_inductor", fullgraph=fullgraph, dynamic=dynamic,
-                                 options=given)  # fmt: skip
+        compiled = torch.compile(
+            type(module).forward, backend="cached_inductor", fullgraph=fullgraph, dynamic=dynamic, options=given
+        )
         _replace(module, _forward(compiled, type(module).forward, enabled))
         module.__dict__[_STATE] = enabled
 
@@ -93,13 +98,22 @@ def _denoisers(target: Any) -> dict[str, torch.nn.Module]:
         return {type(target).__name__: target}
     components = getattr(target, "components", None)
     if not isinstance(components, dict):
-        raise ConfigError(f"neither a pipeline nor a model: {type(target).__name__}", where="enable_cache",
-                          hint="give a DiffusionPipeline, or its transformer")  # fmt: skip
-    found = {name: part for name, part in components.items()
-             if _DENOISERS.fullmatch(name) and isinstance(part, torch.nn.Module)}  # fmt: skip
+        raise ConfigError(
+            f"neither a pipeline nor a model: {type(target).__name__}",
+            where="enable_cache",
+            hint="give a DiffusionPipeline, or its transformer",
+        )
+    found = {
+        name: part
+        for name, part in components.items()
+        if _DENOISERS.fullmatch(name) and isinstance(part, torch.nn.Module)
+    }
     if not found:
-        raise ConfigError(f"{type(target).__name__} has no transformer among its components: {listing(components)}",
-                          where="enable_cache", hint="give the model itself")  # fmt: skip
+        raise ConfigError(
+            f"{type(target).__name__} has no transformer among its components: {listing(components)}",
+            where="enable_cache",
+            hint="give the model itself",
+        )
     return found
 
 

@@ -50,8 +50,14 @@ def _exclusive(cuts: Sequence[fx.Node], barrier: set[fx.Node]) -> list[fx.Node]:
     return list(kept)
 
 
-def make_cond(result: fx.GraphModule, region: str, cuts: list[tuple[fx.Node, PlannedCut]], added: StateInputs,
-              emit: Emitter, barrier: set[fx.Node]) -> list[tuple[PlannedCut, fx.Node]]:  # fmt: skip
+def make_cond(
+    result: fx.GraphModule,
+    region: str,
+    cuts: list[tuple[fx.Node, PlannedCut]],
+    added: StateInputs,
+    emit: Emitter,
+    barrier: set[fx.Node],
+) -> list[tuple[PlannedCut, fx.Node]]:
     """Replace one region by a conditional; returns the values to be written to slots."""
     graph, markers = emit.graph, [marker for marker, _ in cuts]
     group = cuts[0][1].group
@@ -96,9 +102,14 @@ def _branch_inputs(graph: fx.Graph, inputs: Sequence[fx.Node]) -> dict[fx.Node, 
     return env
 
 
-def _compute_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cone: Sequence[fx.Node],
-                    cuts: Sequence[tuple[fx.Node, PlannedCut]], strides: Sequence[tuple[int | torch.SymInt, ...]],
-                    outer: Emitter) -> fx.GraphModule:  # fmt: skip
+def _compute_branch(
+    owner: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    cone: Sequence[fx.Node],
+    cuts: Sequence[tuple[fx.Node, PlannedCut]],
+    strides: Sequence[tuple[int | torch.SymInt, ...]],
+    outer: Emitter,
+) -> fx.GraphModule:
     """``strides`` are those of what the predict branch returns: the two must agree, down to dimensions of size 1."""
     graph = fx.Graph()
     env = _branch_inputs(graph, inputs)
@@ -110,9 +121,14 @@ def _compute_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cone: Sequ
     return _finish_branch(owner, graph, values, emit)
 
 
-def _predict_branch(owner: fx.GraphModule, inputs: Sequence[fx.Node], cuts: Sequence[tuple[fx.Node, PlannedCut]],
-                    bases: Mapping[int, fx.Node | None], added: StateInputs,
-                    outer: Emitter) -> fx.GraphModule:  # fmt: skip
+def _predict_branch(
+    owner: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    cuts: Sequence[tuple[fx.Node, PlannedCut]],
+    bases: Mapping[int, fx.Node | None],
+    added: StateInputs,
+    outer: Emitter,
+) -> fx.GraphModule:
     graph = fx.Graph()
     env = _branch_inputs(graph, inputs)
     emit = Emitter(graph, outer.fake_mode)
@@ -137,4 +153,4 @@ def _finish_branch(owner: fx.GraphModule, graph: fx.Graph, values: list[fx.Node]
         roots.add(root)
     graph.output(tuple(returned))
     graph.lint()
-    return fx.GraphModule(owner, graph)
+    return _torch.graph_module(owner, graph)

@@ -36,5 +36,6 @@ def dump(name: str, graph: fx.Graph, names: dict[str, str] | None = None) -> Non
             number = 1 + max((int(path.name[:3]) for path in Path(folder).glob("[0-9][0-9][0-9]_*.txt")), default=-1)
             (Path(folder) / f"{number:03d}_{name.replace('/', '-')}.txt").write_text(readable(graph, names))
         except OSError as error:
-            raise OptionError(f"cannot be written: {error}", where="CACHEPASS_DUMP",
-                              hint="give a folder, or unset it") from None  # fmt: skip
+            raise OptionError(
+                f"cannot be written: {error}", where="CACHEPASS_DUMP", hint="give a folder, or unset it"
+            ) from None

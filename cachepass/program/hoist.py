@@ -128,8 +128,14 @@ def invariant_regions(graph: fx.Graph, varying: Collection[int]) -> set[str]:
     return {region for region, invariant in cuts.items() if invariant}
 
 
-def hoist(gm: fx.GraphModule, varying: Collection[int], parameters: Collection[int], regions: Collection[str],
-          budget: int | None, fake_mode: AbstractContextManager[Any]) -> Split:  # fmt: skip
+def hoist(
+    gm: fx.GraphModule,
+    varying: Collection[int],
+    parameters: Collection[int],
+    regions: Collection[str],
+    budget: int | None,
+    fake_mode: AbstractContextManager[Any],
+) -> Split:
     """Split a graph, whose values are of ``fake_mode``; ``gm`` is left as it is. Cuts of ``regions`` are dropped,
     others count as varying. ``parameters`` are indices of placeholders; ``budget``: bytes of all that is kept."""
     graph = fx.Graph()
@@ -143,7 +149,7 @@ def hoist(gm: fx.GraphModule, varying: Collection[int], parameters: Collection[i
     own_weights = {node for i, node in enumerate(placeholders) if i in parameters}
     choice = choose(graph, invariant_nodes(graph, varying, through_cuts=False), own_weights, budget)
     if not choice.kept:
-        return Split(fx.GraphModule(gm, graph) if choice.left else gm, None, choice.left)
+        return Split(_torch.graph_module(gm, graph) if choice.left else gm, None, choice.left)
     slots = {node: _slot_for(node) for node in choice.kept}
     once = _once(gm, graph, slots, fake_mode)
     roles, first = {}, placeholders[-1].next
@@ -159,7 +165,7 @@ def hoist(gm: fx.GraphModule, varying: Collection[int], parameters: Collection[i
     reads = tuple(own[node.name] for node in once.graph.find_nodes(op="placeholder") if node.users and node.name in own)
     computed = tuple(sorted(region for region in regions if not _has_work(values.get(region, ()), graph)))
     hoisted = Hoisted(once, tuple(slots.values()), roles, reads, computed, before - len(graph.nodes))
-    return Split(fx.GraphModule(gm, graph), hoisted, choice.left)
+    return Split(_torch.graph_module(gm, graph), hoisted, choice.left)
 
 
 def _has_work(values: Sequence[fx.Node], graph: fx.Graph) -> bool:
@@ -176,8 +182,9 @@ def _slot_for(node: fx.Node) -> NamedSlot:
     return NamedSlot(node.name, tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
 
 
-def _once(owner: fx.GraphModule, graph: fx.Graph, slots: dict[fx.Node, NamedSlot],
-          fake_mode: AbstractContextManager[Any]) -> fx.GraphModule:  # fmt: skip
+def _once(
+    owner: fx.GraphModule, graph: fx.Graph, slots: dict[fx.Node, NamedSlot], fake_mode: AbstractContextManager[Any]
+) -> fx.GraphModule:
     """The kept values, each written to its slot."""
     needed = reach_back(slots, set())
     once = fx.Graph()
@@ -192,4 +199,4 @@ def _once(owner: fx.GraphModule, graph: fx.Graph, slots: dict[fx.Node, NamedSlot
         emit(aten.copy_.default, target, env[node])
     once.output(())
     once.lint()
-    return fx.GraphModule(owner, once)
+    return _torch.graph_module(owner, once)

@@ -98,14 +98,16 @@ def choose(graph: fx.Graph, same: set[fx.Node], parameters: Collection[fx.Node],
     candidates = _Candidates(heavy, _made_of(graph, same, parameters))
     ends = [node for node in graph.nodes if node in heavy and any(user not in same for user in node.users)]
     found = {kept for end in ends for kept in _smallest(end, candidates)}
-    larger = [LeftOut(end.name, bytes_of_value(end), "larger than the parameters alone that make it")
-              for end in ends if candidates.is_larger(end)]  # fmt: skip
+    larger = [
+        LeftOut(end.name, bytes_of_value(end), "larger than the parameters alone that make it")
+        for end in ends
+        if candidates.is_larger(end)
+    ]
     kept, over = _within([node for node in graph.nodes if node in found], budget)
     return Choice(tuple(kept), (*larger, *over))
 
 
-def _made_of(graph: fx.Graph, same: set[fx.Node],
-             parameters: Collection[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:  # fmt: skip
+def _made_of(graph: fx.Graph, same: set[fx.Node], parameters: Collection[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
     """The parameters of every node that depends on nothing else."""
     found: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:

@@ -63,8 +63,11 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
         placeholders = variant.gm.graph.find_nodes(op="placeholder")
         inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
         # Slots stay where they are: a CUDA graph reads and writes them in place, and may write to nothing else.
-        static = [i for i, role in enumerate(variant.inputs, len(own_inputs)) if not isinstance(role, _MOVING)
-                  and not _torch.depends_on_data(inputs[i])]  # fmt: skip
+        static = [
+            i
+            for i, role in enumerate(variant.inputs, len(own_inputs))
+            if not isinstance(role, _MOVING) and not _torch.depends_on_data(inputs[i])
+        ]
         gm, numbers = _given_numbers(variant.gm)
         with _no_advice_on_complex_numbers(gm):
             compiled = context.compile(gm, [*inputs, *numbers], static, cudagraphs=variant.repeated)
@@ -91,11 +94,12 @@ def _given_numbers(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.SymIn
     with graph.inserting_after(last):
         for number in reversed(numbers):
             graph.placeholder(f"number_{number}").meta["val"] = number
-    return fx.GraphModule(gm, graph), numbers
+    return _torch.graph_module(gm, graph), numbers
 
 
-def _giving_numbers(run: Callable[[list[Any]], Any], inputs: Sequence[Any],
-                    numbers: Sequence[torch.SymInt]) -> Callable[[list[Any]], Any]:  # fmt: skip
+def _giving_numbers(
+    run: Callable[[list[Any]], Any], inputs: Sequence[Any], numbers: Sequence[torch.SymInt]
+) -> Callable[[list[Any]], Any]:
     """Read the numbers from the sizes of the other inputs."""
     binder = SymbolBinder.of(inputs, numbers)
 
@@ -120,8 +124,6 @@ def _no_advice_on_complex_numbers(gm: fx.GraphModule) -> Iterator[None]:
 
 
 def _eager(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
-    gm.recompile()
-
     def run(inputs: list[Any]) -> Any:
         with torch.no_grad():
             return gm(*inputs)

@@ -24,15 +24,8 @@ from ..recipe.frequency import LatentFormat, wide_dtype
 from ..recipe.guidance import Guidance
 from ..recipe.vocabulary import WHOLE, ProbeTarget, Route, Skip, Target
 from .liveness import live_markers, subsets
+from .phases import Phase
 from .slots import NamedSlot, bytes_of, dense_strides
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What a call does: the groups that are predicted, in the plan's order, and its route through the model."""
-
-    predicted: tuple[str, ...] = ()
-    route: Route = WHOLE
 
 
 @dataclass(frozen=True)
@@ -263,8 +256,10 @@ class CachePlan:
     @functools.cached_property
     def _schedule(self) -> dict[str, _GroupPlan]:
         """Asked on every step, so no walk over the cuts may be behind it."""
-        return {group: _group_plan([c for c in self.cuts if c.group == group])
-                for group in dict.fromkeys(c.group for c in self.cuts)}  # fmt: skip
+        return {
+            group: _group_plan([c for c in self.cuts if c.group == group])
+            for group in dict.fromkeys(c.group for c in self.cuts)
+        }
 
     @property
     def scheduled(self) -> tuple[str, ...]:
@@ -272,19 +267,19 @@ class CachePlan:
         return self.groups if self.output is None else (*self.groups, self.output.guidance.group)
 
 
-def phase_name(phase: Phase, groups: Sequence[str]) -> str:
-    """``"compute"``, ``"predict"``, or ``"predict:cross+spatial"`` where only some groups are predicted; behind the
-    route's name (``"half/predict"``), if it has one."""
-    names = [phase.route.name] if phase.route.name else []
-    if phase.predicted:
-        names.append("predict" if len(phase.predicted) == len(groups) else "predict:" + "+".join(phase.predicted))
-    return "/".join(names) or "compute"
-
-
-def make_plan(gm: fx.GraphModule, targets: Sequence[Target], *, returns: bool = False, skips: Iterable[Skip] = (),
-              notes: Iterable[str] = (), guidance: Guidance | None = None, latents: LatentFormat | None = None,
-              halved: bool = False, probe: ProbeTarget | None = None,
-              process_group: Any = None) -> CachePlan:  # fmt: skip
+def make_plan(
+    gm: fx.GraphModule,
+    targets: Sequence[Target],
+    *,
+    returns: bool = False,
+    skips: Iterable[Skip] = (),
+    notes: Iterable[str] = (),
+    guidance: Guidance | None = None,
+    latents: LatentFormat | None = None,
+    halved: bool = False,
+    probe: ProbeTarget | None = None,
+    process_group: Any = None,
+) -> CachePlan:
     """Plan the cuts whose markers stand in ``gm``; with ``halved`` that is the graph of the conditional half."""
     target_of = {target.region.id: target for target in targets}
     markers = cut_nodes(gm.graph)
@@ -306,8 +301,17 @@ def make_plan(gm: fx.GraphModule, targets: Sequence[Target], *, returns: bool = 
         output = _plan_output(gm, guidance, latents or guidance.latents, halved)
     routes = (WHOLE,) if output is None else output.routes
     phases = tuple(Phase(p, route) for route in routes for p in (subsets(groups) if route.predicts else [()]))
-    return CachePlan(tuple(cuts), groups, phases, returns, tuple(skips), tuple(notes), output,
-                     _plan_probe(gm.graph, probe), process_group)  # fmt: skip
+    return CachePlan(
+        tuple(cuts),
+        groups,
+        phases,
+        returns,
+        tuple(skips),
+        tuple(notes),
+        output,
+        _plan_probe(gm.graph, probe),
+        process_group,
+    )
 
 
 def _refuse_circle(graph: fx.Graph, group_of: Mapping[fx.Node, str]) -> None:
@@ -321,8 +325,9 @@ def _refuse_circle(graph: fx.Graph, group_of: Mapping[fx.Node, str]) -> None:
     if behind and marker is not None:
         raise ConfigError(
             f"what the probe looks at ({marker.args[1]}) depends on what it decides on ({behind[0].args[1]})",
-            where="probe", hint="look at something earlier, or cut less: Blocks(first=...) computes the first blocks",
-        )  # fmt: skip
+            where="probe",
+            hint="look at something earlier, or cut less: Blocks(first=...) computes the first blocks",
+        )
 
 
 def _plan_probe(graph: fx.Graph, probe: ProbeTarget | None) -> ProbePlan | None:
@@ -360,8 +365,11 @@ def _plan_output(gm: fx.GraphModule, guidance: Guidance, latents: LatentFormat, 
     dtypes = {True: wide_dtype(sample.dtype), False: sample.dtype}
     routes = (guidance.both, guidance.half) if halved else (guidance.cond, guidance.uncond)
     written = {name for route in routes for name in route.writes}
-    slots = [NamedSlot(name, shape, tuple(strides), dtypes[wide], sample.device)
-             for name, wide in guidance.slots.items() if name in written]  # fmt: skip
+    slots = [
+        NamedSlot(name, shape, tuple(strides), dtypes[wide], sample.device)
+        for name, wide in guidance.slots.items()
+        if name in written
+    ]
     return OutputPlan(guidance, latents, tuple(slots), halved)
 
 
@@ -370,10 +378,21 @@ def _make_cut(index: int, node: fx.Node, target: Target, live: bool, row: int) -
     region, output = node.args[1:3]
     assert isinstance(region, str) and isinstance(output, int)
     return PlannedCut(
-        index, region, output, target.group, target.forecast, tuple(value.shape), dense_strides(value),
-        value.dtype, value.device, _slot_dtype(value.dtype, target.history_dtype), live, row,
-        base_of(node) is not None, _torch.depends_on_data(value),
-    )  # fmt: skip
+        index,
+        region,
+        output,
+        target.group,
+        target.forecast,
+        tuple(value.shape),
+        dense_strides(value),
+        value.dtype,
+        value.device,
+        _slot_dtype(value.dtype, target.history_dtype),
+        live,
+        row,
+        base_of(node) is not None,
+        _torch.depends_on_data(value),
+    )
 
 
 def _slot_dtype(value: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

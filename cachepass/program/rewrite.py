@@ -51,8 +51,9 @@ class Canonical:
     predicates: dict[str, str] = field(default_factory=dict)
 
 
-def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
-            invariants: Mapping[str, Role] | None = None) -> Canonical:  # fmt: skip
+def rewrite(
+    gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE, invariants: Mapping[str, Role] | None = None
+) -> Canonical:
     """Build the canonical form of a route; ``gm`` is left as it is.
 
     Where the route allows no prediction, regions stay as they are; where it keeps nothing, no slot is written.
@@ -61,7 +62,7 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output).meta = dict(gm.graph.output_node().meta)
-    result = fx.GraphModule(gm, graph)
+    result = _torch.graph_module(gm, graph)
     markers, ends = cut_nodes(graph), output_nodes(graph)
     assert len(markers) == len(plan.cuts)
     fake_mode = _torch.fake_mode_of([n.meta["val"] for n in graph.nodes if n.op == "placeholder"])
@@ -103,8 +104,9 @@ def rewrite(gm: fx.GraphModule, plan: CachePlan, route: Route = WHOLE,
     return Canonical(result, roles, kept, predicates)
 
 
-def _keep_probe(graph: fx.Graph, decision: Decision, added: StateInputs, emit: Emitter, *,
-                returns: bool) -> tuple[Role, ...]:  # fmt: skip
+def _keep_probe(
+    graph: fx.Graph, decision: Decision, added: StateInputs, emit: Emitter, *, returns: bool
+) -> tuple[Role, ...]:
     """Keep the value that was looked at for the next step, and return what the host learns of the decision."""
     end = graph.output_node()
     assert added.probe is not None
@@ -147,8 +149,9 @@ def drop_unread(graph: fx.Graph, roles: dict[str, Role]) -> dict[str, Role]:
     return kept
 
 
-def _transform_output(graph: fx.Graph, ends: Sequence[fx.Node], plan: OutputPlan, route: Route, added: StateInputs,
-                      emit: Emitter) -> None:  # fmt: skip
+def _transform_output(
+    graph: fx.Graph, ends: Sequence[fx.Node], plan: OutputPlan, route: Route, added: StateInputs, emit: Emitter
+) -> None:
     """What the route does with the model's output, traced into the graph in front of the graph's end."""
     assert route.transform is not None
     state = [added.output[name] for name in route.reads]
@@ -174,16 +177,18 @@ def drop_marker(marker: fx.Node, emit: Emitter) -> fx.Node:
     return dense
 
 
-def _write_slots(graph: fx.Graph, writes: Sequence[tuple[PlannedCut, fx.Node]], plan: CachePlan, added: StateInputs,
-                 emit: Emitter) -> None:  # fmt: skip
+def _write_slots(
+    graph: fx.Graph, writes: Sequence[tuple[PlannedCut, fx.Node]], plan: CachePlan, added: StateInputs, emit: Emitter
+) -> None:
     with graph.inserting_before(last_reads(graph)):
         for cut, value in writes:
             kept = _conditional_half(cut, value, plan.output, emit) if plan.output is not None else value
             emit(aten.copy_.default, added.next[cut.index], emit.to(kept, cut.slot_dtype))
 
 
-def _return_kept(graph: fx.Graph, writes: Sequence[tuple[PlannedCut, fx.Node]], plan: CachePlan,
-                 emit: Emitter) -> tuple[Role, ...]:  # fmt: skip
+def _return_kept(
+    graph: fx.Graph, writes: Sequence[tuple[PlannedCut, fx.Node]], plan: CachePlan, emit: Emitter
+) -> tuple[Role, ...]:
     """Return the values to be kept, with the strides of their slots. What is not in memory of its own has a role that
     says so: it must be copied."""
     end = graph.output_node()

@@ -97,6 +97,16 @@ class Verdict:
 
 
 Role = (
-    Predicate | Weights | Parameters | Limit | History | Next | Output | ProbeSlot | Invariant | Carried | Distance
+    Predicate
+    | Weights
+    | Parameters
+    | Limit
+    | History
+    | Next
+    | Output
+    | ProbeSlot
+    | Invariant
+    | Carried
+    | Distance
     | Verdict
-)  # fmt: skip
+)

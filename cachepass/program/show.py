@@ -84,7 +84,5 @@ def _type(value: object) -> str:
 
 def diff(before: str, after: str, *, fromfile: str = "before", tofile: str = "after", context: int = 1) -> str:
     """Unified diff of two prints."""
-    lines = difflib.unified_diff(
-        before.splitlines(), after.splitlines(), fromfile, tofile, lineterm="", n=context
-    )  # fmt: skip
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), fromfile, tofile, lineterm="", n=context)
     return "\n".join(lines) + "\n"

@@ -44,8 +44,9 @@ class SymbolBinder:
         needed: The symbols of the sizes, whose values tell calls of different sizes apart.
     """
 
-    def __init__(self, plain: Mapping[sympy.Symbol, Read], solved: Sequence[_Solved],
-                 needed: set[sympy.Symbol]) -> None:  # fmt: skip
+    def __init__(
+        self, plain: Mapping[sympy.Symbol, Read], solved: Sequence[_Solved], needed: set[sympy.Symbol]
+    ) -> None:
         self._plain, self._solved = dict(plain), tuple(solved)
         self._reads = tuple(read for symbol, read in plain.items() if symbol in needed)
         self._solves = any(one.symbol in needed for one in solved)
@@ -73,8 +74,9 @@ class SymbolBinder:
         if unknown:
             raise CachepassError(
                 f"no input tells the size {', '.join(sorted(map(str, unknown)))} of a value to be kept",
-                where="torch.compile", hint="compile with dynamic=False",
-            )  # fmt: skip
+                where="torch.compile",
+                hint="compile with dynamic=False",
+            )
         return SymbolBinder(plain, solved, needed)
 
     def key(self, inputs: Sequence[Any]) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ from ..capture.nodes import operand, returned_by
 from .emit import Emitter, alias_root, aten
 from .liveness import is_impure
 from .narrow import narrow
-from .plan import CachePlan, Phase, phase_name
+from .phases import Phase, phase_name
+from .plan import CachePlan
 from .rewrite import Canonical, drop_unread
 from .roles import Next, Role
 from .split import hold_strides, prefix, suffix
@@ -59,15 +60,16 @@ def up_to_decision(canonical: Canonical, name: str) -> Variant:
     """The program that runs before the host decides."""
     graph, roles, returned = prefix(canonical)
     narrow(graph)
-    return Variant(name, fx.GraphModule(canonical.gm, graph), roles, kept=returned)
+    return Variant(name, _torch.graph_module(canonical.gm, graph), roles, kept=returned)
 
 
-def _finish(canonical: Canonical, name: str, graph: fx.Graph, roles: dict[str, Role],
-            kept: tuple[Role, ...]) -> Variant:  # fmt: skip
+def _finish(
+    canonical: Canonical, name: str, graph: fx.Graph, roles: dict[str, Role], kept: tuple[Role, ...]
+) -> Variant:
     narrow(graph)
     read = drop_unread(graph, roles)
     graph.lint()
-    return Variant(name, fx.GraphModule(canonical.gm, graph), tuple(read.values()), kept=kept)
+    return Variant(name, _torch.graph_module(canonical.gm, graph), tuple(read.values()), kept=kept)
 
 
 def _evaluate(canonical: Canonical, plan: CachePlan, phase: Phase) -> tuple[fx.Graph, tuple[Role, ...]]:
@@ -126,11 +128,17 @@ def all_phases(canonical: Canonical, name: str) -> Variant:
     _own_outputs(graph, canonical.roles, emit, kept=len(canonical.kept))
     graph.lint()
     roles = tuple(canonical.roles.values())
-    return Variant(name, fx.GraphModule(canonical.gm, graph), roles, kept=canonical.kept)
+    return Variant(name, _torch.graph_module(canonical.gm, graph), roles, kept=canonical.kept)
 
 
-def _inline(source: fx.GraphModule, cond: fx.Node, graph: fx.Graph, env: dict[fx.Node, object],
-            predicates: dict[str, str], predicted: set[str]) -> tuple[object, ...]:  # fmt: skip
+def _inline(
+    source: fx.GraphModule,
+    cond: fx.Node,
+    graph: fx.Graph,
+    env: dict[fx.Node, object],
+    predicates: dict[str, str],
+    predicted: set[str],
+) -> tuple[object, ...]:
     """Copy the taken branch in place of the conditional; returns what stands for its results."""
     predicate, predict, compute, operands = cond.args
     assert isinstance(predicate, fx.Node) and isinstance(operands, tuple)

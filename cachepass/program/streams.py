@@ -66,8 +66,9 @@ _MOVES = {
 _LIMITS = {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.nan_to_num.default}
 
 
-def resolve(gm: fx.GraphModule, varying: Collection[int], residual_probe: bool,
-            fake_mode: AbstractContextManager[Any]) -> tuple[str, ...]:  # fmt: skip
+def resolve(
+    gm: fx.GraphModule, varying: Collection[int], residual_probe: bool, fake_mode: AbstractContextManager[Any]
+) -> tuple[str, ...]:
     """Give every marker of a residual its base, and leave one probe; changes ``gm``.
 
     ``varying``: indices of the placeholders that change from step to step. Returns what is worth telling: outputs of
@@ -114,8 +115,13 @@ def _depends_on(graph: fx.Graph, varying: Collection[int]) -> set[fx.Node]:
     return found
 
 
-def _choose_probe(graph: fx.Graph, skeletons: Mapping[str, Mapping[fx.Node, _Skeleton]], latent: set[fx.Node],
-                  residual: bool, emit: Emitter) -> None:  # fmt: skip
+def _choose_probe(
+    graph: fx.Graph,
+    skeletons: Mapping[str, Mapping[fx.Node, _Skeleton]],
+    latent: set[fx.Node],
+    residual: bool,
+    emit: Emitter,
+) -> None:
     """Of the values that leave a span, the probe looks at the one whose stream comes from the latents."""
     markers = graph.find_nodes(op="call_function", target=PROBE)
     if not markers:
@@ -128,8 +134,11 @@ def _choose_probe(graph: fx.Graph, skeletons: Mapping[str, Mapping[fx.Node, _Ske
         # In a graph that begins behind a break the latents are not to be seen: any stream may be theirs.
         found = [(marker, stream) for marker, stream in found if stream.entries() & latent] or found
         if not found:
-            raise NoMatchError("no residual stream leads through these blocks", where=region,
-                               hint="probe a module's output or the latents")  # fmt: skip
+            raise NoMatchError(
+                "no residual stream leads through these blocks",
+                where=region,
+                hint="probe a module's output or the latents",
+            )
         chosen = max(found, key=lambda pair: (_numel(pair[0]), markers.index(pair[0])))[0]  # the last: not a long skip
         if residual:
             base = _base(chosen, streams, emit)
@@ -280,8 +289,12 @@ def _base(marker: fx.Node, skeletons: Mapping[fx.Node, _Skeleton], emit: Emitter
 def _alike(marker: fx.Node, entering: Sequence[fx.Node], latent: set[fx.Node]) -> fx.Node | None:
     """What enters a cut region in the shape of a value that leaves it; what comes from the latents first."""
     value = marker.meta["val"]
-    found = [node for node in entering if node.args[1] == marker.args[1]
-             and (node.meta["val"].shape, node.meta["val"].dtype) == (value.shape, value.dtype)]  # fmt: skip
+    found = [
+        node
+        for node in entering
+        if node.args[1] == marker.args[1]
+        and (node.meta["val"].shape, node.meta["val"].dtype) == (value.shape, value.dtype)
+    ]
     found.sort(key=lambda node: node not in latent)
     base = found[0].args[0] if found else None
     return base if isinstance(base, fx.Node) else None

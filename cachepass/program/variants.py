@@ -13,41 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
-from .. import _torch
 from ..errors import warn
 from ..recipe.vocabulary import WHOLE, Route
 from .dump import dump
 from .flops import count_flops
-from .hoist import Hoisted
 from .lower import LoweredVariant, lower
-from .plan import CachePlan, Phase
+from .phases import Phase
+from .plan import CachePlan
 from .rewrite import Canonical, rewrite
 from .sizes import SymbolBinder
 from .specialize import Variant, all_phases, specialize, specialize_rest, up_to_decision
 from .state_inputs import role_names, weights_dtype
+from .trace import Traced
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Traced:
-    """An ATen graph with markers, AOTAutograd's example inputs, the context to compile it in, and input names.
-
-    ``varying`` are the inputs (by index) that change from step to step, ``declared`` those that the user said do not;
-    of the others it is checked. ``parameters`` are the model's own. ``hoisted`` is what was taken out of the graph, to
-    be computed once per run.
-    """
-
-    gm: fx.GraphModule
-    inputs: tuple[Any, ...]
-    context: _torch.SavedContext
-    names: dict[str, str]
-    varying: frozenset[int] = frozenset()
-    declared: frozenset[int] = frozenset()
-    parameters: frozenset[int] = frozenset()
-    hoisted: Hoisted | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,17 +102,24 @@ class Program:
             self._once[traced] = once = Once(lowered.run, binder)
             return once
 
-    def warn_restless(self, traced: Traced, index: int) -> None:
+    def warn_restless(self, traced: Traced, index: int, *, varies: bool) -> None:
+        """An input is another tensor at every step; ``varies``: with other values."""
         placeholder = traced.gm.graph.find_nodes(op="placeholder")[index]
         name = traced.names.get(str(placeholder.name), str(placeholder.name))
         if name not in self._restless:
             self._restless.add(name)
+            if varies:
+                advice = f'if it is meant to change, say so with options["varying_inputs"] = ["{name}"]'
+            else:
+                advice = (
+                    "its values were the same. Give the same tensor object in all steps of a run, or say that they "
+                    f'stay so, with options["invariant_inputs"] = ["{name}"]'
+                )
             warn(
                 f"the input {name} is another tensor at every step, so what depends on it alone is computed each time: "
-                "give the same tensor object in all steps of a run, or (if its values stay the same) name it in "
-                'options["invariant_inputs"], or switch this off with options["invariants"] = False',
-                self.warnings, stacklevel=2,
-            )  # fmt: skip
+                + advice,
+                self.warnings,
+            )
 
     def compile(self, phase: Phase) -> LoweredVariant:
         """The lowered variant of a phase, compiled once. The cond lowering has one for all phases of a route."""
@@ -195,8 +182,9 @@ class Program:
         assert self.half is not None, "a half-batch route needs the half-batch graph"
         return self.half
 
-    def device_tensor(self, name: str, numbers: tuple[float, ...], dtype: torch.dtype,
-                      device: torch.device) -> torch.Tensor:  # fmt: skip
+    def device_tensor(
+        self, name: str, numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """Numbers on the device, made once per set of values: a schedule that repeats copies nothing.
 
         On an accelerator the copy starts from pinned memory and does not wait for the device.

@@ -12,8 +12,14 @@ BOUND_NUMBERS = 4 + MAX_DEGREE + 1  # forced, accumulated, value, inclusive, and
 def numbers_of(bound: Bound) -> tuple[float, ...]:
     """The bound of a decision that is not forced, for ``verdict``."""
     coefficients = bound.coefficients or (1.0, 0.0)
-    return (0.0, bound.accumulated, bound.value, float(bound.inclusive), *(0.0,) * (MAX_DEGREE + 1 - len(coefficients)),
-            *coefficients)  # fmt: skip
+    return (
+        0.0,
+        bound.accumulated,
+        bound.value,
+        float(bound.inclusive),
+        *(0.0,) * (MAX_DEGREE + 1 - len(coefficients)),
+        *coefficients,
+    )
 
 
 def verdict(distance: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

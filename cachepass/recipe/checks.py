@@ -20,8 +20,9 @@ def fail(owner: object, name: str, what: str, hint: str | None = None) -> Config
     return ConfigError(what, where=f"{cls.__name__}.{name}", hint=hint)
 
 
-def check_int(owner: object, name: str, low: int, high: float = math.inf, *, optional: bool = False,
-              value: Any = _FIELD) -> None:  # fmt: skip
+def check_int(
+    owner: object, name: str, low: int, high: float = math.inf, *, optional: bool = False, value: Any = _FIELD
+) -> None:
     """An int from ``low`` to ``high``, both included; ``value``: where it is not the field itself."""
     value = getattr(owner, name) if value is _FIELD else value
     if optional and value is None:
@@ -33,8 +34,15 @@ def check_int(owner: object, name: str, low: int, high: float = math.inf, *, opt
         raise fail(owner, name, f"{value} is out of range", f"allowed: {bound}")
 
 
-def check_number(owner: object, name: str, low: float = -math.inf, high: float = math.inf, *, above: bool = False,
-                 value: Any = _FIELD) -> None:  # fmt: skip
+def check_number(
+    owner: object,
+    name: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    value: Any = _FIELD,
+) -> None:
     """A finite number from ``low`` to ``high``; ``above``: ``low`` itself is none. A tensor of one becomes it."""
     own = value is _FIELD
     value = getattr(owner, name) if own else value
@@ -100,7 +108,9 @@ def check_patterns(owner: object, name: str, *, optional: bool = False, value: A
 def check_grid(owner: object, name: str, hint: str | None = None) -> None:
     """(height, width) or (frames, height, width)."""
     grid = getattr(owner, name)
-    if not isinstance(grid, (tuple, list)) or len(grid) not in (2, 3) or any(
-        isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in grid
-    ):  # fmt: skip
+    if (
+        not isinstance(grid, (tuple, list))
+        or len(grid) not in (2, 3)
+        or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in grid)
+    ):
         raise fail(owner, name, f"expected (height, width) or (frames, height, width), got {grid!r}", hint)

@@ -6,12 +6,14 @@ CacheConfig(cut=Modules("attention"), ...)                         every attenti
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .checks import check_among, check_flag, check_function, check_int, check_patterns, fail
 from .value import Value
+from .vocabulary import Region
 
 KINDS = ("attention", "self-attention", "cross-attention", "mlp", "block")
 _CONDITIONS = ("each", "any", "none")
@@ -74,8 +76,14 @@ class Modules(Value):
     otherwise: str | None = None
     must_match: str = "each"
 
-    def __init__(self, *identifiers: str, kind: str | None = None, search: bool = False, otherwise: str | None = None,
-                 must_match: str = "each") -> None:  # fmt: skip
+    def __init__(
+        self,
+        *identifiers: str,
+        kind: str | None = None,
+        search: bool = False,
+        otherwise: str | None = None,
+        must_match: str = "each",
+    ) -> None:
         given = {"kind": kind, "search": search, "otherwise": otherwise, "must_match": must_match}
         for name, value in {"identifiers": _named(self, "identifiers", identifiers), **given}.items():
             object.__setattr__(self, name, value)
@@ -89,6 +97,19 @@ class Modules(Value):
     @classmethod
     def made_of(cls, fields: dict[str, Any]) -> Value:
         return cls(*fields.pop("identifiers"), **fields)
+
+    @property
+    def compare(self) -> Callable[[str, str], object]:
+        """How an identifier that is a regex is compared with a path."""
+        return re.search if self.search else re.fullmatch
+
+    def fits(self, region: Region) -> bool:
+        """A region is of the kind."""
+        return self.kind is None or region.is_of(self.kind)
+
+    def takes(self, region: Region) -> bool:
+        """A region is of the kind, and an identifier finds it."""
+        return self.fits(region) and any(region.matches(identifier, self.compare) for identifier in self.identifiers)
 
     def __str__(self) -> str:
         only = f"{self.kind} in " if self.kind is not None else ""

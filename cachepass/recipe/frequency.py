@@ -68,13 +68,15 @@ class LatentFormat(Value):
                 hint += " with latent_grid=(frames, height, width), if these are tokens"
             raise OutputError(
                 f'the model\'s output is {text}, tensor_format="{self.tensor_format}" has {rank} dimensions',
-                where=where, hint=hint or "the output is no image or video: it has no spatial frequencies to split",
-            )  # fmt: skip
+                where=where,
+                hint=hint or "the output is no image or video: it has no spatial frequencies to split",
+            )
         if self.grid is not None and math.prod(self.grid) != shape[1]:
             raise OutputError(
                 f"latent_grid={self.grid} has {math.prod(self.grid)} tokens, the model's output {text} has {shape[1]}",
-                where=where, hint="give the grid of the tokens, in the model's order of them",
-            )  # fmt: skip
+                where=where,
+                hint="give the grid of the tokens, in the model's order of them",
+            )
 
 
 def low_frequencies(x: torch.Tensor) -> torch.Tensor:
@@ -105,8 +107,9 @@ def split_difference(
     return low, difference - low
 
 
-def estimate_unconditional(cond: torch.Tensor, low: torch.Tensor, high: torch.Tensor,
-                           weights: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def estimate_unconditional(
+    cond: torch.Tensor, low: torch.Tensor, high: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """``cond + weights[0] * D_low + weights[1] * D_high`` in the dtype of ``cond``."""
     return (cond.to(low.dtype) + weights[0] * low + weights[1] * high).to(cond.dtype)
 
@@ -128,8 +131,9 @@ def keep_difference(latents: LatentFormat, values: Values) -> tuple[Values, torc
     return values, *split_difference(uncond, cond, latents)
 
 
-def complete_batch(latents: LatentFormat, values: Values, low: torch.Tensor, high: torch.Tensor,
-                   weights: torch.Tensor) -> tuple[Values]:  # fmt: skip
+def complete_batch(
+    latents: LatentFormat, values: Values, low: torch.Tensor, high: torch.Tensor, weights: torch.Tensor
+) -> tuple[Values]:
     """The conditional half of a guidance batch: estimate the other half and put them together."""
     cond = latents.batch(values)
     return (latents.join(estimate_unconditional(cond, low, high, weights), cond),)
@@ -140,14 +144,21 @@ def keep_conditional(latents: LatentFormat, values: Values) -> tuple[Values, tor
     return values, latents.batch(values)
 
 
-def keep_difference_to(latents: LatentFormat, values: Values, cond: torch.Tensor) -> tuple[Values, torch.Tensor,
-                                                                                      torch.Tensor]:  # fmt: skip
+def keep_difference_to(
+    latents: LatentFormat, values: Values, cond: torch.Tensor
+) -> tuple[Values, torch.Tensor, torch.Tensor]:
     """The unconditional call of a step: keep its difference to the conditional one."""
     return values, *split_difference(latents.batch(values), cond, latents)
 
 
-def answer_unconditional(latents: LatentFormat, values: Values, cond: torch.Tensor, low: torch.Tensor,
-                         high: torch.Tensor, weights: torch.Tensor) -> tuple[Values]:  # fmt: skip
+def answer_unconditional(
+    latents: LatentFormat,
+    values: Values,
+    cond: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    weights: torch.Tensor,
+) -> tuple[Values]:
     """The unconditional call of a step, answered from the conditional one: ``values`` are not read."""
     del values
     return (latents.values(estimate_unconditional(cond, low, high, weights)),)

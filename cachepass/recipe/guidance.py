@@ -64,18 +64,23 @@ def model_of(step: Step, callback: str) -> torch.nn.Module:
         ConfigError: What was compiled is no module.
     """
     if step.model is None:
-        raise ConfigError("takes a module, and what was compiled is not one", where=callback,
-                          hint="compile the transformer itself, not a function that calls it")  # fmt: skip
+        raise ConfigError(
+            "takes a module, and what was compiled is not one",
+            where=callback,
+            hint="compile the transformer itself, not a function that calls it",
+        )
     return step.model
 
 
 _BOTH = Route("both", predicts=False, writes=("low", "high"), transform=keep_difference)
 _HALF = Route("half", half=True, reads=("low", "high"), weighted=True, transform=complete_batch)
 _COND = Route("cond", writes=("cond",), transform=keep_conditional)
-_UNCOND = Route("uncond", predicts=False, keeps=False, reads=("cond",), writes=("low", "high"),
-                transform=keep_difference_to)  # fmt: skip
-_ANSWER = Route("answer", predicts=False, keeps=False, reads=("cond", "low", "high"), weighted=True,
-                transform=answer_unconditional)  # fmt: skip
+_UNCOND = Route(
+    "uncond", predicts=False, keeps=False, reads=("cond",), writes=("low", "high"), transform=keep_difference_to
+)
+_ANSWER = Route(
+    "answer", predicts=False, keeps=False, reads=("cond", "low", "high"), weighted=True, transform=answer_unconditional
+)
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,11 @@ class Guidance(Value):
         for name in ("inputs", "strict_inputs"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.schedule.threshold is not None:
-            raise ConfigError("the unconditional branch is skipped by a plan, not by a distance",
-                              where="Guidance.schedule", hint="such as Every(5) & Timesteps(-1, 641)")  # fmt: skip
+            raise ConfigError(
+                "the unconditional branch is skipped by a plan, not by a distance",
+                where="Guidance.schedule",
+                hint="such as Every(5) & Timesteps(-1, 641)",
+            )
 
     @property
     def needs_model(self) -> bool:

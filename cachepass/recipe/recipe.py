@@ -83,8 +83,9 @@ class Group(Value):
             raise ConfigError(f"expected a name such as 'blocks', got {self.name!r}", where="Group.name")
         _require(self, "schedule", Schedule, "a value of cachepass.schedule")
         if not parts or not isinstance(parts, (tuple, list)) or not all(isinstance(part, Part) for part in parts):
-            raise ConfigError(f"expected a tuple of parts, got {parts!r}", where=f"{where}.parts",
-                              hint="(Part(cut, forecast),)")  # fmt: skip
+            raise ConfigError(
+                f"expected a tuple of parts, got {parts!r}", where=f"{where}.parts", hint="(Part(cut, forecast),)"
+            )
         object.__setattr__(self, "parts", tuple(parts))
         if self.probe is not None:
             _require(self, "probe", _PROBES, "a probe of cachepass.cut")
@@ -92,8 +93,9 @@ class Group(Value):
             what = "nothing decides by it" if self.probe is not None else "the schedule's threshold has nothing to ask"
             raise ConfigError(what, where=f"{where}.probe", hint="a Threshold in the schedule and a probe go together")
         if len(self.parts) > 1 and any(isinstance(part.cut, Blocks) for part in self.parts):
-            raise ConfigError("a stack of blocks is cut as one value", where=f"{where}.parts",
-                              hint="give it a group of its own")  # fmt: skip
+            raise ConfigError(
+                "a stack of blocks is cut as one value", where=f"{where}.parts", hint="give it a group of its own"
+            )
         self._require_alike(where)
 
     def _require_alike(self, where: str) -> None:
@@ -104,9 +106,10 @@ class Group(Value):
             if keeping(part.forecast.form) != keeping(kept[0].forecast.form):
                 raise ConfigError(
                     f"the forecasts of one group keep their outputs alike: {kept[0]} ({keeping(kept[0].forecast.form)})"
-                    f" and {part} ({keeping(part.forecast.form)})", where=where,
+                    f" and {part} ({keeping(part.forecast.form)})",
+                    where=where,
                     hint="give each of them a group of its own",
-                )  # fmt: skip
+                )
 
     @property
     def measures(self) -> bool:
@@ -143,16 +146,20 @@ class Recipe(Value):
     def __post_init__(self) -> None:
         groups: Any = self.groups
         if not isinstance(groups, (tuple, list)) or not all(isinstance(group, Group) for group in groups):
-            raise ConfigError(f"expected a tuple of groups, got {groups!r}", where="Recipe.groups",
-                              hint="Recipe((Group(...),))")  # fmt: skip
+            raise ConfigError(
+                f"expected a tuple of groups, got {groups!r}", where="Recipe.groups", hint="Recipe((Group(...),))"
+            )
         object.__setattr__(self, "groups", tuple(groups))
         names = [group.name for group in self.groups] + ([self.guidance.group] if self.guidance is not None else [])
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ConfigError(f"two groups are called {twice!r}", where="Recipe.groups", hint="rename one of them")
         if sum(group.probe is not None for group in self.groups) > 1:
-            raise ConfigError("more than one group has a probe", where="Recipe.groups",
-                              hint="a program asks the host once: let one group decide")  # fmt: skip
+            raise ConfigError(
+                "more than one group has a probe",
+                where="Recipe.groups",
+                hint="a program asks the host once: let one group decide",
+            )
 
     def bind(self, num_inference_steps: int | None) -> Recipe:
         """This recipe for runs of so many steps.

@@ -40,8 +40,11 @@ class Value:
 def check_schema(saved: Mapping[str, Any], where: str) -> None:
     """Raise a ConfigError unless it was saved by a version that means the same by it."""
     if saved.get("schema") != SCHEMA:
-        raise ConfigError(f"schema {saved.get('schema')!r} is not {SCHEMA}", where=where,
-                          hint="save it anew with this version of cachepass")  # fmt: skip
+        raise ConfigError(
+            f"schema {saved.get('schema')!r} is not {SCHEMA}",
+            where=where,
+            hint="save it anew with this version of cachepass",
+        )
 
 
 def to_dict(value: Any, where: str) -> Any:
@@ -62,8 +65,11 @@ def to_dict(value: Any, where: str) -> Any:
         own = [f.name for f in dataclasses.fields(value) if f.compare]
         return {_TYPE: type(value).__name__, **{n: to_dict(getattr(value, n), f"{where}.{n}") for n in own}}
     what = "a function of Python's" if callable(value) else f"a {type(value).__name__}"
-    raise ConfigError(f"{what} cannot be saved: {value!r}", where=where,
-                      hint="use it in the process that made it, or make it a value of numbers and names")  # fmt: skip
+    raise ConfigError(
+        f"{what} cannot be saved: {value!r}",
+        where=where,
+        hint="use it in the process that made it, or make it a value of numbers and names",
+    )
 
 
 def from_dict(saved: Any, where: str) -> Any:
@@ -84,8 +90,11 @@ def from_dict(saved: Any, where: str) -> Any:
         return getattr(torch, fields["value"])
     cls = _known.get(str(name))
     if cls is None or not dataclasses.is_dataclass(cls):
-        raise ConfigError(f"there is no value {name!r}", where=where,
-                          hint=f"{closest(str(name), _known)}; import the file that defines it first")  # fmt: skip
+        raise ConfigError(
+            f"there is no value {name!r}",
+            where=where,
+            hint=f"{closest(str(name), _known)}; import the file that defines it first",
+        )
     unknown = fields.keys() - {f.name for f in dataclasses.fields(cls)}
     if unknown:
         raise ConfigError(f"{name} has no field {min(unknown)!r}", where=where)

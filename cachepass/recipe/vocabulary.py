@@ -48,9 +48,13 @@ class Region:
 
     def is_of(self, kind: str) -> bool:
         """It is of a kind: ``"attention"``, ``"self-attention"``, ``"cross-attention"``, ``"mlp"`` or ``"block"``."""
-        kinds = {"attention": self.is_attention, "self-attention": self.is_attention and not self.is_cross,
-                 "cross-attention": self.is_attention and self.is_cross, "mlp": self.is_mlp,
-                 "block": self.is_block}  # fmt: skip
+        kinds = {
+            "attention": self.is_attention,
+            "self-attention": self.is_attention and not self.is_cross,
+            "cross-attention": self.is_attention and self.is_cross,
+            "mlp": self.is_mlp,
+            "block": self.is_block,
+        }
         return kinds.get(kind, False)
 
     def matches(self, identifier: str, match: Callable[[str, str], object] = re.fullmatch) -> bool:
@@ -132,8 +136,11 @@ class Selection:
 
 def keeping(forecast: Forecast) -> str:
     """How a forecast's outputs are kept and weighed, in words."""
-    flags = {"predictions too": forecast.recursive, "weights per region": forecast.per_region,
-             "weights from what is kept": forecast.from_gram}  # fmt: skip
+    flags = {
+        "predictions too": forecast.recursive,
+        "weights per region": forecast.per_region,
+        "weights from what is kept": forecast.from_gram,
+    }
     outputs = f"{forecast.history} output{'s' if forecast.history > 1 else ''}"
     return ", ".join((outputs, *(flag for flag, given in flags.items() if given)))
 

@@ -10,6 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def scale_of(timestep: float) -> float | None:
+    """The factor from a model's unit to that of schedulers, 1000 to 0, as the first timestep of a run tells it: no run
+    in that unit begins at 1 or below. None: 0, where timesteps ascend, tells nothing."""
+    return None if timestep == 0 else 1000.0 if isinstance(timestep, float) and timestep <= 1 else 1.0
+
+
 @dataclass
 class Clock:
     """Counts the committed steps of the current run.
@@ -52,6 +58,12 @@ class Clock:
             return timestep < self.last
         # Two rises in a row: each made a run of its own so far, so nothing wrong was predicted meanwhile.
         return timestep > self.last and self._rises == 0
+
+    def goes_on(self, timestep: float) -> bool:
+        """Whether a timestep continues where the last one was, in the direction of the run."""
+        if self.last is None:
+            return False
+        return timestep > self.last if self._ascending else timestep < self.last
 
     def rises_again(self, timestep: float | None) -> bool:
         """This is the second rise in a row: the timesteps ascend, unless two runs began one after the other."""

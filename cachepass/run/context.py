@@ -167,8 +167,12 @@ def hear(module: torch.nn.Module, context: Any) -> None:
     fields = ("step_index", "num_inference_steps", "timestep")
     said = {name: value for name in fields if (value := getattr(context, name, None)) is not None}
     left_open = known.module is not None and known.module() in (None, module)
-    own = {"library": str(context.name), "module": weakref.ref(module), "said_timestep": said.get("timestep"),
-           "before": known.before if left_open else known}  # fmt: skip
+    own = {
+        "library": str(context.name),
+        "module": weakref.ref(module),
+        "said_timestep": said.get("timestep"),
+        "before": known.before if left_open else known,
+    }
     _told.set(_with(known, **_of_nobody(known) | own | said))
 
 

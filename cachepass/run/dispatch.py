@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from .. import _torch
 from ..capture.inputs import InputLayout, kind_of
-from ..capture.place import step_call
+from ..capture.siblings import Siblings
 from ..errors import warn
 from ..method import Method
 from ..options import CompileOptions
-from ..program.plan import Phase
+from ..program.phases import Phase
 from ..program.sizes import SymbolBinder
 from ..program.variants import Program
 from ..program.verdict import numbers_of
@@ -29,11 +28,10 @@ from ..recipe.vocabulary import PLAIN, Route
 from .decide import allows, asks
 from .evidence import Given
 from .guidance import partner_of, route_in
-from .instance import HalfRun, Instance, Instances, Part
+from .instance import HalfRun, Instance, Instances
 from .invariants import InvariantState
 from .model import Model
 from .reach import WARMING
-from .registry import model_of
 from .runs import Call, Run
 from .state import OutputState, RunState
 from .step import CurrentCall, Pending, StepCall
@@ -46,12 +44,18 @@ _MOST_LAYOUTS = 64  # of sizes that were seen; made anew in a moment
 class Dispatcher:
     """The callable that Dynamo gets for one graph."""
 
-    def __init__(self, method: Method, options: CompileOptions, layout: InputLayout,
-                 root: torch.nn.Module | None, part: Part | None = None) -> None:  # fmt: skip
-        self.method, self.options, self.layout, self.part = method, options, layout, part
-        self.root = None if root is None else weakref.ref(root)
-        self._root_type = None if root is None else type(root)  # the graph may outlive the module it was captured of
-        self.instances = Instances()
+    def __init__(
+        self,
+        method: Method,
+        options: CompileOptions,
+        layout: InputLayout,
+        root: torch.nn.Module | None,
+        siblings: Siblings | None = None,
+        captured_in: Model | None = None,
+    ) -> None:
+        self.method, self.options, self.layout = method, options, layout
+        self.instances = Instances(method, options, layout.identity, root, siblings, captured_in)
+        self.is_part = siblings is not None  # of its model
         self.program: Program | None = None  # set by the backend while the graph is compiled; None: nothing is cached
         self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
         self.compiled: Callable[..., Any] | None = None
@@ -68,9 +72,9 @@ class Dispatcher:
     def __call__(self, *inputs: Any) -> Any:
         assert self.compiled is not None
         refuse_capture(self.program)
-        if self.part is not None and self.program is None and not self.idle_groups:
+        if self.is_part and self.program is None and not self.idle_groups:
             return self.compiled(*inputs)  # nothing in it is cached
-        instance = self._instance_of_part() if self.part is not None else self._instance(inputs)
+        instance = self.instances.called(inputs)
         if instance.groups is not None and not instance.groups:
             return self._plain(inputs)  # nothing is cut in this one
         call = self._call(instance.model, inputs)
@@ -100,7 +104,7 @@ class Dispatcher:
             result = self._step(instance, run, call, partner, inputs)
             succeeded = True
         finally:
-            if self.part is None:
+            if not self.is_part:
                 instance.model.finish(call, succeeded=succeeded)
         return result
 
@@ -113,7 +117,7 @@ class Dispatcher:
 
     def _call(self, model: Model, inputs: Sequence[Any]) -> Call | None:
         """The model's call that this is, or is a part of; None for a part that is called by itself."""
-        if self.part is not None:
+        if self.is_part:
             return model.current
         layout = self.layout
         kind = layout.static or kind_of([inputs[i] for i in layout.latents])
@@ -188,18 +192,25 @@ class Dispatcher:
 
     def _warn_outside(self) -> None:
         """A part of a model is called by itself: there is no step."""
-        assert self.part is not None
-        if not self._warned:
+        model = self.instances.captured_in
+        if not self._warned and model is not None:
             self._warned = True
             warn(
-                f"{self.part.siblings.prefix or 'a part of the model'} is called outside of a call of "
-                f"{type(self.part.model.module).__name__}, whose calls are the steps: computed without a cache",
-                self.warnings, stacklevel=4,
-            )  # fmt: skip
+                f"{self._prefix or 'a part of the model'} is called outside of a call of "
+                f"{type(model.module).__name__}, whose calls are the steps: computed without a cache",
+                self.warnings,
+            )
 
-    def _decide(self, instance: Instance, state: RunState, route: Route,
-                outputs: tuple[OutputState | None, OutputState | None], step: Step, *,
-                doubtful: bool) -> StepCall:  # fmt: skip
+    def _decide(
+        self,
+        instance: Instance,
+        state: RunState,
+        route: Route,
+        outputs: tuple[OutputState | None, OutputState | None],
+        step: Step,
+        *,
+        doubtful: bool,
+    ) -> StepCall:
         """The schedule: what is predicted in a step that takes a route, and with which weights; nothing, where it is
         ``doubtful`` whose step it is."""
         assert self.program is not None
@@ -231,8 +242,18 @@ class Dispatcher:
             else:
                 computed.append(group)
         parameters = () if state.plan.probe is None else self.method.probe_parameters(step)
-        return StepCall(self.program, Phase(tuple(predicted), route), state, tuple(computed), weights, output, partner,
-                        difference, pending=pending, parameters=parameters)  # fmt: skip
+        return StepCall(
+            self.program,
+            Phase(tuple(predicted), route),
+            state,
+            tuple(computed),
+            weights,
+            output,
+            partner,
+            difference,
+            pending=pending,
+            parameters=parameters,
+        )
 
     def _pending(self, instance: Instance, state: RunState, group: str, step: Step) -> Pending:
         """The probe's distance decides on a group."""
@@ -253,64 +274,15 @@ class Dispatcher:
             return self.method.weights(group, step, history, regions[0])
         return tuple(w for region in regions for w in self.method.weights(group, step, history, region))
 
-    # ---- instances and states ---------------------------------------------------------------------------------------
-
-    def _instance(self, inputs: Sequence[Any]) -> Instance:
-        """The module that is called: the one whose call this is, or the one with these parameters."""
-        called = _torch.calling_module()
-        own = (id(called),)
-        instance = self.instances.get(own)
-        if instance is not None:
-            return instance
-        # The module is not on the stack: a function was captured. Then all parameters tell.
-        key = tuple(id(inputs[i]) for i in self.layout.identity)
-        held = inputs[self.layout.identity[0]] if self.layout.identity else None
-        instance = self.instances.get(key)
-        if instance is None or not instance.is_at(held):
-            module = self._holder(held, called)
-            model = model_of(module, self.method, self.options)
-            # Parameters may have been replaced (offloading does): the module is the same instance as before.
-            known = next((i for i in self.instances.values() if module is not None and i.model is model), None)
-            instance = known or Instance(model, None if module is None else weakref.ref(module))
-            by_module = module is called and module is not None
-            instance = self.instances.add(own if by_module else key, instance, module if by_module else held)
-        return instance
-
-    def _instance_of_part(self) -> Instance:
-        """The module that is called, by the call itself: a part may have no parameters, or share them."""
-        module = _torch.calling_module()
-        key = (id(module),)
-        instance = self.instances.get(key)
-        if instance is None:
-            assert self.part is not None
-            calls, compiled = _torch.calling_modules()
-            if module is None or compiled is None:
-                instance = Instance(self.part.model, None, self.part.siblings.prefix)
-            else:
-                begun = step_call(calls[compiled:], self.options.timestep_input)
-                model = model_of(begun.module, self.method, self.options)
-                model.watch(begun)
-                siblings = self.part.siblings
-                prefix = next((name for name, m in begun.module.named_modules() if m is module), siblings.prefix)
-                model.found(siblings.under(prefix))
-                groups = siblings.groups(prefix, self.part.targets)
-                instance = Instance(model, weakref.ref(module), prefix, groups)
-            instance = self.instances.add(key, instance, module)
-        return instance
-
-    def _holder(self, held: torch.Tensor | None, called: torch.nn.Module | None) -> torch.nn.Module | None:
-        """The module that is called: one like the captured one that holds this parameter; None where a function was
-        captured and the module is not among its arguments."""
-        root = None if self.root is None else self.root()
-        if held is None:
-            return root
-        for module in (called if type(called) is self._root_type else None, root):
-            if module is not None and any(held is own for own in (*module.parameters(), *module.buffers())):
-                return module
-        return None
+    # ---- states -----------------------------------------------------------------------------------------------------
 
     def _module(self, instance: Instance) -> torch.nn.Module | None:
-        return instance.model.module or (None if self.root is None else self.root())
+        return instance.model.module or (None if self.instances.root is None else self.instances.root())
+
+    @property
+    def _prefix(self) -> str:
+        """Path of the module that was captured."""
+        return "" if self.instances.siblings is None else self.instances.siblings.prefix
 
     def _state(self, instance: Instance, run: Run, call: Call, inputs: Sequence[Any]) -> RunState:
         assert self.program is not None
@@ -319,8 +291,7 @@ class Dispatcher:
             if len(self._layouts) >= _MOST_LAYOUTS:
                 self._layouts.clear()
             resolve = self.binder.resolver(inputs)
-            prefix = "" if self.part is None else self.part.siblings.prefix
-            self._layouts[sizes] = self.program.plan.layout(resolve, prefix), resolve
+            self._layouts[sizes] = self.program.plan.layout(resolve, self._prefix), resolve
         layout, resolve = self._layouts[sizes]
         # Batches of both branches and conditional ones alone keep the same: the conditional half.
         kind = call.kind if self.method.guidance is None else None
@@ -335,10 +306,10 @@ class Dispatcher:
         state.follow(run.epoch, run.clock.index)
         if self.layout.sizing and state.follow_sizes([inputs[i] for i in self.layout.sizing]):
             instance.model.warn_once(
-                "sizing", "an input that the sizes of kept values depend on is another tensor in the middle of a run, "
+                "sizing",
+                "an input that the sizes of kept values depend on is another tensor in the middle of a run, "
                 "so what was kept is dropped and computed anew: give the same tensor object in all steps of a run",
-                stacklevel=6,
-            )  # fmt: skip
+            )
         return state
 
     def _device(self, inputs: Sequence[Any]) -> torch.device:
@@ -381,17 +352,4 @@ class Dispatcher:
 
     def _path(self, instance: Instance, path: str) -> str:
         """The path in an instance of what has this path in the one that was captured."""
-        return path if self.part is None else instance.prefix + path.removeprefix(self.part.siblings.prefix)
-
-    def belongs_to(self, model: torch.nn.Module) -> list[Instance]:
-        """The instances that are ``model`` or in it."""
-        own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        modules = {id(module) for module in model.modules()}
-
-        def belongs(key: tuple[int, ...], instance: Instance) -> bool:
-            module = None if instance.module is None else instance.module()
-            if module is not None:
-                return id(module) in modules
-            return bool(key) and self.part is None and set(key) <= own
-
-        return list(dict.fromkeys(i for key, i in self.instances.items() if belongs(key, i)))
+        return instance.prefix + path.removeprefix(self._prefix) if self.is_part else path

@@ -116,8 +116,11 @@ class Memory:
         """Names of the inputs that are other tensors. An input that one of the calls has not tells nothing: it is
         not among the inputs of that call's graph."""
         known = dict(zip(self._names, self._seen, strict=True))
-        return [name for name, value in zip(given.names, given.values, strict=True)
-                if name in known and not known[name].is_same(value)]  # fmt: skip
+        return [
+            name
+            for name, value in zip(given.names, given.values, strict=True)
+            if name in known and not known[name].is_same(value)
+        ]
 
     def has_latents(self, given: Given) -> bool:
         """The latents are those of that call, or another part of the same tensor: it is the same step."""
@@ -136,8 +139,10 @@ class Memory:
         if same:
             pass
         elif self._names == given.names:
-            self._seen = [seen if seen.is_same(value) else Seen(value)
-                          for seen, value in zip(self._seen, given.values, strict=True)]  # fmt: skip
+            self._seen = [
+                seen if seen.is_same(value) else Seen(value)
+                for seen, value in zip(self._seen, given.values, strict=True)
+            ]
         else:
             self._names, self._seen = given.names, [Seen(value) for value in given.values]
         self.graph = given.graph

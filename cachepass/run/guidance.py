@@ -33,8 +33,9 @@ def partner_of(model: Model, *, two_calls: bool) -> Run | None:
     return None if pair is None else model.partner(pair[1])
 
 
-def route_in(method: Method, model: Model, run: Run, partner: Run | None, output: OutputState | None,
-             step: Step) -> Route:  # fmt: skip
+def route_in(
+    method: Method, model: Model, run: Run, partner: Run | None, output: OutputState | None, step: Step
+) -> Route:
     """The way of a call, whose run keeps ``output``, through the model."""
     if method.guidance is None:
         return WHOLE
@@ -57,10 +58,11 @@ def route_in(method: Method, model: Model, run: Run, partner: Run | None, output
 def _warn_calls(method: Method, model: Model) -> None:
     """Each call of a step is taken for a guidance batch: half of it would be answered from the other half."""
     model.warn_once(
-        "calls", f"{type(method.config).__name__}: the model is called more than once per step, with equal latents, "
+        "calls",
+        f"{type(method.config).__name__}: the model is called more than once per step, with equal latents, "
         "and every call is taken for a batch of [uncond, cond] samples: computed without a cache. Call it in "
-        'cachepass.cache_context("cond") and then in cachepass.cache_context("uncond")', stacklevel=7,
-    )  # fmt: skip
+        'cachepass.cache_context("cond") and then in cachepass.cache_context("uncond")',
+    )
 
 
 # ---- conditional samples alone --------------------------------------------------------------------------------------
@@ -90,9 +92,10 @@ def _route_alone(model: Model, run: Run, *, captured_alone: bool) -> Route | Non
     ways = ("the conditional half of larger batches", "guidance batches")
     was, comes = ways if captured_alone else reversed(ways)
     model.warn_once(
-        "alone", f"calls of one size are {was} first and {comes} later on: nothing is predicted in these. "
-        "Call torch._dynamo.reset() in between", stacklevel=7,
-    )  # fmt: skip
+        "alone",
+        f"calls of one size are {was} first and {comes} later on: nothing is predicted in these. "
+        "Call torch._dynamo.reset() in between",
+    )
     return PLAIN
 
 

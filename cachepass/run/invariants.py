@@ -71,6 +71,9 @@ class _Seen:
         return found == ([self._addresses[k]], [self._versions[k]], self._offsets[k])
 
 
+RESTLESS = 3  # computed anew so often in a row, within a run: worth a warning
+
+
 def _is_number(tensor: torch.Tensor) -> bool:
     """A number of the caller's, which Dynamo makes a new tensor of at every call."""
     return tensor.ndim == 0 and tensor.device.type == "cpu"
@@ -88,6 +91,7 @@ class InvariantState:
         epoch: The run that they were last computed for.
         changes: How often in a row, in the current run, that was because an input had changed.
         changed: Index of the input that had.
+        varies: Its values were others, too; None: not looked at yet.
     """
 
     def __init__(self, hoisted: Hoisted, declared: frozenset[int]) -> None:
@@ -97,6 +101,8 @@ class InvariantState:
         self.computed = self.changes = 0
         self.stamp = 0  # of the last step that used it
         self.changed: int | None = None
+        self.varies: bool | None = None
+        self._sample: tuple[int, torch.Tensor] | None = None
         self._unseen = -1
         placeholders = hoisted.once.graph.find_nodes(op="placeholder")
         self._resized = {i for i in self._checked if _is_symbolic(placeholders[i].meta.get("val"))}
@@ -108,8 +114,7 @@ class InvariantState:
     def cache_bytes(self) -> int:
         return sum(slot.untyped_storage().nbytes() for slot in self.slots.values())
 
-    def refresh(self, inputs: Sequence[Any], epoch: int, binder: SymbolBinder,
-                run: Callable[[list[Any]], Any]) -> None:  # fmt: skip
+    def refresh(self, inputs: Sequence[Any], epoch: int, binder: SymbolBinder, run: Callable[[list[Any]], Any]) -> None:
         """Compute the values, unless they hold for ``inputs``: the model's own, in front of what ``run`` writes.
 
         ``binder`` knows the slots' sizes.
@@ -127,11 +132,25 @@ class InvariantState:
                 self.changes = 0
                 return
         self.changes = 0 if self.changed is None else self.changes + 1
+        if self.changed is not None and self.varies is None:
+            self._compare(self.changed, inputs[self.changed])
         self._seen = None  # until they are all written
         run([*inputs, *(self.slots[slot.name] for slot in self.hoisted.slots)])
         self._seen = _Seen(self._checked, inputs, self._resized)
         self.epoch, self._unseen = epoch, unseen
         self.computed += 1
+
+    def _compare(self, index: int, value: object) -> None:
+        """Find out once whether an input that is another tensor at every step has other values, too: the warning to
+        come says so."""
+        known = self._sample
+        if not isinstance(value, torch.Tensor):
+            self.varies = True  # of numbers the values are compared
+        elif self.changes == RESTLESS - 1:
+            self._sample = index, value.clone()
+        elif known is not None and self.changes == RESTLESS:
+            same = known[0] == index and known[1].shape == value.shape and torch.equal(known[1], value)
+            self.varies, self._sample = not same, None
 
 
 def _is_symbolic(value: object) -> bool:

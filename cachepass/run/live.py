@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .. import _torch
+from ..options import CompileOptions, parse_options
 from .dispatch import LIVE, Dispatcher
 from .instance import Instance
 from .model import Model
@@ -19,13 +21,19 @@ def original_of(model: object) -> object:
     return getattr(original, "__self__", original)
 
 
+def options_of(model: object) -> CompileOptions | None:
+    """What a module or function was compiled with; None: not by this backend, or nobody can tell."""
+    given = _torch.compile_options(model)
+    return None if given is None else parse_options(*given, _torch.inductor_keys(), _torch.inductor_modes())
+
+
 def programs_of(model: object) -> Iterator[tuple[Dispatcher, Instance]]:
     """The graphs that a model, or a module in it, was captured in, and as what they are called."""
     module = original_of(model)
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected a module or a compiled module, got {type(model).__name__}")
     for dispatcher in list(LIVE):
-        for instance in dispatcher.belongs_to(module):
+        for instance in dispatcher.instances.of(module):
             yield dispatcher, instance
 
 

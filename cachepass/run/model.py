@@ -24,17 +24,18 @@ from ..errors import NoMatchError, listing, warn
 from ..method import Method
 from ..options import CompileOptions
 from ..recipe.vocabulary import Region
+from .clock import scale_of
 from .context import DEFAULT, Told, guidance_partner, told
+from .counts import Counts
 from .evidence import Given, Habits, schedule_of
 from .hooks import watch_calls
+from .review import Review
 from .room import Room
 from .runs import Call, Run
 from .trajectories import MOST_CALLS, Beginnings, Trajectories
 
 logger = logging.getLogger(__name__)
 _MOST_CONTEXTS = 256  # that are remembered: a server may name one for each request
-_EARLIER = "earlier contexts"  # what was counted in the others
-_QUIET_STEPS = 8  # without num_inference_steps, a run this long that predicted nothing is worth a warning
 _stamps = itertools.count(1)
 
 
@@ -49,9 +50,7 @@ class Model:
     def __init__(self, module: torch.nn.Module | None, method: Method, options: CompileOptions) -> None:
         self._module = None if module is None else weakref.ref(module)
         self.method, self.options = method, options
-        self.steps = self.begun = 0
-        self.computed: dict[tuple[str, str], int] = {}  # by context and group
-        self.predicted: dict[tuple[str, str], int] = {}
+        self.counts = Counts()
         self.warnings: list[str] = []
         self.regions: dict[str, Region] = {}  # of all graphs, where it is many
         self.broken: set[str] = set()  # paths of modules with a graph break inside
@@ -59,9 +58,11 @@ class Model:
         self._checked = False
         self._warned: set[str] = set()
         self._watched = options.num_inference_steps is None or method.needs_timestep
+        self._scale = options.timestep_scale
         self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
         self._trajectories: dict[tuple[int | None, str], Trajectories] = {}
         self._habits = Habits()
+        self._review = Review(method, options.num_inference_steps)
         self._unseen: Call | None = None  # the call in which the model was first captured: hooks see no end of it
         self._local = threading.local()
         self._lock = threading.RLock()
@@ -109,11 +110,7 @@ class Model:
         free.sort(key=lambda item: max((run.stamp for run in item[1].runs), default=0))
         for key, trajectories in free[: max(len(self._trajectories) - _MOST_CONTEXTS + 1, 0)]:
             del self._trajectories[key]
-            names = {run.context for run in trajectories.runs}
-            for counts in (self.computed, self.predicted):
-                for context, group in [known for known in counts if known[0] in names]:
-                    total = counts.get((_EARLIER, group), 0) + counts.pop((context, group))
-                    counts[_EARLIER, group] = total
+            self.counts.merge({run.context for run in trajectories.runs})
 
     def find_run(self, call: Call, given: Given) -> None:
         """Find out which run a call is a step of, from its context and from what it is given."""
@@ -161,10 +158,11 @@ class Model:
         own.grew = True
         if own.dropped and own.clock.index:
             self.warn_once(
-                "room", f"what is kept would take more than {self.room.limit} bytes, so the history of {own.context!r} "
+                "room",
+                f"what is kept would take more than {self.room.limit} bytes, so the history of {own.context!r} "
                 "was dropped in the middle of its run, which computes until it has one again: run fewer at a time, or "
-                'give options["max_cache_bytes"]', stacklevel=7,
-            )  # fmt: skip
+                'give options["max_cache_bytes"]',
+            )
 
     def latest(self, context: str) -> Run | None:
         """The run of a context that made the last step."""
@@ -220,20 +218,21 @@ class Model:
 
     def _count(self, run: Run) -> None:
         with self._lock:
-            self.begun += run.clock.index == 0
-            self.steps += 1
-            for counts, groups in ((self.computed, run.computed), (self.predicted, run.predicted)):
-                for group in groups:
-                    key = run.context, group
-                    counts[key] = counts.get(key, 0) + 1
+            self.counts.add(run.context, run.computed, run.predicted, first=run.clock.index == 0)
             if run.clock.index == 0:
                 run.record.clear()
                 run.distances.clear()
             run.record.append((run.computed, run.predicted))
             run.distances.append(run.distance)
             if logger.isEnabledFor(logging.DEBUG):  # asked in every step
-                logger.debug("%s, step %d (timestep %s): computed %s, predicted %s", run.context, run.clock.index,
-                             run.timestep, run.computed, run.predicted)  # fmt: skip
+                logger.debug(
+                    "%s, step %d (timestep %s): computed %s, predicted %s",
+                    run.context,
+                    run.clock.index,
+                    run.timestep,
+                    run.computed,
+                    run.predicted,
+                )
             run.predictions += bool(run.predicted)
 
     def settle(self) -> None:
@@ -266,60 +265,60 @@ class Model:
         self.settle()
         names, thread = told(self.module).names, threading.current_thread()
         with self._lock:
-            own = [t for t in self._trajectories.values()
-                   if t.names[: len(names)] == names and (names or t.is_of(thread))]  # fmt: skip
+            own = [
+                t for t in self._trajectories.values() if t.names[: len(names)] == names and (names or t.is_of(thread))
+            ]
         for run in [run for trajectories in own for run in trajectories.runs]:
             with run.exclusively():
                 self._end_run(run)
                 run.forget()
 
-    def _end_run(self, run: Run) -> None:
+    def _end_run(self, run: Run, timestep: float | None = None) -> None:
+        """A run is over: a call at this timestep begins another or, without one, the user says so."""
         if run.clock.index and not run.clock.is_over:
             self._report(run)
+        for about, message in self._review.of_length(run, timestep):
+            self.warn_once(about, message)
         run.end()
 
     def _report(self, run: Run) -> None:
-        """A run is over: tell of it, and warn once if nothing was predicted in it."""
+        """A run is over: tell of it."""
         logger.info("run in %s over after %d steps: %s", run.context, run.clock.index, run.marks())
-        if "idle" in self._warned or not run.cached or run.predictions or self.method.measures:
-            return
-        if not run.clock.is_over and run.clock.index < _QUIET_STEPS:
-            return
         pair = guidance_partner(run.context) if self.method.guidance is not None else None
-        partner = None if pair is None else self.latest(pair[1])
-        if partner is None or partner.predictions == 0:
-            self.warn_once(
-                "idle", f"the cache never fired in a run of {run.clock.index} steps: "
-                + self.method.why_idle(run.clock.seen), stacklevel=3,
-            )  # fmt: skip
+        for about, message in self._review.of_run(run, None if pair is None else self.latest(pair[1])):
+            self.warn_once(about, message)
 
-    def warn_once(self, about: str, message: str, *, stacklevel: int = 2) -> None:
+    def warn_once(self, about: str, message: str) -> None:
         """Say something of this model that the user should know, once."""
         if about not in self._warned:
             self._warned.add(about)
-            warn(message, self.warnings, stacklevel=stacklevel + 1)
+            warn(message, self.warnings)
 
     def _warn_untold(self, context: str, timestep: float | None) -> None:
         name = type(self.module).__name__ if self.module is not None else "the model"
         where = "" if context == DEFAULT else f" in the cache context {context!r}"
         if timestep is None:
-            why = ("is given other tensors in every call, and its timestep, if it has one, is not read from the "
-                   "device: nothing tells the calls of a step apart.")  # fmt: skip
+            why = (
+                "is given other tensors in every call, and its timestep, if it has one, is not read from the "
+                "device: nothing tells the calls of a step apart."
+            )
         else:
             why = f"was called more than {MOST_CALLS} times at the timestep {timestep:g}: calls of one step, or images?"
         self.warn_once(
-            "untold", f"{name} {why} Such calls are computed without a cache{where}; give each trajectory a name, with "
-            'cachepass.cache_context("image-1"): ..., or call cachepass.reset(model) between images', stacklevel=6,
-        )  # fmt: skip
+            "untold",
+            f"{name} {why} Such calls are computed without a cache{where}; give each trajectory a name, with "
+            'cachepass.cache_context("image-1"): ..., or call cachepass.reset(model) between images',
+        )
 
-    def read_timestep(self, value: Any, said: Told, *, wait: bool = False,
-                      unless: Trajectories | None = None) -> float | None:  # fmt: skip
+    def read_timestep(
+        self, value: Any, said: Told, *, wait: bool = False, unless: Trajectories | None = None
+    ) -> float | None:
         """The timestep in the unit of the config's ranges; of a tensor of many, the highest (tokens or samples that
         are clean already have 0). None: it lies on a device that would have to be waited for, and neither the schedule
         nor the caller asks to ``wait``, which it does ``unless`` it is known whose calls a step has."""
         if self._callback is not None:
             return float(self._callback())
-        scale = self.options.timestep_scale
+        scale = self._scale
         if said.timestep is not None:
             value, scale = said.timestep, 1.0
         if isinstance(value, torch.Tensor):
@@ -332,7 +331,11 @@ class Model:
                 value = value.tolist() if value.numel() == 1 else value.amax().tolist()
                 while isinstance(value, list):
                     value = value[0]
-        return None if value is None else float(value) * scale
+        if value is None:
+            return None
+        if scale is None:
+            scale = self._scale = scale_of(value)
+        return float(value) if scale is None else float(value) * scale
 
     # ---- calls of models that are many graphs -----------------------------------------------------------------------
 

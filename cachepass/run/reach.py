@@ -11,9 +11,11 @@ from rich.progress import Progress
 from .. import _torch
 from ..method import Method
 from ..options import CompileOptions
-from ..program.plan import CachePlan, Phase, phase_name
+from ..program.phases import Phase, phase_name
+from ..program.plan import CachePlan
 from ..program.variants import Program
 from ..recipe.schedule import Step
+from .clock import scale_of
 from .decide import Rehearsal, allows, route_of
 
 
@@ -40,7 +42,8 @@ class Warming:
 
     def _steps(self, method: Method, options: CompileOptions) -> list[Step] | None:
         if self.timesteps is not None:
-            return [Step(i, t * options.timestep_scale) for i, t in enumerate(self.timesteps)]
+            scale = options.timestep_scale or scale_of(max(map(float, self.timesteps))) or 1.0
+            return [Step(i, t * scale) for i, t in enumerate(self.timesteps)]
         if options.num_inference_steps is None or method.needs_timestep:
             return None
         return [Step(i) for i in range(options.num_inference_steps)]

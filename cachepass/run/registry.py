@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
 
 import torch
 
@@ -12,8 +11,6 @@ from ..capture.place import Place
 from ..capture.siblings import Siblings
 from ..method import Method
 from ..options import CompileOptions
-from ..recipe.vocabulary import Target
-from .instance import Part
 from .model import Model
 
 _models: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet[Model]] = weakref.WeakKeyDictionary()
@@ -34,18 +31,18 @@ def model_of(module: torch.nn.Module | None, method: Method, options: CompileOpt
         return record
 
 
-def part_of(place: Place, siblings: Siblings, targets: Sequence[Target], options: CompileOptions) -> Part:
-    """What the dispatcher needs to know of a graph that is a part of its model. It outlives the call in which it was
-    captured, so nothing of the call goes into it.
+def model_of_part(place: Place, siblings: Siblings, options: CompileOptions) -> Model:
+    """The record of the model that a graph is a part of, which learns of the graph's regions. The graph outlives the
+    call in which it was captured, so nothing of the call goes into the record.
 
     Raises:
         ConfigError: The method's settings cut a group in part of a module and wholly in another of its class.
     """
     for prefix in siblings.prefixes:
-        siblings.groups(prefix, targets)
+        siblings.groups(prefix)
     model = model_of(place.call.module, siblings.method, options)
     model.watch(place.call)
     model.found(region for prefix in siblings.prefixes for region in siblings.under(prefix))
     if place.prefix and (place.rest or place.root is None):
         model.broken.update(siblings.prefixes)
-    return Part(model, siblings, tuple(targets))
+    return model

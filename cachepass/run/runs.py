@@ -130,9 +130,10 @@ class Run:
 
     def in_use(self) -> ConcurrencyError:
         return ConcurrencyError(
-            "this context is in use by another call of the same model", where=f"cache context {self.context!r}",
+            "this context is in use by another call of the same model",
+            where=f"cache context {self.context!r}",
             hint='give each thread its own: with cachepass.cache_context("name"): ...',
-        )  # fmt: skip
+        )
 
     @property
     def in_step(self) -> bool:
@@ -185,7 +186,8 @@ class Run:
         """What each group did in each of the recorded steps: ``"##..#"``, # computed, . predicted."""
         groups = dict.fromkeys(group for computed, predicted in self.record for group in (*computed, *predicted))
         return {
-            group: "".join("." if group in predicted else "#" if group in computed else " "
-                           for computed, predicted in self.record)
+            group: "".join(
+                "." if group in predicted else "#" if group in computed else " " for computed, predicted in self.record
+            )
             for group in groups
-        }  # fmt: skip
+        }

@@ -142,8 +142,7 @@ class RunState:
             found = []
             for cut in self.plan.live_cuts:
                 if cut.group == group and cut.history:
-                    kept = [self._slot(History(group, cut.index, age)).flatten()
-                            for age in range(len(state.steps))]  # fmt: skip
+                    kept = [self._slot(History(group, cut.index, age)).flatten() for age in range(len(state.steps))]
                     # The smallest modes that count are 1e-4 of the largest: 1e-8 here, below what fp32 sums hold.
                     found.append(torch.stack([(a.double() * b.double()).sum() for a in kept for b in kept]))
             grams = torch.stack(found)
@@ -200,8 +199,13 @@ class RunState:
                 own = own.clone(memory_format=torch.contiguous_format)  # a part of something larger
             self._received.setdefault(role.group, []).append((role.cut, own))
 
-    def commit(self, step: Step, computed: Sequence[str], predicted: Mapping[str, tuple[float, ...]],
-               distance: float | None = None) -> None:  # fmt: skip
+    def commit(
+        self,
+        step: Step,
+        computed: Sequence[str],
+        predicted: Mapping[str, tuple[float, ...]],
+        distance: float | None = None,
+    ) -> None:
         """The graph ran in a step: turn the rings of what was kept. ``predicted``: groups and their weights;
         ``distance``: what the probe measured, if it was asked."""
         self._stale = False

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from ..program.lower import LoweredVariant
-from ..program.plan import Phase
+from ..program.phases import Phase
 from ..program.probe import quotient
 from ..program.roles import Carried, Parameters, Predicate, Role, Verdict, Weights
 from ..program.variants import Program
 from ..program.verdict import BOUND_NUMBERS
-from .invariants import InvariantState
+from .invariants import RESTLESS, InvariantState
 from .state import OutputState, RunState
 
-_RESTLESS = 3  # computed anew so often in a row, within a run: worth a warning
 _TRUE_FALSE = (torch.tensor(False), torch.tensor(True))
 
 
@@ -157,8 +156,11 @@ class StepCall:
             if self.pending is not None:
                 predict, distance = told.tolist()
                 self.settle(predict=predict > 0.5, distance=distance)
-        kept = [(role, value) for role, value in zip(roles, values, strict=True)
-                if role.group not in self.phase.predicted or self.program.plan.recursive(role.group)]  # fmt: skip
+        kept = [
+            (role, value)
+            for role, value in zip(roles, values, strict=True)
+            if role.group not in self.phase.predicted or self.program.plan.recursive(role.group)
+        ]
         state.receive(*zip(*kept, strict=True)) if kept else None
 
     def _numbers(self, role: Role) -> torch.Tensor:
@@ -180,8 +182,8 @@ class StepCall:
         once = self.program.compile_once(route)
         assert once is not None
         state.refresh(inputs, self.epoch, once.binder, once.run)
-        if state.changes == _RESTLESS and state.changed is not None:
-            self.program.warn_restless(traced, state.changed)
+        if state.changes == RESTLESS and state.changed is not None:
+            self.program.warn_restless(traced, state.changed, varies=bool(state.varies))
         inputs.extend([state.slots[role.name] for role in variant.invariants])
 
     def _weights_tensor(self, group: str, weights: tuple[float, ...] | None) -> torch.Tensor:

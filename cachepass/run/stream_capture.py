@@ -21,5 +21,5 @@ def refuse_capture(program: Program | None) -> None:
             "the model is called while a CUDA graph is captured, which would repeat this one step whatever step it is",
             where="torch.cuda.graph",
             hint='capture nothing around a cached model; options={"mode": "reduce-overhead"} makes a CUDA graph of '
-                 "each of its programs",
-        )  # fmt: skip
+            "each of its programs",
+        )

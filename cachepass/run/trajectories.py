@@ -56,8 +56,15 @@ class Trajectories:
         runs: In the order of their first calls.
     """
 
-    def __init__(self, context: str, names: tuple[str, ...], habits: Habits, beginnings: Beginnings,
-                 num_inference_steps: int | None, end: Callable[[Run], None]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        context: str,
+        names: tuple[str, ...],
+        habits: Habits,
+        beginnings: Beginnings,
+        num_inference_steps: int | None,
+        end: Callable[[Run, float | None], None],
+    ) -> None:
         self.context, self.names, self.runs = context, names, list[Run]()
         self.beginnings = beginnings
         self._habits, self._steps = habits, num_inference_steps
@@ -130,9 +137,13 @@ class Trajectories:
 
     def _same(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:
         """A run that was given the same, and whose call of this step is yet to come. None: there is none."""
-        waiting = [run for run in self.runs
-                   if (known := run.memories.get(kind)) is not None and known.is_same(given)
-                   and not run.had(timestep, given, kind)]  # fmt: skip
+        waiting = [
+            run
+            for run in self.runs
+            if (known := run.memories.get(kind)) is not None
+            and known.is_same(given)
+            and not run.had(timestep, given, kind)
+        ]
         if not waiting:
             return None
         if len(waiting) > 1:
@@ -146,7 +157,7 @@ class Trajectories:
             return self._previous  # the run of the last call goes on, and an older one had batches of this size
         # What was in doubt stayed as it was: its run began in the last call.
         if (run.doubts and not run.failed) or begins:
-            self._end(run)
+            self._end(run, timestep)
             run.memories = {kind: run.memories[kind]}  # of this run it is not known yet which batches it has
         self._habits.note_same(given.names)
         return run
@@ -159,7 +170,7 @@ class Trajectories:
         if waiting and timestep is None:
             return None
         if waiting and not self._is_of_another_run(waiting[0], given, timestep):
-            self._go_on(waiting[0], given, kind)
+            self._go_on(waiting[0], given, kind, timestep)
             return waiting[0]
         if len(same) == 1 and self._evaluates_again(same[0], given, kind):
             return same[0]
@@ -191,14 +202,14 @@ class Trajectories:
                 alike.append(run)
         return alike
 
-    def _go_on(self, run: Run, given: Given, kind: Hashable) -> None:
+    def _go_on(self, run: Run, given: Given, kind: Hashable, timestep: float | None) -> None:
         """A run goes on with inputs that are other tensors. What changed twice in a row is made anew in every step;
         what changed once, and stayed so, began a run when it changed."""
         other = run.memories[kind].differences(given)
         self._habits.note_same([name for name in given.names if name not in other])
         twice = [name for name in run.doubts if name in other]
         if len(twice) < len(run.doubts) and not run.failed:
-            self._end(run)
+            self._end(run, timestep)
         self._habits.note_fresh(twice)
         run.doubts = tuple(self._habits.unknown(other))
 
@@ -218,11 +229,15 @@ class Trajectories:
 
     def _of_another_batch_size(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:
         """The one run that goes on with more samples, or fewer: guidance begins or ends within it."""
-        candidates = [run for run in self.runs
-                      if run.clock.index and kind not in run.memories
-                      and any(_same_samples(kind, known) for known in run.memories)
-                      and not (timestep is not None and run.timestep == timestep)
-                      and not self._is_of_another_run(run, given, timestep)]  # fmt: skip
+        candidates = [
+            run
+            for run in self.runs
+            if run.clock.index
+            and kind not in run.memories
+            and any(_same_samples(kind, known) for known in run.memories)
+            and not (timestep is not None and run.timestep == timestep)
+            and not self._is_of_another_run(run, given, timestep)
+        ]
         return candidates[0] if len(candidates) == 1 else None
 
     # ---- new runs ---------------------------------------------------------------------------------------------------
@@ -252,7 +267,7 @@ class Trajectories:
             over = sorted(free, key=lambda run: run.stamp)
         run = over[0] if over else self._add(name)
         if over:
-            self._end(run)
+            self._end(run, timestep)
             run.memories.clear()
             run.schedule, run.context = None, name
         beside = [other for other in had if kind in other.memories and other.memories[kind].has_latents(given)]
@@ -268,13 +283,13 @@ class Trajectories:
             return True
         return any(memory.gone(stable) for memory in run.memories.values())
 
-    def _end(self, run: Run) -> None:
-        """A run is over; its model tells of it."""
+    def _end(self, run: Run, timestep: float | None) -> None:
+        """A run is over, and a call at this timestep begins another; its model tells of it."""
         end = self._ending()
         assert end is not None, "a model outlives its trajectories"
         if run.clock.index:
             self.beginnings.last = self.beginnings.calls
-        end(run)
+        end(run, timestep)
 
     def _add(self, context: str) -> Run:
         run = Run(context, self._steps)

@@ -75,18 +75,21 @@ def presets(forecast: ForecastRule) -> tuple[str, tuple[Any, ...], _Make]:
 
 
 def dbcache(value: float, forecast: ForecastRule) -> cachepass.DBCacheConfig:
-    return cachepass.DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=value, max_warmup_steps=_WARM_UP,
-                                   calibrator=forecast)  # fmt: skip
+    return cachepass.DBCacheConfig(
+        Fn_compute_blocks=1, residual_diff_threshold=value, max_warmup_steps=_WARM_UP, calibrator=forecast
+    )
 
 
 def seacache(value: float, order: int, retention: int) -> cachepass.SeaCacheConfig:
-    return cachepass.SeaCacheConfig(threshold=value, residual_order=order, retention_steps=retention,
-                                    max_consecutive_cached=0)  # fmt: skip
+    return cachepass.SeaCacheConfig(
+        threshold=value, residual_order=order, retention_steps=retention, max_consecutive_cached=0
+    )
 
 
 def magcache(value: float, known: Calibration) -> cachepass.MagCacheConfig:
-    return cachepass.MagCacheConfig(threshold=value, mag_ratios=known.mag_ratios, max_skip_steps=10,
-                                    retention_ratio=0.1)  # fmt: skip
+    return cachepass.MagCacheConfig(
+        threshold=value, mag_ratios=known.mag_ratios, max_skip_steps=10, retention_ratio=0.1
+    )
 
 
 def magcache_line(value: float, known: Calibration) -> cachepass.CacheConfig:
@@ -100,8 +103,9 @@ def teacache(value: float, known: Calibration) -> cachepass.TeaCacheConfig:
 
 def teacache_line(value: float, known: Calibration) -> cachepass.CacheConfig:
     near = Threshold(value, accumulate=True, coefficients=known.teacache)
-    return cachepass.CacheConfig(cut=Blocks(), schedule=near & WarmUp(_WARM_UP) & Final(1), forecast=Taylor(1),
-                                 probe=ModuleOutput())  # fmt: skip
+    return cachepass.CacheConfig(
+        cut=Blocks(), schedule=near & WarmUp(_WARM_UP) & Final(1), forecast=Taylor(1), probe=ModuleOutput()
+    )
 
 
 _DISTANCES = (0.05, 0.07, 0.1, 0.2, 0.35)
@@ -144,16 +148,30 @@ PICTURES: dict[str, dict[str, dict[str, str]]] = {
     "adaptive-methods": {
         "reuse: the residual of the last computed step": {name: name for name in _RULES},
         f"Taylor(1), and {_WARM_UP} steps of warm-up for all but the presets": {
-            name: f"{name} + Taylor(1)" for name in _RULES if f"{name} + Taylor(1)" in CURVES},
+            name: f"{name} + Taylor(1)" for name in _RULES if f"{name} + Taylor(1)" in CURVES
+        },
     },
     "adaptive-forecasts": {
         f"Every(n) after {_WARM_UP} steps of warm-up, n = 2, 3, 4, 6, 8": {
-            "Reuse": "Every(n)", **{name.removeprefix("Every(n) + "): name for name in (
-                f"Every(n) + {forecast}" for forecast in (
-                    "Taylor(1)", "Taylor(2)", "Hermite(2)", "Lagrange(2)", "Chebyshev", "Chebyshev, anchored", "DMD")
-            )}},
+            "Reuse": "Every(n)",
+            **{
+                name.removeprefix("Every(n) + "): name
+                for name in (
+                    f"Every(n) + {forecast}"
+                    for forecast in (
+                        "Taylor(1)",
+                        "Taylor(2)",
+                        "Hermite(2)",
+                        "Lagrange(2)",
+                        "Chebyshev",
+                        "Chebyshev, anchored",
+                        "DMD",
+                    )
+                )
+            },
+        },
     },
-}  # fmt: skip
+}
 
 
 def calibrate(images: int, steps: int, guidance: float, seed: int) -> Calibration:
@@ -173,8 +191,17 @@ def _compiled(cache: Any, steps: int) -> Any:
     return torch.compile(load_dit(), backend="cached_inductor", fullgraph=True, options=options)
 
 
-def measure(curve: str, value: Any, known: Calibration, noise: torch.Tensor, labels: torch.Tensor, steps: int,
-            guidance: float, reference: torch.Tensor, advance: Callable[[], object]) -> Point:  # fmt: skip
+def measure(
+    curve: str,
+    value: Any,
+    known: Calibration,
+    noise: torch.Tensor,
+    labels: torch.Tensor,
+    steps: int,
+    guidance: float,
+    reference: torch.Tensor,
+    advance: Callable[[], object],
+) -> Point:
     """One run with a fresh compiled model."""
     torch._dynamo.reset()
     knob, _, make = CURVES[curve]
@@ -183,8 +210,16 @@ def measure(curve: str, value: Any, known: Calibration, noise: torch.Tensor, lab
     done = cachepass.summary(compiled)
     (computed,) = done.computed.values()
     assert done.saved is not None, "the model's sizes depend on no data"
-    return Point(curve, knob, value, computed, 100 * (1 - done.saved), psnr(images, reference),
-                 accuracy(images, labels), done.cache_bytes)  # fmt: skip
+    return Point(
+        curve,
+        knob,
+        value,
+        computed,
+        100 * (1 - done.saved),
+        psnr(images, reference),
+        accuracy(images, labels),
+        done.cache_bytes,
+    )
 
 
 def draw(points: Sequence[Point], settings: dict[str, Any], folder: Path) -> None:
@@ -197,8 +232,9 @@ def draw(points: Sequence[Point], settings: dict[str, Any], folder: Path) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     for picture, panels in PICTURES.items():
         with pyplot.rc_context(STYLE):
-            figure, row = pyplot.subplots(1, len(panels), figsize=(7.2 if len(panels) == 1 else 11.5, 4.8),
-                                          squeeze=False, sharey=True)  # fmt: skip
+            figure, row = pyplot.subplots(
+                1, len(panels), figsize=(7.2 if len(panels) == 1 else 11.5, 4.8), squeeze=False, sharey=True
+            )
             figure.set_facecolor("white")
             first = next(iter(panels.values()))
             for axis, (title, curves) in zip(row[0], panels.items(), strict=True):
@@ -209,9 +245,16 @@ def draw(points: Sequence[Point], settings: dict[str, Any], folder: Path) -> Non
                     own = sorted((p for p in points if p.curve == curve), key=lambda p: p.computed)
                     if not own:
                         continue  # not measured yet
-                    axis.plot([p.computed for p in own], [p.psnr_db for p in own], color=COLOURS[index], label=name,
-                              marker=MARKERS[index], markersize=5, linewidth=1.6,
-                              linestyle="--" if index < 3 and len(panels) > 1 else "-")  # fmt: skip
+                    axis.plot(
+                        [p.computed for p in own],
+                        [p.psnr_db for p in own],
+                        color=COLOURS[index],
+                        label=name,
+                        marker=MARKERS[index],
+                        markersize=5,
+                        linewidth=1.6,
+                        linestyle="--" if index < 3 and len(panels) > 1 else "-",
+                    )
                 axis.legend(fontsize=8.5, frameon=False, loc="lower right")
             row[0][0].set_ylabel("PSNR against the uncached images, dB")
             note = f"{settings['images']} digits, {settings['steps']} steps"
@@ -224,14 +267,22 @@ def draw(points: Sequence[Point], settings: dict[str, Any], folder: Path) -> Non
 def show(console: Console, points: Sequence[Point]) -> None:
     table = Table("curve", "knob", "computed", "FLOPs %", "PSNR dB", "accuracy %", "cache MiB", box=SIMPLE)
     for p in points:
-        table.add_row(p.curve, f"{p.knob} {p.value}", str(p.computed), f"{p.flops_percent:.1f}", f"{p.psnr_db:.1f}",
-                      f"{p.accuracy_percent:.0f}", f"{p.cache_bytes / 2**20:.1f}")  # fmt: skip
+        table.add_row(
+            p.curve,
+            f"{p.knob} {p.value}",
+            str(p.computed),
+            f"{p.flops_percent:.1f}",
+            f"{p.psnr_db:.1f}",
+            f"{p.accuracy_percent:.0f}",
+            f"{p.cache_bytes / 2**20:.1f}",
+        )
     console.print(table)
 
 
 @command(list(CURVES))
-def main(images: int, steps: int, guidance: float, seed: int, methods: tuple[str, ...], draw_only: bool,
-         out: Path) -> None:  # fmt: skip
+def main(
+    images: int, steps: int, guidance: float, seed: int, methods: tuple[str, ...], draw_only: bool, out: Path
+) -> None:
     """Measure quality against computed steps; print the table, write JSON and pictures."""
     console, path = Console(width=max(110, Console().width)), out / "data" / "adaptive.json"
     settings = {"images": images, "steps": steps, "guidance": guidance, "seed": seed}
@@ -250,8 +301,11 @@ def main(images: int, steps: int, guidance: float, seed: int, methods: tuple[str
 
             reference = sample(load_dit(), noise, labels, steps, guidance, advance)
             reference_accuracy = accuracy(reference, labels)
-            known = (Calibration(**{name: tuple(v) for name, v in stored["calibration"].items()}) if stored
-                     else calibrate(10, steps, guidance, seed + 1))  # fmt: skip
+            known = (
+                Calibration(**{name: tuple(v) for name, v in stored["calibration"].items()})
+                if stored
+                else calibrate(10, steps, guidance, seed + 1)
+            )
             for curve, value in jobs:
                 progress.update(task, description=f"{curve}, {value}")
                 points.append(measure(curve, value, known, noise, labels, steps, guidance, reference, advance))

@@ -53,33 +53,46 @@ class Point:
 
 def taylorseer(order: int) -> Callable[[int], dict[str, Any]]:
     return lambda interval: {
-        "method": "taylorseer", "cache_interval": interval, "max_order": order, "disable_cache_before_step": 5,
-        "cache_identifiers": ["block"], "taylor_factors_dtype": torch.float32,
-    }  # fmt: skip
+        "method": "taylorseer",
+        "cache_interval": interval,
+        "max_order": order,
+        "disable_cache_before_step": 5,
+        "cache_identifiers": ["block"],
+        "taylor_factors_dtype": torch.float32,
+    }
 
 
 def pab(mlp: bool) -> Callable[[int], dict[str, Any]]:
     return lambda every: {
-        "method": "pab", "spatial_attention_block_skip_range": every, "mlp_block_skip_range": every if mlp else None,
-        "spatial_attention_timestep_skip_range": _EARLY, "mlp_timestep_skip_range": _EARLY,
-    }  # fmt: skip
+        "method": "pab",
+        "spatial_attention_block_skip_range": every,
+        "mlp_block_skip_range": every if mlp else None,
+        "spatial_attention_timestep_skip_range": _EARLY,
+        "mlp_timestep_skip_range": _EARLY,
+    }
 
 
 def fastercache(attention: int | None) -> Callable[[int], dict[str, Any]]:
     return lambda every: {
-        "method": "fastercache", "tensor_format": "BCHW", "unconditional_batch_skip_range": every,
-        "spatial_attention_block_skip_range": attention, "unconditional_batch_timestep_skip_range": _LATE,
+        "method": "fastercache",
+        "tensor_format": "BCHW",
+        "unconditional_batch_skip_range": every,
+        "spatial_attention_block_skip_range": attention,
+        "unconditional_batch_timestep_skip_range": _LATE,
         "spatial_attention_timestep_skip_range": _LATE,
-    }  # fmt: skip
+    }
 
 
 #: Method -> the knob, its values, and one curve for each name.
 CURVES: dict[str, tuple[str, range, dict[str, Callable[[int], dict[str, Any]]]]] = {
     "taylorseer": ("cache_interval", range(2, 9), {f"order {order}": taylorseer(order) for order in range(3)}),
     "pab": ("skip range", range(2, 7), {"attention": pab(False), "attention and MLP": pab(True)}),
-    "fastercache": ("unconditional_batch_skip_range", range(2, 9),
-                    {"branch": fastercache(None), "branch and attention": fastercache(2)}),
-}  # fmt: skip
+    "fastercache": (
+        "unconditional_batch_skip_range",
+        range(2, 9),
+        {"branch": fastercache(None), "branch and attention": fastercache(2)},
+    ),
+}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")  # Okabe and Ito's,
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "d")  # which colour-blind people tell apart, and a grey
 STYLE: Any = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "cachepass",
@@ -92,9 +105,13 @@ def program_flops(method: str, curve: str, images: int) -> dict[str, int]:
     _, knobs, curves = CURVES[method]
     batch, classes = guided_inputs(torch.zeros(images, 1, 28, 28), torch.zeros(images, dtype=torch.int64))
     plan = cachepass.explain(
-        load_dit(), hidden_states=batch, timestep=torch.full((len(batch),), 500.0), class_labels=classes,
-        cache=curves[curve](knobs[0]), options={"invariants": False},
-    )  # fmt: skip
+        load_dit(),
+        hidden_states=batch,
+        timestep=torch.full((len(batch),), 500.0),
+        class_labels=classes,
+        cache=curves[curve](knobs[0]),
+        options={"invariants": False},
+    )
     return {phase: count_flops(plan.variant(phase).graph) for phase in plan.phases}
 
 
@@ -115,19 +132,41 @@ def work(done: cachepass.Summary, flops: dict[str, int], steps: int) -> float:
     return 100 * total / (steps * flops["both"])
 
 
-def measure(method: str, curve: str, knob: int, noise: torch.Tensor, labels: torch.Tensor, steps: int,
-            guidance: float, reference: torch.Tensor, advance: Callable[[], object]) -> Point:  # fmt: skip
+def measure(
+    method: str,
+    curve: str,
+    knob: int,
+    noise: torch.Tensor,
+    labels: torch.Tensor,
+    steps: int,
+    guidance: float,
+    reference: torch.Tensor,
+    advance: Callable[[], object],
+) -> Point:
     """One run with a fresh compiled model."""
     torch._dynamo.reset()
     cache = CURVES[method][2][curve](knob)
-    compiled = torch.compile(load_dit(), backend="cached_inductor", fullgraph=True,
-                             options={"cache": cache, "lowering": "eager", "invariants": False})  # fmt: skip
+    compiled = torch.compile(
+        load_dit(),
+        backend="cached_inductor",
+        fullgraph=True,
+        options={"cache": cache, "lowering": "eager", "invariants": False},
+    )
     images = sample(compiled, noise, labels, steps, guidance, advance)
     done = cachepass.summary(compiled)
     predicted = max(done.predicted.values())
     flops = program_flops(method, curve, len(noise))
-    return Point(method, curve, knob, work(done, flops, steps), psnr(images, reference),
-                 accuracy(images, labels), steps - predicted, predicted, done.cache_bytes)  # fmt: skip
+    return Point(
+        method,
+        curve,
+        knob,
+        work(done, flops, steps),
+        psnr(images, reference),
+        accuracy(images, labels),
+        steps - predicted,
+        predicted,
+        done.cache_bytes,
+    )
 
 
 def accuracy(images: torch.Tensor, labels: torch.Tensor) -> float:
@@ -172,13 +211,27 @@ def _lines(axis: Any, points: list[Point], field: str, label: str) -> None:
         x, y, colour = [p.flops_percent for p in own], [getattr(p, field) for p in own], COLOURS[index]
         axis.plot(x, y, color=colour, marker=MARKERS[index], linewidth=1.8)
         crossed = max(p.flops_percent for p in points) > x[-1] + 1  # another line goes on to the right
-        axis.annotate(curve, (x[-1], y[-1]), xytext=(-20 if crossed else 9, 0), textcoords="offset points",
-                      ha="right" if crossed else "left", va="center", color=colour)  # fmt: skip
+        axis.annotate(
+            curve,
+            (x[-1], y[-1]),
+            xytext=(-20 if crossed else 9, 0),
+            textcoords="offset points",
+            ha="right" if crossed else "left",
+            va="center",
+            color=colour,
+        )
         for p in own:
             above = [q for q in points if q.knob == p.knob and abs(q.flops_percent - p.flops_percent) < 1]
             if p is max(above, key=lambda q: getattr(q, field)):
-                axis.annotate(str(p.knob), (p.flops_percent, getattr(p, field)), xytext=(-5, 4), ha="right",
-                              textcoords="offset points", fontsize=9, color=colour)  # fmt: skip
+                axis.annotate(
+                    str(p.knob),
+                    (p.flops_percent, getattr(p, field)),
+                    xytext=(-5, 4),
+                    ha="right",
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=colour,
+                )
     low, high = axis.get_xlim()
     axis.set_xlim(low - 0.05 * (high - low), high + 0.2 * (high - low))  # room for the names
     bottom, top = axis.get_ylim()
@@ -186,12 +239,21 @@ def _lines(axis: Any, points: list[Point], field: str, label: str) -> None:
 
 
 def show(console: Console, points: list[Point]) -> None:
-    table = Table("method", "curve", "knob", "FLOPs %", "PSNR dB", "accuracy %", "computed", "predicted", "cache MiB",
-                  box=SIMPLE)  # fmt: skip
+    table = Table(
+        "method", "curve", "knob", "FLOPs %", "PSNR dB", "accuracy %", "computed", "predicted", "cache MiB", box=SIMPLE
+    )
     for p in points:
-        table.add_row(p.method, p.curve, str(p.knob), f"{p.flops_percent:.1f}", f"{p.psnr_db:.1f}",
-                      f"{p.accuracy_percent:.0f}", str(p.computed), str(p.predicted),
-                      f"{p.cache_bytes / 2**20:.1f}")  # fmt: skip
+        table.add_row(
+            p.method,
+            p.curve,
+            str(p.knob),
+            f"{p.flops_percent:.1f}",
+            f"{p.psnr_db:.1f}",
+            f"{p.accuracy_percent:.0f}",
+            str(p.computed),
+            str(p.predicted),
+            f"{p.cache_bytes / 2**20:.1f}",
+        )
     console.print(table)
 
 
@@ -222,14 +284,24 @@ def known_points(path: Path, settings: dict[str, Any], methods: Sequence[str], d
     return known
 
 
-def write_json(path: Path, command: str, settings: dict[str, Any], reference_accuracy: float, points: Sequence[Any],
-               **more: Any) -> None:  # fmt: skip
+def write_json(
+    path: Path, command: str, settings: dict[str, Any], reference_accuracy: float, points: Sequence[Any], **more: Any
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "command": command, "settings": settings,
-        "versions": {"torch": torch.__version__, "cachepass": cachepass.__version__},
-        "uncached_accuracy_percent": reference_accuracy, **more, "points": [asdict(point) for point in points],
-    }, indent=1) + "\n")  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "command": command,
+                "settings": settings,
+                "versions": {"torch": torch.__version__, "cachepass": cachepass.__version__},
+                "uncached_accuracy_percent": reference_accuracy,
+                **more,
+                "points": [asdict(point) for point in points],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def noise_and_labels(images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,8 +315,9 @@ def progress_bar(console: Console) -> Progress:
 
 
 @command(list(CURVES))
-def main(images: int, steps: int, guidance: float, seed: int, methods: tuple[str, ...], draw_only: bool,
-         out: Path) -> None:  # fmt: skip
+def main(
+    images: int, steps: int, guidance: float, seed: int, methods: tuple[str, ...], draw_only: bool, out: Path
+) -> None:
     """Measure quality against FLOPs over each method's main knob; print the table, write JSON and pictures."""
     console, path = Console(width=max(110, Console().width)), out / "data" / "curves.json"
     settings = {"images": images, "steps": steps, "guidance": guidance, "seed": seed}

@@ -6,6 +6,7 @@ Run by ``cachepass demo`` (all options: ``cachepass demo --help``). Classifier-f
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -71,8 +72,9 @@ def _inputs(latents: torch.Tensor, labels: torch.Tensor, timestep: torch.Tensor)
     return {"hidden_states": batch, "timestep": timestep.expand(len(batch)), "class_labels": classes}
 
 
-def sample(model: Any, noise: torch.Tensor, labels: torch.Tensor, steps: int, guidance: float,
-           advance: Any = lambda: None) -> torch.Tensor:  # fmt: skip
+def sample(
+    model: Any, noise: torch.Tensor, labels: torch.Tensor, steps: int, guidance: float, advance: Any = lambda: None
+) -> torch.Tensor:
     """Denoise ``noise`` ``[n, 1, 28, 28]`` into the digits ``labels`` ``[n]``."""
     scheduler, latents = _scheduler(steps), noise
     for t in scheduler.timesteps:
@@ -83,8 +85,15 @@ def sample(model: Any, noise: torch.Tensor, labels: torch.Tensor, steps: int, gu
     return latents.clamp(-1, 1)
 
 
-def run(cache: dict[str, Any] | None, noise: torch.Tensor, labels: torch.Tensor, steps: int,
-        guidance: float, lowering: str, advance: Any) -> Sampled:  # fmt: skip
+def run(
+    cache: dict[str, Any] | None,
+    noise: torch.Tensor,
+    labels: torch.Tensor,
+    steps: int,
+    guidance: float,
+    lowering: str,
+    advance: Any,
+) -> Sampled:
     """Compile, make a run of 8 steps that is not counted, sample, and ask the cache what it did."""
     torch._dynamo.reset()
     model = load_dit()
@@ -140,10 +149,19 @@ def contact_sheet(rows: dict[str, torch.Tensor], path: Path, columns: int = 20) 
     pyplot.close(figure)
 
 
-def main(images: int, steps: int, guidance: float, lowering: str, out: Path, seed: int,
-         names: Sequence[str] = ONE_EACH) -> list[dict[str, Any]]:  # fmt: skip
-    """The demo; returns the table's rows."""
-    console = Console()
+def main(
+    images: int,
+    steps: int,
+    guidance: float,
+    lowering: str,
+    out: Path,
+    seed: int,
+    names: Sequence[str] = ONE_EACH,
+    *,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """The demo; returns the table's rows. ``quiet``: says nothing on the standard output."""
+    console = Console(stderr=quiet)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(images, 1, 28, 28, generator=generator)
     labels = torch.arange(images) % 10
@@ -162,22 +180,33 @@ def main(images: int, steps: int, guidance: float, lowering: str, out: Path, see
     rows = []
     for name, result in results.items():
         hits = (classifier(result.images).argmax(1) == labels).float().mean().item()
-        rows.append({
-            "method": name, "computed": result.computed, "predicted": result.predicted,
-            "ms_per_image": 1000 * result.seconds / images, "speedup": reference.seconds / result.seconds,
-            "psnr_db": psnr(result.images, reference.images), "accuracy_percent": 100 * hits,
-            "cache_bytes": result.cache_bytes,
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": name,
+                "computed": result.computed,
+                "predicted": result.predicted,
+                "ms_per_image": 1000 * result.seconds / images,
+                "speedup": reference.seconds / result.seconds,
+                "psnr_db": psnr(result.images, reference.images),
+                "accuracy_percent": 100 * hits,
+                "cache_bytes": result.cache_bytes,
+            }
+        )
     _print(console, rows, images, steps)
     out.mkdir(parents=True, exist_ok=True)
     contact_sheet({name: result.images for name, result in results.items()}, out / "digits.png")
-    console.print(f"contact sheet: {out / 'digits.png'}")
+    (out / "digits.json").write_text(json.dumps(rows, indent=1) + "\n")
+    console.print(f"contact sheet: {out / 'digits.png'}, table: {out / 'digits.json'}")
     return rows
 
 
 def _print(console: Console, rows: list[dict[str, Any]], images: int, steps: int) -> None:
-    table = Table(title=f"{images} digits, {steps} steps, classifier-free guidance", box=SIMPLE, padding=(0, 1, 0, 0),
-                  pad_edge=False)  # fmt: skip
+    table = Table(
+        title=f"{images} digits, {steps} steps, classifier-free guidance",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     table.add_column("method", min_width=16)
     # Two lines each, so that the table fits a terminal of 80 columns.
     for column in (
@@ -192,8 +221,13 @@ def _print(console: Console, rows: list[dict[str, Any]], images: int, steps: int
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["method"], str(row["computed"]), str(row["predicted"]), f"{row['ms_per_image']:.1f}",
-            f"{row['speedup']:.2f}x", f"{row['psnr_db']:.1f}", f"{row['accuracy_percent']:.1f} %",
+            row["method"],
+            str(row["computed"]),
+            str(row["predicted"]),
+            f"{row['ms_per_image']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['psnr_db']:.1f}",
+            f"{row['accuracy_percent']:.1f} %",
             f"{row['cache_bytes'] / 2**20:.1f}",
-        )  # fmt: skip
+        )
     console.print(table)

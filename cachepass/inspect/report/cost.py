@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...program.flops import add_known
-from ...program.plan import phase_name
+from ...program.phases import phase_name
 from ..findings import Findings
 from ..timeline import SimulatedCall
 
@@ -46,8 +46,9 @@ def run_costs(explanation: Findings, calls: Sequence[SimulatedCall]) -> tuple[St
     context; without a cache every call pays for it."""
     names = {call.phase: phase_name(call.phase, explanation.plan.groups) for call in calls}
     flops = {phase: explanation.flops(name) for phase, name in names.items()}
-    once = {half: explanation.flops("half/once" if half else "once")
-            for half in {call.phase.route.half for call in calls}}  # fmt: skip
+    once = {
+        half: explanation.flops("half/once" if half else "once") for half in {call.phase.route.half for call in calls}
+    }
     uncached = add_known(explanation.flops("plain"), explanation.flops("once"))
     paid: set[tuple[str, bool]] = set()
     costs: dict[int, StepCost] = {}
@@ -58,8 +59,9 @@ def run_costs(explanation: Findings, calls: Sequence[SimulatedCall]) -> tuple[St
         first = 0 if key in paid or own == 0 else once[call.phase.route.half]
         if own != 0:  # an answered call runs nothing that would read it
             paid.add(key)
-        costs[call.step] = StepCost(add_known(before.flops, own), add_known(before.once, first),
-                                    add_known(before.uncached, uncached))  # fmt: skip
+        costs[call.step] = StepCost(
+            add_known(before.flops, own), add_known(before.once, first), add_known(before.uncached, uncached)
+        )
     return tuple(costs.values())
 
 

@@ -35,19 +35,36 @@ def render(explanation: Findings, calls: Sequence[SimulatedCall], *, assumed: bo
     least = _least(explanation)
     tree = module_tree(explanation, explanation.fx_graph(explanation.baseline(least)), explanation.fx_graph(least))
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    )
     return environment.get_template("page.html").render(
-        style=_own("page.css"), script=_own("page.js"), model=explanation.model,
-        config=type(explanation.method.config).__name__, fields=list(_fields(explanation.method.config)),
-        never=explanation.never, notes=explanation.notes, totals=list(_totals(explanation, costs)),
-        saved=_percent(saved(costs)), tree=tree, fates=_count_fates(tree), least=least,
-        lanes=lanes(calls, explanation.plan), steps=list(_steps(calls, costs)), assumed=assumed,
-        contexts=list(dict.fromkeys(call.context for call in calls)), memory=list(_memory(explanation)),
-        memory_total=human_bytes(explanation.cache_bytes), per=_per(explanation), dead=_dead(explanation),
-        phases=list(_phases(explanation)), data=_graphs(explanation, least),
-    )  # fmt: skip
+        style=_own("page.css"),
+        script=_own("page.js"),
+        model=explanation.model,
+        config=type(explanation.method.config).__name__,
+        fields=list(_fields(explanation.method.config)),
+        never=explanation.never,
+        notes=explanation.notes,
+        totals=list(_totals(explanation, costs)),
+        saved=_percent(saved(costs)),
+        tree=tree,
+        fates=_count_fates(tree),
+        least=least,
+        lanes=lanes(calls, explanation.plan),
+        steps=list(_steps(calls, costs)),
+        assumed=assumed,
+        contexts=list(dict.fromkeys(call.context for call in calls)),
+        memory=list(_memory(explanation)),
+        memory_total=human_bytes(explanation.cache_bytes),
+        per=_per(explanation),
+        dead=_dead(explanation),
+        phases=list(_phases(explanation)),
+        data=_graphs(explanation, least),
+    )
 
 
 def _least(explanation: Findings) -> str:
@@ -110,8 +127,14 @@ def _steps(calls: Sequence[SimulatedCall], costs: Sequence[StepCost]) -> Iterato
     timesteps = {call.step: call.timestep for call in calls}
     for (step, timestep), cost in zip(timesteps.items(), costs, strict=True):
         height = 1.0 if cost.share is None else min(cost.share, 1.0)
-        yield {"index": step, "timestep": f"{timestep:.4g}", "share": height, "percent": _percent(cost.share),
-               "flops": human_flops(cost.total), "once": cost.once}  # fmt: skip
+        yield {
+            "index": step,
+            "timestep": f"{timestep:.4g}",
+            "share": height,
+            "percent": _percent(cost.share),
+            "flops": human_flops(cost.total),
+            "once": cost.once,
+        }
 
 
 def _memory(explanation: Findings) -> Iterator[dict[str, Any]]:
@@ -126,10 +149,16 @@ def _memory(explanation: Findings) -> Iterator[dict[str, Any]]:
     largest = max((slot.slot_bytes * count for *_, slot, count in rows), default=0)
     for region, output, group, slot, count in rows:
         size = slot.slot_bytes * count
-        yield {"region": region, "output": output, "group": group, "shape": " × ".join(map(str, slot.shape)),
-               "dtype": str(slot.slot_dtype).removeprefix("torch."), "slots": count,
-               "bytes": human_bytes(size) if size else "symbolic",
-               "share": size / largest if largest else 0.0}  # fmt: skip
+        yield {
+            "region": region,
+            "output": output,
+            "group": group,
+            "shape": " × ".join(map(str, slot.shape)),
+            "dtype": str(slot.slot_dtype).removeprefix("torch."),
+            "slots": count,
+            "bytes": human_bytes(size) if size else "symbolic",
+            "share": size / largest if largest else 0.0,
+        }
 
 
 def _dead(explanation: Findings) -> int:
@@ -143,9 +172,14 @@ def _phases(explanation: Findings) -> Iterator[dict[str, Any]]:
     for name in graphs:
         flops = explanation.flops(name)
         share = share_of(flops, plain) if plain else None
-        yield {"name": name, "operations": explanation.nodes(name), "flops": human_flops(flops),
-               "share": share or 0.0, "percent": _percent(share) if plain != 0 else "-",
-               "plain": name not in explanation.phases}  # fmt: skip
+        yield {
+            "name": name,
+            "operations": explanation.nodes(name),
+            "flops": human_flops(flops),
+            "share": share or 0.0,
+            "percent": _percent(share) if plain != 0 else "-",
+            "plain": name not in explanation.phases,
+        }
 
 
 def _graphs(explanation: Findings, first: str) -> dict[str, Any]:
@@ -156,7 +190,13 @@ def _graphs(explanation: Findings, first: str) -> dict[str, Any]:
     numbers: dict[str, int] = {}
     graphs = {name: [numbers.setdefault(line, len(numbers)) for line in text] for name, text in texts.items()}
     kinds = ["equal", "changed", "removed", "added"]
-    diffs = {name: {"base": base, "rows": [[kinds.index(run.kind), run.left, run.right, run.count]
-                                           for run in align(texts[base], texts[name])]}
-             for name, base in bases.items()}  # fmt: skip
+    diffs = {
+        name: {
+            "base": base,
+            "rows": [
+                [kinds.index(run.kind), run.left, run.right, run.count] for run in align(texts[base], texts[name])
+            ],
+        }
+        for name, base in bases.items()
+    }
     return {"lines": list(numbers), "graphs": graphs, "diffs": diffs, "first": first}

@@ -52,8 +52,9 @@ class Module:
     @property
     def open(self) -> bool:
         """Something in it has a fate worth seeing at once."""
-        return any(module.fate in ("cut", "dead", "once", "skipped") for child in self.children
-                   for module in child.walk())  # fmt: skip
+        return any(
+            module.fate in ("cut", "dead", "once", "skipped") for child in self.children for module in child.walk()
+        )
 
 
 def module_tree(explanation: Findings, plain: fx.Graph, least: fx.Graph) -> list[Module]:

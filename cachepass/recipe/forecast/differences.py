@@ -88,8 +88,11 @@ class Taylor(ForecastRule):
         check_spacing(self)
         check_int(self, "since", 0, 1000)
         if self.since and self.spacing != "step":
-            raise ConfigError(f"{self.since} is a step, and the series runs in {self.spacing}s", where="Taylor.since",
-                              hint="leave it at 0")  # fmt: skip
+            raise ConfigError(
+                f"{self.since} is a step, and the series runs in {self.spacing}s",
+                where="Taylor.since",
+                hint="leave it at 0",
+            )
 
     @property
     def form(self) -> Forecast:

@@ -66,14 +66,17 @@ class Chebyshev(ForecastRule):
             raise ConfigError(f"expected a bool, got {self.anchored!r}", where="Chebyshev.anchored")
         if self.span is None:
             return
-        numbers = isinstance(self.span, (tuple, list)) and len(self.span) == 2 and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in self.span
-        )  # fmt: skip
+        numbers = (
+            isinstance(self.span, (tuple, list))
+            and len(self.span) == 2
+            and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in self.span)
+        )
         if not numbers or self.span[0] == self.span[1]:
             raise ConfigError(
                 f"expected two different numbers (first, last) or None, got {self.span!r}",
-                where="Chebyshev.span", hint="such as (0, 50) for a run of 50 steps",
-            )  # fmt: skip
+                where="Chebyshev.span",
+                hint="such as (0, 50) for a run of 50 steps",
+            )
         object.__setattr__(self, "span", tuple(self.span))  # hashable: weights are remembered per rule
 
     @property

@@ -43,8 +43,11 @@ class Step:
             TimestepError: It is not known, and ``reader`` needs it.
         """
         if self.timestep is None:
-            raise TimestepError(f"step {self.index} has no timestep, which {reader} reads", where="schedule",
-                                hint='give options["timestep_input"], or cache_context(name, timestep=)')  # fmt: skip
+            raise TimestepError(
+                f"step {self.index} has no timestep, which {reader} reads",
+                where="schedule",
+                hint='give options["timestep_input"], or cache_context(name, timestep=)',
+            )
         return self.timestep
 
 
@@ -172,6 +175,14 @@ class Schedule(Value, ABC):
     def __invert__(self) -> Schedule:
         return Not(self)
 
+    def __bool__(self) -> bool:
+        """A schedule is neither true nor false: ``a and b`` would be ``b``."""
+        raise ConfigError(
+            f"a schedule has no truth value: {self}",
+            where=type(self).__name__,
+            hint="combine schedules with &, | and ~ instead of and, or and not: Every(3) & WarmUp(2)",
+        )
+
 
 @dataclass(frozen=True)
 class _Several(Schedule):
@@ -186,10 +197,11 @@ class _Several(Schedule):
         thresholds = [part.threshold for part in self.parts if part.threshold is not None]
         if len(thresholds) > 1:
             raise self.fail(
-                "parts", f"more than one distance threshold: {', '.join(map(str, thresholds))}",
+                "parts",
+                f"more than one distance threshold: {', '.join(map(str, thresholds))}",
                 hint="the compiled graph compares one distance with one threshold: leave one of them, and combine it "
                 "with schedules of step indices or MaxSkips",
-            )  # fmt: skip
+            )
 
     @property
     def looks_back(self) -> bool:
@@ -250,8 +262,11 @@ class Not(Schedule):
     def __post_init__(self) -> None:
         check_schedule(self, "part", self.part)
         if self.part.threshold is not None:
-            raise self.fail("part", f"a distance threshold cannot be negated: {self.part}",
-                            hint="negate the parts without one, and combine them with it by & and |")  # fmt: skip
+            raise self.fail(
+                "part",
+                f"a distance threshold cannot be negated: {self.part}",
+                hint="negate the parts without one, and combine them with it by & and |",
+            )
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:
         return _negated(self.part.predicts(step, past, distance))

@@ -57,9 +57,11 @@ class Mask(Plan):
         """
         steps: list[int] = []
         if len(computed) - len(skipped) not in (0, 1):
-            raise ConfigError(f"{len(computed)} computed and {len(skipped)} predicted stretches cannot alternate",
-                              where="Mask.bins", hint="begin with a computed one and give as many predicted ones, "
-                              "or one less")  # fmt: skip
+            raise ConfigError(
+                f"{len(computed)} computed and {len(skipped)} predicted stretches cannot alternate",
+                where="Mask.bins",
+                hint="begin with a computed one and give as many predicted ones, or one less",
+            )
         for run, gap in zip_longest(computed, skipped):
             for length, entry in ((run, 1), (gap, 0)):
                 if length is not None:

@@ -90,8 +90,11 @@ class Threshold(Schedule):
         for coefficient in self.coefficients:
             check_number(self, "coefficients", value=coefficient)
         if len(self.coefficients) > 1 + MAX_DEGREE:
-            raise self.fail("coefficients", f"a polynomial of degree {len(self.coefficients) - 1}",
-                            f"at most of degree {MAX_DEGREE}")  # fmt: skip
+            raise self.fail(
+                "coefficients",
+                f"a polynomial of degree {len(self.coefficients) - 1}",
+                f"at most of degree {MAX_DEGREE}",
+            )
 
     @property
     def threshold(self) -> Schedule | None:
@@ -174,5 +177,7 @@ class MagnitudeBudget(Schedule):
         return error <= self.max_error
 
     def __str__(self) -> str:
-        return (f"magnitude error <= {self.max_error:g}, {self.max_consecutive} in a row at most, "
-                f"from step {self.retention_steps}")  # fmt: skip
+        return (
+            f"magnitude error <= {self.max_error:g}, {self.max_consecutive} in a row at most, "
+            f"from step {self.retention_steps}"
+        )

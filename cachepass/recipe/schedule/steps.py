@@ -236,9 +236,12 @@ class Refresh(Schedule):
         if not isinstance(self.repeat, bool):
             raise self.fail("repeat", f"expected a bool, got {self.repeat!r}")
         if self.schedule.needs_steps:
-            raise self.fail("schedule", f"{self.schedule} depends on the length of the run, which a refresh divides",
-                            hint="combine it with the refresh: Refresh(Every(5), at=10) & Final(2); instead of a "
-                            "preset give Mask.preset(name, steps), instead of a retention WarmUp(steps)")  # fmt: skip
+            raise self.fail(
+                "schedule",
+                f"{self.schedule} depends on the length of the run, which a refresh divides",
+                hint="combine it with the refresh: Refresh(Every(5), at=10) & Final(2); instead of a "
+                "preset give Mask.preset(name, steps), instead of a retention WarmUp(steps)",
+            )
 
     def predicts(self, step: Step, past: Past, distance: float | None = None) -> bool | None:
         return self.schedule.predicts(*self._inside(step, past), distance)
@@ -276,5 +279,8 @@ def number_of_steps(owner: Schedule | type[Schedule], num_inference_steps: int |
 
 def unbound(owner: Schedule) -> ConfigError:
     """The error for a schedule that was not told the number of steps."""
-    return ConfigError(f"{owner} needs the number of steps of a run", where=type(owner).__name__,
-                       hint='give options={"num_inference_steps": 28}, or bind(28)')  # fmt: skip
+    return ConfigError(
+        f"{owner} needs the number of steps of a run",
+        where=type(owner).__name__,
+        hint='give options={"num_inference_steps": 28}, or bind(28)',
+    )

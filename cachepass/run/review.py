@@ -1,0 +1,58 @@
+"""Review: what a run that is over shows its user to be wrong, said once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..method import Method
+from .runs import Run
+
+_FROM_NOISE = 900  # a run that begins at a lower timestep is one of image-to-image, and shorter
+_QUIET_STEPS = 8  # a run this long says something, also where num_inference_steps is not given
+
+
+class Review:
+    """Looks at the runs of one model: (what it is about, what to say) of each that is over."""
+
+    def __init__(self, method: Method, num_inference_steps: int | None) -> None:
+        self._method, self._steps = method, num_inference_steps
+        self._short: int | None = None  # steps of the last run that ended early
+
+    def of_run(self, run: Run, partner: Run | None) -> Iterator[tuple[str, str]]:
+        """``partner``: the run of the other call of a guidance step."""
+        if not run.cached or self._method.measures or not (run.clock.is_over or run.clock.index >= _QUIET_STEPS):
+            return
+        if not run.predictions and (partner is None or not partner.predictions):
+            why = self._method.why_idle(run.clock.seen)
+            yield "idle", f"the cache never fired in a run of {run.clock.index} steps: {why}"
+        decider = self._method.recipe.decider
+        seen = [distance for distance in run.distances if distance is not None]
+        computed = [decider.name in groups for groups, _ in run.record] if decider is not None else []
+        if seen and len(computed) >= _QUIET_STEPS and sum(computed) == 1:
+            yield (
+                "careless",
+                f"all of {len(computed)} steps but the first were predicted: no distance reached the threshold of "
+                f"{type(self._method.config).__name__} (distances: {min(seen):.3g} to {max(seen):.3g}). Choose it among"
+                " these, or cap the steps predicted in a row",
+            )
+
+    def of_length(self, run: Run, timestep: float | None) -> Iterator[tuple[str, str]]:
+        """A call at this timestep begins another run, as the clock or the timestep says."""
+        clock, told, made = run.clock, self._steps, run.clock.index
+        if told is None or clock.num_inference_steps != told or timestep is None or run.timestep is None:
+            return  # (timesteps on a device are not read at every step)
+        if made == told and clock.goes_on(timestep):
+            yield (
+                "length",
+                f"the timestep goes on from {run.timestep:g} to {timestep:g} after {told} steps: "
+                f'options["num_inference_steps"] = {told} is less than a run has. A new run was begun',
+            )
+        elif 0 < made < told and clock.turns_back(timestep) and (clock.highest or 0.0) >= _FROM_NOISE:
+            if 2 * made == told or made == self._short:  # one run alone may have been cancelled
+                twice = ": if a step has two calls, count one of them" if 2 * made == told else ""
+                yield (
+                    "length",
+                    f'a run ended after {made} steps, and options["num_inference_steps"] is {told}{twice}. What is '
+                    "counted from the end of a run never came",
+                )
+            self._short = made
