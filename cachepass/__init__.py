@@ -33,13 +33,15 @@ from .errors import (
     TimestepError,
     TrainingError,
 )
+from .inspect.compare import Compared, Comparison, compare
 from .inspect.explain import Explanation, explain
+from .inspect.memory import Memory, memory
 from .inspect.summary import Summary, summary
 from .options import CompileOptions
 from .recipe.guidance import Guidance
 from .recipe.recipe import Group, Part, Recipe
 from .run.context import cache_context
-from .run.live import reset
+from .run.live import recompile, reset
 from .warmup import warmup
 
 __version__ = "0.2.0"
@@ -51,6 +53,8 @@ __all__ = [
     "CachepassError",
     "CachepassWarning",
     "CaptureError",
+    "Compared",
+    "Comparison",
     "CompileOptions",
     "ConcurrencyError",
     "ConfigError",
@@ -62,6 +66,7 @@ __all__ = [
     "Guidance",
     "InvariantConfig",
     "MagCacheConfig",
+    "Memory",
     "NoMatchError",
     "NotCompiledError",
     "OptionError",
@@ -78,9 +83,12 @@ __all__ = [
     "TimestepError",
     "TrainingError",
     "cache_context",
+    "compare",
     "explain",
     "fit_teacache",
     "mag_ratios",
+    "memory",
+    "recompile",
     "reset",
     "summary",
     "warmup",

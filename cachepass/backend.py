@@ -48,6 +48,7 @@ from .method import Method
 from .options import CompileOptions, parse_options
 from .program.dump import dump
 from .program.plan import make_plan
+from .program.progress import compiling
 from .program.sizes import SymbolBinder
 from .program.streams import resolve
 from .program.trace import Traced, hoist_alike, trace
@@ -93,9 +94,12 @@ def cached_inductor(
             )
             return _torch.plain_inductor(gm, inputs, parsed.inductor)
         heard: list[str] = []
-        with hearing(heard):
+        captured = _torch.compile_clock()
+        shown = parsed.progress and parsed.lowering != "eager"
+        with hearing(heard), compiling("capturing the model", shown=shown):
             dispatcher = compile_cached(gm, inputs, parsed)
         dispatcher.warnings.extend(heard)
+        dispatcher.capture_seconds = captured
         return dispatcher
     except CachepassError as error:
         _torch.raise_unwrapped(error)
@@ -206,7 +210,7 @@ def build(
     )
     for cut in plan.cuts:
         logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")
-    program = Program(full, None if half is None else planned, plan, options.lowering)
+    program = Program(full, None if half is None else planned, plan, options.lowering, progress=options.progress)
     return Built(program, run, None if half is None else HalfRun(half.run, half.call))
 
 

@@ -18,6 +18,7 @@ from .recipe.cut import BlockOutput, BlockResidual, Blocks, Latents, ModelOutput
 from .recipe.guidance import Guidance, model_of
 from .recipe.recipe import Group, Part, Recipe
 from .recipe.schedule import Bound, Step
+from .recipe.schedule.steps import NEEDS_STEPS
 from .recipe.vocabulary import NO_PAST, GroupHistory, ProbeTarget, Region, Selection, Skip, Target, span_of
 
 # The lists of blocks that diffusers' hooks look for.
@@ -34,7 +35,7 @@ class Method:
 
     def __init__(self, config: MethodConfig, num_inference_steps: int | None = None) -> None:
         self.config = config
-        self.recipe: Recipe = config.recipe(num_inference_steps)
+        self.recipe = _recipe_of(config, num_inference_steps)
         self.guidance: Guidance | None = self.recipe.guidance
         # Asked at every call, for each graph of a model, so found once.
         self._schedules = {group.name: group.schedule for group in self.recipe.groups}
@@ -162,7 +163,7 @@ class Method:
                 f"the first {cut.first} and last {cut.last} blocks are always computed, and the model has "
                 f"{len(blocks)}",
                 where=self.config.where(group.name, part),
-                hint=f"blocks: {listing([b.id for b in blocks])}",
+                hint=f"{self.config.fewer}blocks: {listing([b.id for b in blocks])}",
             )
         return [_target(group, part, span_of(middle))]
 
@@ -312,6 +313,21 @@ class Method:
         return (step.time("the probe") / 1000.0,)
 
 
+def _recipe_of(config: MethodConfig, num_inference_steps: int | None) -> Recipe:
+    """A config's recipe.
+
+    Raises:
+        ConfigError: It needs the number of steps: said of the config, not of a part that its user never saw.
+    """
+    try:
+        return config.recipe(num_inference_steps)
+    except ConfigError as error:
+        if num_inference_steps is not None or not error.what.endswith(NEEDS_STEPS):
+            raise
+        hint = f'give options={{"num_inference_steps": 28}}, as many as your sampler makes ({error.what})'
+        raise ConfigError(f"{config.method or 'it'} {NEEDS_STEPS}", where=type(config).__name__, hint=hint) from None
+
+
 def _target(group: Group, part: Part, region: Region) -> Target:
     residual = isinstance(part.cut, Blocks) and part.cut.residual
     return Target(region, group.name, part.forecast.form, part.dtype, residual)
@@ -348,8 +364,16 @@ def _why_unreached(group: Group, cut: Modules, targets: Sequence[Target]) -> str
 
 def no_match(where: str, patterns: Sequence[str], candidates: Sequence[str], more: str = "") -> NoMatchError:
     """The error for patterns that match no module of the traced graph."""
+    parts = [p for p in patterns if any(re.search(p, path) for path in candidates)]
+    if parts:
+        more += f"an identifier matches the whole path: {_whole(parts[0], candidates)!r}; "
     return NoMatchError(
         f"{', '.join(map(repr, patterns))} matches no module that the model calls",
         where=where,
         hint=f"{more}candidates: {listing(candidates)}",
     )
+
+
+def _whole(part: str, paths: Sequence[str]) -> str:
+    """An identifier for whole paths that hold a part: ``attn1`` -> ``.*attn1``."""
+    return next((p for p in (f".*{part}", f"{part}.*") if any(re.fullmatch(p, path) for path in paths)), f".*{part}.*")

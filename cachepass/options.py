@@ -45,6 +45,7 @@ class CompileOptions:
         process_group: Ranks that run one model together (tensor or context parallel): a method that decides by what it
             measures gets the distance over all of them, so all decide alike. A ``ProcessGroup``; ``"world"``: the
             default one.
+        progress: Show on a terminal what is being compiled.
         inductor: Everything else, as Inductor config patches.
     """
 
@@ -59,6 +60,7 @@ class CompileOptions:
     max_cache_bytes: int | None = None
     invariant_bytes: int | None = 2**30
     process_group: Any = None
+    progress: bool = True
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -156,6 +158,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "timestep_input": (lambda v: v is None or isinstance(v, str), "the name of a model input"),
     "timestep_scale": (_is_scale, "a positive number or None"),
     "invariants": (lambda v: isinstance(v, bool), "a bool"),
+    "progress": (lambda v: isinstance(v, bool), "a bool"),
     "invariant_inputs": (_are_names, "a list of names of model inputs"),
     "varying_inputs": (_are_names, "a list of names of model inputs"),
     "max_cache_bytes": (lambda v: v is None or _is_int(v, 1), "a number of bytes or None"),

@@ -9,6 +9,7 @@ import torch
 from rich.progress import Progress
 
 from .inspect.summary import Summary, summary
+from .program.progress import shown_elsewhere
 from .run.context import warming_up
 from .run.live import programs_of
 from .run.reach import WARMING, Warming
@@ -41,7 +42,7 @@ def warmup(
     Raises:
         NotCompiledError: ``model`` is not compiled with ``backend="cached_inductor"``.
     """
-    with Progress(disable=not progress, transient=True) as bar, torch.no_grad():
+    with Progress(disable=not progress, transient=True) as bar, shown_elsewhere(), torch.no_grad():
         token = WARMING.set(Warming(None if timesteps is None else tuple(map(float, timesteps)), bar))
         try:
             with warming_up():

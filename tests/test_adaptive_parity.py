@@ -59,7 +59,7 @@ def with_peer(method: str, few: Sequence[str] = MODELS) -> list[str]:
     return [name for name in (MODELS if ALL else few) if name not in WITHOUT[method]]
 
 
-@pytest.mark.parametrize("name", with_peer("reference"))
+@pytest.mark.parametrize("name", with_peer("reference", few=MODELS[2:]))
 def test_first_block_cache(name, sweep):
     """diffusers' hook; by definition where it fails."""
     threshold = mixed(name, first=1, steps=STEPS, layers=LAYERS).threshold

@@ -150,7 +150,11 @@ def test_bench(model_file):
     with pytest.warns(cachepass.CachepassWarning, match="nothing but parameters"):
         result = CliRunner().invoke(main, ["bench", model_file, *settings, "--json"], catch_exceptions=False)
     plain, taylorseer, invariant = json.loads(result.stdout)
-    assert [row["name"] for row in (plain, taylorseer, invariant)] == ["plain Inductor", "taylorseer", "invariant"]
+    assert [row["name"] for row in (plain, taylorseer, invariant)] == [
+        "plain Inductor",
+        "taylorseer(cache_interval=2, disable_cache_before_step=1)",
+        "invariant",
+    ]
     assert (plain["steps"], taylorseer["steps"], invariant["steps"]) == ([6, 0], [3, 3], [6, 0])
     assert plain["speedup"] == 1.0 and plain["predicted"] is None and plain["cache_bytes"] == 0
     assert taylorseer["cache_bytes"] == 128

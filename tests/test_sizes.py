@@ -101,7 +101,6 @@ MANY = ("FluxTransformer2DModel", "SD3Transformer2DModel", "QwenImageTransformer
     *((name, "attentions") for name in PROMPTS if not is_one_graph(name)),
     *((name, cache) for name in MANY for cache in CACHES if cache != "blocks"),
 ], few=[
-    ("HunyuanVideoTransformer3DModel", "blocks"),
     ("FluxTransformer2DModel", "pab"), ("QwenImageTransformer2DModel", "first_block"),
 ]))  # fmt: skip
 def test_prompts_of_other_lengths(name, cache):
@@ -225,11 +224,12 @@ EVERY = CACHES | {
 }
 
 
-@pytest.mark.parametrize(("cache", "kind"), [
+@pytest.mark.parametrize(("cache", "kind"), sweep_over([
     *((cache, Joint) for cache in EVERY),
     *((cache, kind) for cache in ("blocks", "first_block") for kind in (TwoPrompts, Pairs)),
-])  # fmt: skip
-@pytest.mark.covering
+], few=[
+    ("lite", Joint), ("zeros", Joint), ("pab", Joint), ("blocks", TwoPrompts), ("first_block", Pairs),
+]))  # fmt: skip
 def test_every_method_on_sizes_that_follow_from_others(cache, kind):
     assert_as_static(cache, kind)
 

@@ -140,7 +140,7 @@ class Bench:
 
 @every_way
 @pytest.mark.parametrize("scenario", trajectories.TOLD_APART)
-@pytest.mark.covering(times=3)
+@pytest.mark.covering(times=2)
 def test_told_apart(scenario, way):
     bench, expected = Bench(way), trajectories.TOLD_APART[scenario]
     bench.run(scenario)

@@ -7,6 +7,7 @@ from .collectives import any_of_ranks, default_group, is_collective, is_process_
 from .dynamo import (
     Frame,
     capture,
+    compile_clock,
     compile_options,
     compile_statistics,
     current_frame,
@@ -58,5 +59,7 @@ from .stack import (
     calling_module,
     calling_modules,
     codes_of,
+    drop_captures,
+    many_captures,
     traced_from,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic, process_automatic_dynamic
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
+from torch._guards import CompileContext
 
 
 def raise_unwrapped(error: Exception) -> NoReturn:
@@ -222,6 +224,19 @@ def reset_compile_statistics() -> None:
     torch._dynamo.reset()
     counters.clear()
     clear_compilation_metrics()
+
+
+def compile_clock() -> Callable[[], float]:
+    """Made while a backend is given a graph: tells, once the frame is compiled, how many seconds that took; 0 where
+    Dynamo remembers no more."""
+    own = str(CompileContext.current_compile_id())
+
+    @functools.cache
+    def seconds() -> float:
+        known = [metric.entire_frame_compile_time_s for metric in get_compilation_metrics() if metric.compile_id == own]
+        return next((found for found in known if found is not None), 0.0)
+
+    return seconds
 
 
 def compile_statistics() -> tuple[int, int, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,3 +115,23 @@ def traced_from() -> str:
         frame = frame.f_back
     name = "" if caller is None else caller.f_globals.get("__name__", "")
     return {torch.nn.modules.module.__name__: "module", eval_frame.__name__: "compile"}.get(name, "code")
+
+
+@contextlib.contextmanager
+def many_captures(times: int) -> Iterator[None]:
+    """Let functions be captured so many times as often as usual: a module that is compiled in as many ways has one
+    code."""
+    limits = {
+        "recompile_limit": config.recompile_limit * times,
+        "accumulated_recompile_limit": config.accumulated_recompile_limit * times,
+    }
+    with config.patch(limits):
+        yield
+
+
+def drop_captures(module: torch.nn.Module) -> None:
+    """Drop everything that was compiled of the code of a module and of those in it."""
+    for part in module.modules():
+        forward = inspect.unwrap(type(part).forward)
+        if hasattr(forward, "__code__"):
+            eval_frame.remove_from_cache(forward)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -288,6 +288,7 @@ class DBCacheConfig(MethodConfig):
             apart, for which ``cachepass.cache_context`` is here. Accepted with their defaults.
     """
 
+    fewer: ClassVar[str] = "give DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0); "
     Fn_compute_blocks: int = 8
     Bn_compute_blocks: int = 0
     residual_diff_threshold: float = 0.08
@@ -330,6 +331,9 @@ class DBCacheConfig(MethodConfig):
         if self.steps_computation_mask is not None:
             object.__setattr__(self, "steps_computation_mask", Mask(self.steps_computation_mask).computed)
         object.__setattr__(self, "calibrator", self._forecast())
+
+    def where(self, group: str, part: Part | None = None) -> str:  # noqa: ARG002
+        return type(self).__name__ if part is None else f"{type(self).__name__}.Fn_compute_blocks, Bn_compute_blocks"
 
     def _forecast(self) -> ForecastRule | None:
         """cache-dit's calibrators by what they say; its Taylor series forms differences at steps from 3 on."""

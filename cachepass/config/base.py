@@ -39,6 +39,7 @@ class MethodConfig:
     """Base of the method configs: classes decorated with ``cache_config``."""
 
     method: ClassVar[str] = ""
+    fewer: ClassVar[str] = ""  # what to give where the model has too few blocks, for a hint
 
     def check(self) -> None:
         """Raise a ConfigError for values that make no sense; runs at construction."""
@@ -63,6 +64,15 @@ class MethodConfig:
         fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
         values = {f.name: to_dict(getattr(self, f.name), f"{type(self).__name__}.{f.name}") for f in fields}
         return {"schema": SCHEMA, "method": self.method, **values}
+
+    def save(self, path: str | Path) -> None:
+        """Write the config as JSON: ``options={"cache": "path.json"}`` reads it.
+
+        Raises:
+            ConfigError: A field holds a function of Python's.
+        """
+        text = json.dumps(self.to_dict(), indent=1)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> MethodConfig:
@@ -94,7 +104,8 @@ class MethodConfig:
 
     def where(self, group: str, part: Part | None = None) -> str:  # noqa: ARG002 (for those with several)
         """The field that says which modules a part takes; or, without one, when its group is predicted."""
-        return f"{type(self).__name__}.{'schedule' if part is None else 'cut'}"
+        field = "schedule" if part is None else "cut"
+        return f"{type(self).__name__}.{field}" if hasattr(self, field) else type(self).__name__
 
     def review(self, regions: Sequence[Region]) -> None:
         """Warn of what the user might not expect of these regions of a whole model."""
@@ -164,6 +175,9 @@ class RecipeConfig(MethodConfig):
     """A recipe that was given as it is."""
 
     given: Recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.given.to_dict()
 
     @property
     def label(self) -> str:

@@ -94,7 +94,7 @@ def bench(
     for cache in caches:
         given: dict[str, Any] = {**(options or {}), "cache": cache, "num_inference_steps": steps}
         compiled = torch.compile(model, backend="cached_inductor", fullgraph=True, options=given)
-        subjects.append(_Subject(type(cache).method, compiled, cached=True))
+        subjects.append(_Subject(cache.label, compiled, cached=True))
     with torch.no_grad():
         for _ in range(1 + rounds):
             for subject in subjects:

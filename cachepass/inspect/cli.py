@@ -1,4 +1,4 @@
-"""The command line: ``cachepass demo``, ``explain``, ``bench`` and ``doctor``."""
+"""The command line: ``cachepass demo``, ``explain``, ``compare``, ``bench`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def demo(
 
 
 class _Source(click.ParamType):
-    """``MODEL.py:FUNCTION``: what the function returns, a model and the keyword arguments of one call."""
+    """``MODEL.py:FUNCTION``: the function, which returns a model and something to call it with."""
 
     name = "MODEL.py:FUNCTION"
 
@@ -86,6 +86,20 @@ class _Cache(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+def _made(source: Callable[[], Any], kind: type[Any], what: str, example: str) -> tuple[Any, Any]:
+    """What the function returns, of which the second is of a kind."""
+    made = source()
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], kind):
+        given = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
+        raise click.ClickException(f"FUNCTION returned ({given}); it must return the model and {what}: {example}")
+    return made
+
+
+def _made_for_a_call(source: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    example = 'return model, {"hidden_states": x, "timestep": t}'
+    return _made(source, dict, "a dict of the keyword arguments of one call", example)
+
+
 _source = click.argument("source", metavar="MODEL.py:FUNCTION", type=_Source())
 _timestep_scale = click.option(
     "--timestep-scale",
@@ -93,7 +107,7 @@ _timestep_scale = click.option(
     help="From the timestep input to the config's unit, 1000 to 0.  [default: 1000 for 1 to 0, else 1]",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-_CACHE_HELP = """A method, or a JSON object: {"method": "pab", "spatial_attention_block_skip_range": 2}."""
+_CACHE_HELP = """A method, a JSON object ({"method": "pab", "spatial_attention_block_skip_range": 2}), a .json file."""
 
 
 @contextlib.contextmanager
@@ -116,30 +130,40 @@ def _told() -> Iterator[None]:
 @click.option("--diff", "phase", help='Print the graph diff of a phase instead ("predict", "canonical", ...).')
 @_json
 @click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page instead.")
-@click.option("--steps", type=click.IntRange(1), help="Steps of the run on the page's timeline.  [default: 28]")
+@click.option("--steps", type=click.IntRange(1), help="Steps of a run (num_inference_steps).  [default: 28]")
+@_timestep_scale
+@click.option("--context", "contexts", multiple=True, help='Of a call in a step: "cond". Several times for all.')
 def explain(
-    source: Callable[[], Any], cache: Any, phase: str | None, as_json: bool, page: Path | None, steps: int | None
+    source: Callable[[], Any],
+    cache: Any,
+    phase: str | None,
+    as_json: bool,
+    page: Path | None,
+    steps: int | None,
+    timestep_scale: float | None,
+    contexts: tuple[str, ...],
 ) -> None:
     """Show what a cache would do to a model, without compiling or running it.
 
     FUNCTION, in the file MODEL.py, returns the model and a dict of the keyword arguments of one call.
     """
+    from ..run.context import cache_context
     from .explain import explain as explain_model
 
+    options = {"num_inference_steps": steps, "timestep_scale": timestep_scale}
     with _told():
-        model, inputs = source()
-        plan = explain_model(model, cache=cache, **inputs)
+        model, inputs = _made_for_a_call(source)
+        with cache_context(contexts[0]) if contexts else contextlib.nullcontext():
+            plan = explain_model(model, cache=cache, options=options, **inputs)
         if page is not None:
-            plan.to_html(page, num_inference_steps=steps)
+            plan.to_html(page, contexts=contexts or None)
             text = f"wrote {page}"
         else:
             text = plan.diff(phase) if phase else json.dumps(plan.as_dict(), indent=1) if as_json else str(plan)
     click.echo(text.rstrip("\n"))
 
 
-@main.command()
-@_source
-@click.option(
+_caches = click.option(
     "--cache",
     "caches",
     type=_Cache(),
@@ -148,9 +172,55 @@ def explain(
     show_default=True,
     help=_CACHE_HELP + " Give it several times to compare.",
 )
+_lowering = click.option(
+    "--lowering", default="specialize", show_default=True, type=click.Choice(["specialize", "cond", "eager"])
+)
+
+
+@main.command()
+@_source
+@_caches
+@click.option("--steps", type=click.IntRange(1), help="Steps of a run (num_inference_steps), if they are known.")
+@click.option("--rounds", default=2, show_default=True, type=click.IntRange(1), help="Samples of each that count.")
+@click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
+@_lowering
+@_timestep_scale
+@_json
+@click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page.")
+def compare(
+    source: Callable[[], Any],
+    caches: tuple[Any, ...],
+    steps: int | None,
+    rounds: int,
+    seed: int,
+    lowering: str,
+    timestep_scale: float | None,
+    as_json: bool,
+    page: Path | None,
+) -> None:
+    """Run a sampling loop with each of some caches and without: time, work, memory, and how far results are off.
+
+    FUNCTION, in the file MODEL.py, returns the model (or a pipeline) and its sampling loop: a function that is called
+    with the model, and returns a tensor or images.
+    """
+    from .compare import compare as run
+
+    example = "return model, sample, where sample(model) runs all steps and returns a tensor or images"
+    options = {"lowering": lowering, "num_inference_steps": steps, "timestep_scale": timestep_scale}
+    with _told():
+        model, sample = _made(source, Callable, "its sampling loop", example)  # pyright: ignore[reportArgumentType]
+        found = run(model, sample, caches, options=options, rounds=rounds, seed=seed)
+    if page is not None:
+        found.to_html(page)
+    click.echo(json.dumps(found.as_dict(), indent=1) if as_json else str(found).rstrip("\n"))
+
+
+@main.command()
+@_source
+@_caches
 @click.option("--steps", default=28, show_default=True, type=click.IntRange(2), help="Denoising steps of a run.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Runs of each that count.")
-@click.option("--lowering", default="specialize", show_default=True, type=click.Choice(["specialize", "cond", "eager"]))
+@_lowering
 @_timestep_scale
 @_json
 def bench(
@@ -174,7 +244,7 @@ def bench(
 
     with Progress(console=Console(stderr=True), transient=True) as bar, _told():
         task = bar.add_task("compiling", total=(1 + rounds) * (1 + len(caches)))
-        model, inputs = source()
+        model, inputs = _made_for_a_call(source)
         found = measure(
             model,
             inputs,

@@ -15,10 +15,12 @@ from .. import _torch
 from ..backend import build
 from ..capture.prepare import Prepared, prepare
 from ..config import parse_cache
-from ..errors import CachepassError
+from ..errors import CachepassError, ConfigError
 from ..options import CompileOptions
+from ..run.live import denoisers_of
 from ..run.step import CurrentCall
 from .findings import Findings
+from .summary import Summary
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,17 @@ class Explanation(Findings):
         num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         contexts: Sequence[str] | None = None,
+        ran: Summary | None = None,
     ) -> str:
         """All of this as one HTML page that needs no network; written to ``path`` if that is given.
 
-        The arguments are those of ``timeline``.
+        The arguments are those of ``timeline``; ``ran`` is what the compiled model did, ``cachepass.summary(model)``:
+        of a method that decides in the run, only that says how much was saved.
         """
         from .report.page import render  # only here: who wants no page need not load the template engine
 
-        page = render(self, self._calls(num_inference_steps, timesteps, contexts), assumed=timesteps is None)
+        calls = self._calls(num_inference_steps, timesteps, contexts)
+        page = render(self, calls, assumed=timesteps is None, ran=ran)
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
@@ -56,6 +61,13 @@ def explain(
     Raises:
         CachepassError: As the backend would.
     """
+    found = denoisers_of(model)
+    if found is not None:
+        raise ConfigError(
+            f"a pipeline is no model: {type(model).__name__}",
+            where="explain",
+            hint=f"explain(pipe.{next(iter(found))}, cache=..., **the keyword arguments of one call of it)",
+        )
     parsed = CompileOptions(cache=parse_cache(cache), lowering="eager", **dict(options or {}))
     result: list[Explanation] = []
     original = getattr(model, "_orig_mod", model)

@@ -35,6 +35,7 @@ class Summary:
         cache_bytes: Bytes of all slots that are allocated now, over all contexts.
         planned_bytes: Bytes that the plan gives to one context.
         variants: Compile seconds of each program, by phase.
+        capture_seconds: Of tracing the model, by Dynamo and AOTAutograd, before any of them.
         runs: Runs begun, over all contexts.
         steps: Calls that succeeded.
         contexts: Contexts that hold a state.
@@ -62,6 +63,7 @@ class Summary:
     cache_bytes: int
     planned_bytes: int
     variants: dict[str, float]
+    capture_seconds: float
     runs: int
     steps: int
     contexts: tuple[str, ...]
@@ -85,12 +87,18 @@ class Summary:
             return None
         return 1 - self.flops / self.plain_flops if self.plain_flops else 0.0
 
+    @property
+    def compile_seconds(self) -> float:
+        """All that compiling took."""
+        return self.capture_seconds + sum(self.variants.values())
+
     def __str__(self) -> str:
-        compiled = ", ".join(f"{name} ({seconds:.1f} s)" for name, seconds in self.variants.items()) or "none"
+        compiled = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.variants.items()) or "no program"
         lines = [
             f"{self.config}: {self.steps} steps in {self.runs} runs, contexts: {', '.join(self.contexts) or 'none'}",
             *self._table(),
-            f"cache: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B), variants: {compiled}",
+            f"cache: {human_bytes(self.cache_bytes)} ({self.cache_bytes} B)",
+            f"compiled in {self.compile_seconds:.1f} s: capture {self.capture_seconds:.1f} s, {compiled}",
         ]
         if self.invariant_bytes:
             lines.append(f"kept for a run: {human_bytes(self.invariant_bytes)}")
@@ -146,6 +154,7 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
         others=others,
         method=type(dispatchers[0].method.config).__name__,
         variants=_compile_seconds(dict.fromkeys(programs)),
+        capture_seconds=sum(dispatcher.capture_seconds() for dispatcher in dispatchers),
         graphs=len(dict.fromkeys([*dispatchers, *parts])),
         modules=tuple(dict.fromkeys(path for d, instance in found for path in d.modules(instance))),
         once=tuple(dict.fromkeys(path for program in programs for path in program.computed_once)),

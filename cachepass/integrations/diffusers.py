@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import sys
 import threading
 import types
@@ -27,12 +26,11 @@ from typing import Any
 import torch
 
 from .. import _torch
-from ..errors import ConfigError, NotCompiledError, listing
+from ..errors import ConfigError, NotCompiledError
 from ..options import parse_options
 from ..run.context import telling
-from ..run.live import forget
+from ..run.live import denoisers_of, forget
 
-_DENOISERS = re.compile(r"(transformer|unet)(_\d+)?")
 _STATE = "_cachepass"  # the attribute of a module whose cache is on
 
 
@@ -96,23 +94,12 @@ def disable_cache(target: Any) -> None:
 def _denoisers(target: Any) -> dict[str, torch.nn.Module]:
     if isinstance(target, torch.nn.Module):
         return {type(target).__name__: target}
-    components = getattr(target, "components", None)
-    if not isinstance(components, dict):
+    found = denoisers_of(target)
+    if found is None:
         raise ConfigError(
             f"neither a pipeline nor a model: {type(target).__name__}",
             where="enable_cache",
             hint="give a DiffusionPipeline, or its transformer",
-        )
-    found = {
-        name: part
-        for name, part in components.items()
-        if _DENOISERS.fullmatch(name) and isinstance(part, torch.nn.Module)
-    }
-    if not found:
-        raise ConfigError(
-            f"{type(target).__name__} has no transformer among its components: {listing(components)}",
-            where="enable_cache",
-            hint="give the model itself",
         )
     return found
 

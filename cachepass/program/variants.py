@@ -6,8 +6,10 @@ step to step: how a call of it runs is told in ``step.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from .flops import count_flops
 from .lower import LoweredVariant, lower
 from .phases import Phase
 from .plan import CachePlan
+from .progress import compiling
 from .rewrite import Canonical, rewrite
 from .sizes import SymbolBinder
 from .specialize import Variant, all_phases, specialize, specialize_rest, up_to_decision
@@ -41,8 +44,11 @@ class Once:
 class Program:
     """The variants of one model: of its graph and, where steps may skip half of the batch, of its half-batch graph."""
 
-    def __init__(self, full: Traced, half: Traced | None, plan: CachePlan, lowering: str) -> None:
+    def __init__(
+        self, full: Traced, half: Traced | None, plan: CachePlan, lowering: str, *, progress: bool = False
+    ) -> None:
         self.full, self.half, self.plan, self.lowering = full, half, plan, lowering
+        self._progress = progress and lowering != "eager"
         self.on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in full.inputs)
         self.variants: dict[str, LoweredVariant] = {}
         self.warnings: list[str] = []
@@ -130,22 +136,34 @@ class Program:
         with self._lock:
             if key in self._by_phase:
                 return self._by_phase[key]
+            start = time.perf_counter()
             variant = self.variant(phase)
             lowered = self.variants.get(variant.name)
             if lowered is None:
-                lowered = self._lower(variant, self.traced(phase.route))
+                lowered = self._lower(variant, self.traced(phase.route), start)
             self._by_phase[key] = lowered
             return lowered
 
-    def _lower(self, variant: Variant, traced: Traced) -> LoweredVariant:
-        with self._lock:
+    def _lower(self, variant: Variant, traced: Traced, start: float | None = None) -> LoweredVariant:
+        """``start``: when making the variant began."""
+        start = time.perf_counter() if start is None else start
+        what = f"compiling {variant.name}, program {len(self.variants) + 1} of at most {self._most}"
+        with self._lock, compiling(what, shown=self._progress):
             added = variant.gm.graph.find_nodes(op="placeholder")[len(traced.inputs) :]
             roles = {node.name: role for node, role in zip(added, variant.inputs, strict=True)}
             dump(variant.name, variant.gm.graph, {**traced.names, **role_names(roles, self.plan)})
             lowered = lower(variant, traced.inputs, self.lowering, traced.context)
+            lowered = dataclasses.replace(lowered, compile_seconds=time.perf_counter() - start)
             logger.info("variant %s: %d nodes, %.2f s", lowered.name, lowered.nodes, lowered.compile_seconds)
             self.variants[variant.name] = lowered
             return lowered
+
+    @property
+    def _most(self) -> int:
+        """Programs that there may be."""
+        phases = len({phase.route for phase in self.plan.phases}) if self.lowering == "cond" else len(self.plan.phases)
+        once = sum(traced.hoisted is not None for traced in (self.full, self.half) if traced is not None)
+        return phases + once + sum(self.splits(route) for route in {phase.route for phase in self.plan.phases})
 
     def variant(self, phase: Phase) -> Variant:
         """The graph that runs in a phase, before it is lowered."""

@@ -9,8 +9,10 @@ timeline what a run will be. It can be compared, and saved as JSON (``value.py``
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -182,6 +184,15 @@ class Recipe(Value):
             ConfigError: Something in it is a function of Python's.
         """
         return {"schema": SCHEMA, "recipe": to_dict(self, "recipe")}
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as JSON: ``options={"cache": "path.json"}`` reads it.
+
+        Raises:
+            ConfigError: Something in it is a function of Python's.
+        """
+        text = json.dumps(self.to_dict(), indent=1)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> Recipe:

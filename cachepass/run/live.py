@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from .. import _torch
+from ..errors import ConfigError, listing
 from ..options import CompileOptions, parse_options
 from .dispatch import LIVE, Dispatcher
 from .instance import Instance
 from .model import Model
 
+_DENOISERS = re.compile(r"(transformer|unet)(_\d+)?")
+
+
+def denoisers_of(pipeline: object) -> dict[str, torch.nn.Module] | None:
+    """What a pipeline of diffusers calls in every step, by its names; None: it is no pipeline.
+
+    Raises:
+        ConfigError: It has nothing of that kind.
+    """
+    components = getattr(pipeline, "components", None)
+    if isinstance(pipeline, torch.nn.Module) or not isinstance(components, dict):
+        return None
+    modules = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
+    found = {name: part for name, part in modules.items() if _DENOISERS.fullmatch(name)}
+    if not found:
+        raise ConfigError(
+            f"{type(pipeline).__name__} has no transformer among its components: {listing(components)}",
+            where=type(pipeline).__name__,
+            hint="give the model itself",
+        )
+    return found
+
+
+def denoiser_of(model: object) -> object:
+    """The model, or that of a pipeline.
+
+    Raises:
+        ConfigError: A pipeline has none, or several.
+    """
+    found = denoisers_of(model)
+    if found is None:
+        return model
+    if len(found) > 1:
+        raise ConfigError(
+            f"{type(model).__name__} has several: {listing(found)}",
+            where=type(model).__name__,
+            hint=f"give one of them: pipe.{next(iter(found))}",
+        )
+    return next(iter(found.values()))
+
 
 def original_of(model: object) -> object:
-    """The module behind a compiled module or function."""
+    """The module behind a pipeline, or a compiled module or function."""
+    model = denoiser_of(model)
     model = getattr(model, "_orig_mod", model)
     original = getattr(model, "_torchdynamo_orig_callable", model)
     return getattr(original, "__self__", original)
@@ -23,7 +66,7 @@ def original_of(model: object) -> object:
 
 def options_of(model: object) -> CompileOptions | None:
     """What a module or function was compiled with; None: not by this backend, or nobody can tell."""
-    given = _torch.compile_options(model)
+    given = _torch.compile_options(denoiser_of(model))
     return None if given is None else parse_options(*given, _torch.inductor_keys(), _torch.inductor_modes())
 
 
@@ -31,17 +74,18 @@ def programs_of(model: object) -> Iterator[tuple[Dispatcher, Instance]]:
     """The graphs that a model, or a module in it, was captured in, and as what they are called."""
     module = original_of(model)
     if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"expected a module or a compiled module, got {type(model).__name__}")
+        raise TypeError(f"expected a module, a compiled module or a pipeline, got {type(model).__name__}")
     for dispatcher in list(LIVE):
         for instance in dispatcher.instances.of(module):
             yield dispatcher, instance
 
 
-def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:
+def reset(model: torch.nn.Module | Callable[..., Any] | None = None, *, context: str | None = None) -> None:
     """End the caller's runs: the next call of ``model`` is step 0 of a new one.
 
     Inside of a ``cache_context`` these are the runs of this context, and of those in it. Outside of any they are all
-    that this thread made, in whatever context. Runs of other threads go on.
+    that this thread made, in whatever context. Runs of other threads go on. With ``context`` they are those of the
+    context of this name (``"request-1"``, ``"request-1/cond"``), whoever made them.
 
     ``model`` is the compiled or the original module; None: every model compiled with ``cached_inductor``. Without a
     program (nothing was called yet) there is nothing to end.
@@ -54,7 +98,7 @@ def reset(model: torch.nn.Module | Callable[..., Any] | None = None) -> None:
     else:
         found = [instance for _, instance in programs_of(model)]
     for record in dict.fromkeys(instance.model for instance in found):
-        record.reset()
+        record.reset(context)
 
 
 def reset_around(module: torch.nn.Module) -> None:
@@ -72,3 +116,32 @@ def forget(model: torch.nn.Module | Callable[..., Any]) -> None:
     for dispatcher, instance in list(programs_of(model)):
         instance.model.forget()
         dispatcher.instances.forget(instance)  # called again, it is a new one
+
+
+def recompile(
+    model: Any, cache: Any, *, fullgraph: bool = True, dynamic: bool | None = None, **options: Any
+) -> Callable[..., Any]:
+    """Compile a model anew, with another cache: what was compiled of it before, and what that keeps, is dropped.
+
+    Trying many configs by ``torch.compile`` alone ends at Dynamo's limit: all of them are captures of one code. Other
+    models of the same class are captured again when they are called next.
+
+    Args:
+        model: The module, or what it was compiled to before.
+        cache: As ``options["cache"]`` of ``torch.compile``.
+        fullgraph: As for ``torch.compile``.
+        dynamic: As for ``torch.compile``.
+        options: Further options of the backend.
+
+    Raises:
+        ConfigError, OptionError: The config or an option is wrong; nothing was dropped.
+        TypeError: ``model`` is not a module.
+    """
+    given = {**options, "cache": cache}
+    parse_options(given, None, _torch.inductor_keys(), _torch.inductor_modes())
+    module = original_of(model)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a module, a compiled module or a pipeline, got {type(model).__name__}")
+    forget(module)
+    _torch.drop_captures(module)
+    return torch.compile(module, backend="cached_inductor", fullgraph=fullgraph, dynamic=dynamic, options=given)

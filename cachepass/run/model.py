@@ -25,17 +25,18 @@ from ..method import Method
 from ..options import CompileOptions
 from ..recipe.vocabulary import Region
 from .clock import scale_of
-from .context import DEFAULT, Told, guidance_partner, told
+from .context import Told, guidance_partner, told
 from .counts import Counts
 from .evidence import Given, Habits, schedule_of
 from .hooks import watch_calls
-from .review import Review
+from .review import Review, untold
 from .room import Room
 from .runs import Call, Run
-from .trajectories import MOST_CALLS, Beginnings, Trajectories
+from .trajectories import Beginnings, Trajectories
 
 logger = logging.getLogger(__name__)
 _MOST_CONTEXTS = 256  # that are remembered: a server may name one for each request
+_IDLE_CONTEXTS = 2  # whose memory waits for a next run when another context begins: a pair of guidance calls
 _stamps = itertools.count(1)
 
 
@@ -111,6 +112,9 @@ class Model:
         for key, trajectories in free[: max(len(self._trajectories) - _MOST_CONTEXTS + 1, 0)]:
             del self._trajectories[key]
             self.counts.merge({run.context for run in trajectories.runs})
+        idle = [t for key, t in free if key in self._trajectories and t.runs and all(run.is_idle for run in t.runs)]
+        for run in [run for t in idle[: max(len(idle) - _IDLE_CONTEXTS, 0)] for run in t.runs]:
+            run.free()
 
     def find_run(self, call: Call, given: Given) -> None:
         """Find out which run a call is a step of, from its context and from what it is given."""
@@ -141,7 +145,7 @@ class Model:
         if together:
             self._doubt_together(run, given.latents.device)
         if run is None:
-            self._warn_untold(trajectories.context, timestep)
+            self.warn_once("untold", untold(self.module, trajectories.context, timestep))
 
     def _doubt_together(self, run: Run | None, device: torch.device) -> None:
         """Ranks that run one model together compute a step if one of them is in doubt whose it is: the tensors that
@@ -255,19 +259,24 @@ class Model:
         with self._lock:
             self._trajectories.clear()
 
-    def reset(self) -> None:
-        """End the runs of the caller: those of the contexts that it stands in or, where it stands in none, all that
-        this thread made, or a thread that is over.
+    def reset(self, context: str | None = None) -> None:
+        """End the runs of a context, and of those in it. None: of the contexts that the caller stands in or, where it
+        stands in none, all that this thread made, or a thread that is over.
 
         Raises:
             ConcurrencyError: One of them is in the middle of a step.
         """
         self.settle()
         names, thread = told(self.module).names, threading.current_thread()
+
+        def is_meant(trajectories: Trajectories) -> bool:
+            if context is not None:
+                named = f"{trajectories.context}/".startswith(f"{context}/")
+                return named and bool(trajectories.names or trajectories.is_of(thread))
+            return trajectories.names[: len(names)] == names and bool(names or trajectories.is_of(thread))
+
         with self._lock:
-            own = [
-                t for t in self._trajectories.values() if t.names[: len(names)] == names and (names or t.is_of(thread))
-            ]
+            own = [trajectories for trajectories in self._trajectories.values() if is_meant(trajectories)]
         for run in [run for trajectories in own for run in trajectories.runs]:
             with run.exclusively():
                 self._end_run(run)
@@ -293,22 +302,6 @@ class Model:
         if about not in self._warned:
             self._warned.add(about)
             warn(message, self.warnings)
-
-    def _warn_untold(self, context: str, timestep: float | None) -> None:
-        name = type(self.module).__name__ if self.module is not None else "the model"
-        where = "" if context == DEFAULT else f" in the cache context {context!r}"
-        if timestep is None:
-            why = (
-                "is given other tensors in every call, and its timestep, if it has one, is not read from the "
-                "device: nothing tells the calls of a step apart."
-            )
-        else:
-            why = f"was called more than {MOST_CALLS} times at the timestep {timestep:g}: calls of one step, or images?"
-        self.warn_once(
-            "untold",
-            f"{name} {why} Such calls are computed without a cache{where}; give each trajectory a name, with "
-            'cachepass.cache_context("image-1"): ..., or call cachepass.reset(model) between images',
-        )
 
     def read_timestep(
         self, value: Any, said: Told, *, wait: bool = False, unless: Trajectories | None = None

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from ..method import Method
+from .context import DEFAULT
 from .runs import Run
+from .trajectories import MOST_CALLS
 
 _FROM_NOISE = 900  # a run that begins at a lower timestep is one of image-to-image, and shorter
 _QUIET_STEPS = 8  # a run this long says something, also where num_inference_steps is not given
@@ -56,3 +60,19 @@ class Review:
                     "counted from the end of a run never came",
                 )
             self._short = made
+
+
+def untold(module: torch.nn.Module | None, context: str, timestep: float | None) -> str:
+    """What to say of a call of which nothing tells whose step it is."""
+    name = "the model" if module is None else type(module).__name__
+    where = "" if context == DEFAULT else f" in the cache context {context!r}"
+    why = (
+        "is given other tensors in every call, and its timestep, if it has one, is not read from the device: nothing "
+        "tells the calls of a step apart."
+    )
+    if timestep is not None:
+        why = f"was called more than {MOST_CALLS} times at the timestep {timestep:g}: calls of one step, or images?"
+    return (
+        f"{name} {why} Such calls are computed without a cache{where}; give each trajectory a name, with "
+        'cachepass.cache_context("image-1"): ..., or call cachepass.reset(model) between images'
+    )

@@ -141,6 +141,16 @@ class Run:
         return self._lock.locked() or (self.call is not None and self.call.hooked and not self.call.finished)
 
     @property
+    def is_idle(self) -> bool:
+        """It was over, and no other has begun."""
+        return self.call is not None and (self.clock.is_over or self.clock.index == 0) and not self.in_step
+
+    def free(self) -> None:
+        """Keep nothing: the next run of this context allocates anew."""
+        for kept in (self.states, self.outputs, self.invariants):
+            kept.clear()
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of all that it keeps."""
         kept = (self.states, self.outputs, self.invariants)

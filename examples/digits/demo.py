@@ -72,58 +72,78 @@ def _inputs(latents: torch.Tensor, labels: torch.Tensor, timestep: torch.Tensor)
     return {"hidden_states": batch, "timestep": timestep.expand(len(batch)), "class_labels": classes}
 
 
+class Denoising:
+    """``noise`` ``[n, 1, 28, 28]`` on its way to the digits ``labels`` ``[n]``, step by step."""
+
+    def __init__(self, model: Any, noise: torch.Tensor, labels: torch.Tensor, steps: int, guidance: float) -> None:
+        self.model, self.labels, self.guidance = model, labels, guidance
+        self.scheduler, self.latents = _scheduler(steps), noise
+        self._timesteps = iter(self.scheduler.timesteps)
+
+    def step(self) -> None:
+        t = next(self._timesteps)
+        velocity = self.model(**_inputs(self.latents, self.labels, t)).sample
+        uncond, cond = velocity.chunk(2)
+        guided = uncond + self.guidance * (cond - uncond)
+        self.latents = self.scheduler.step(guided, t, self.latents, return_dict=False)[0]
+
+    @property
+    def images(self) -> torch.Tensor:
+        return self.latents.clamp(-1, 1)
+
+
 def sample(
     model: Any, noise: torch.Tensor, labels: torch.Tensor, steps: int, guidance: float, advance: Any = lambda: None
 ) -> torch.Tensor:
     """Denoise ``noise`` ``[n, 1, 28, 28]`` into the digits ``labels`` ``[n]``."""
-    scheduler, latents = _scheduler(steps), noise
-    for t in scheduler.timesteps:
-        velocity = model(**_inputs(latents, labels, t)).sample
-        uncond, cond = velocity.chunk(2)
-        latents = scheduler.step(uncond + guidance * (cond - uncond), t, latents, return_dict=False)[0]
+    denoising = Denoising(model, noise, labels, steps, guidance)
+    for _ in range(steps):
+        denoising.step()
         advance()
-    return latents.clamp(-1, 1)
+    return denoising.images
 
 
-def run(
-    cache: dict[str, Any] | None,
-    noise: torch.Tensor,
-    labels: torch.Tensor,
-    steps: int,
-    guidance: float,
-    lowering: str,
-    advance: Any,
-) -> Sampled:
-    """Compile, make a run of 8 steps that is not counted, sample, and ask the cache what it did."""
-    torch._dynamo.reset()
-    model = load_dit()
-    if cache is None:
-        compiled = torch.compile(model, fullgraph=True, backend="eager" if lowering == "eager" else "inductor")
-    else:
-        options = {"cache": cache, "lowering": lowering}
-        compiled = torch.compile(model, backend="cached_inductor", fullgraph=True, options=options)
-        timesteps = _scheduler(steps).timesteps
-        cachepass.warmup(compiled, **_inputs(noise, labels, timesteps[0]), timesteps=timesteps.tolist(), progress=False)
-    sample(compiled, noise, labels, 8, guidance)
-    if cache is None:
-        before, predicted_before = 0, 0
-    else:
-        cachepass.reset(compiled)
-        before, predicted_before = _steps(cachepass.summary(compiled))
-    start = time.perf_counter()
-    images = sample(compiled, noise, labels, steps, guidance, advance)
-    seconds = time.perf_counter() - start
-    if cache is None:
-        return Sampled(images, seconds, steps, 0, 0, 0)
-    summary = cachepass.summary(compiled)
-    total, predicted = _steps(summary)
-    predicted -= predicted_before
-    return Sampled(images, seconds, total - before - predicted, predicted, summary.cache_bytes, summary.planned_bytes)
+class Subject:
+    """One row of the table: a compiled model, and its run."""
 
+    def __init__(self, cache: dict[str, Any] | None, lowering: str) -> None:
+        self.cache, self.seconds = cache, 0.0
+        if cache is None:
+            backend = "eager" if lowering == "eager" else "inductor"
+            self.compiled = torch.compile(load_dit(), fullgraph=True, backend=backend)
+        else:
+            options = {"cache": cache, "lowering": lowering, "progress": False}
+            self.compiled = torch.compile(load_dit(), backend="cached_inductor", fullgraph=True, options=options)
 
-def _steps(summary: cachepass.Summary) -> tuple[int, int]:
-    """Steps so far, and those of them that were predicted (by the group that was predicted most)."""
-    return summary.steps, max(summary.predicted.values(), default=0)
+    def prepare(self, noise: torch.Tensor, labels: torch.Tensor, steps: int, guidance: float) -> None:
+        """Compile, and make a run of 8 steps that is not counted."""
+        if self.cache is not None:
+            timesteps = _scheduler(steps).timesteps
+            inputs = _inputs(noise, labels, timesteps[0])
+            cachepass.warmup(self.compiled, **inputs, timesteps=timesteps.tolist(), progress=False)
+        sample(self.compiled, noise, labels, 8, guidance)
+        if self.cache is not None:
+            cachepass.reset(self.compiled)
+        self._before = self._steps()
+        self.run = Denoising(self.compiled, noise, labels, steps, guidance)
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        self.run.step()
+        self.seconds += time.perf_counter() - start
+
+    def sampled(self, steps: int) -> Sampled:
+        if self.cache is None:
+            return Sampled(self.run.images, self.seconds, steps, 0, 0, 0)
+        found = cachepass.summary(self.compiled)
+        total, predicted = (now - before for now, before in zip(self._steps(), self._before, strict=True))
+        kept = found.cache_bytes, found.planned_bytes
+        return Sampled(self.run.images, self.seconds, total - predicted, predicted, *kept)
+
+    def _steps(self) -> tuple[int, int]:
+        """Steps so far, and those of them that were predicted (by the group that was predicted most)."""
+        found = None if self.cache is None else cachepass.summary(self.compiled)
+        return (0, 0) if found is None else (found.steps, max(found.predicted.values(), default=0))
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
@@ -166,16 +186,22 @@ def main(
     noise = torch.randn(images, 1, 28, 28, generator=generator)
     labels = torch.arange(images) % 10
     classifier = load_classifier()
-    results: dict[str, Sampled] = {}
-    columns = (TextColumn("{task.description:32s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with torch.no_grad(), Progress(*columns, console=console) as progress, warnings.catch_warnings():
-        for name in names:
-            task = progress.add_task(f"{name}: compiling", total=steps)
-
-            def advance(task: Any = task, name: str = name) -> None:
-                progress.update(task, advance=1, description=name)
-
-            results[name] = run(METHODS[name], noise, labels, steps, guidance, lowering, advance)
+    subjects = {name: Subject(METHODS[name], lowering) for name in names}
+    columns = (TextColumn("{task.description:40s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # All rows are compiled of one model's code, and the limit of captures is per code.
+    limit = torch._dynamo.config.patch(recompile_limit=8 * len(subjects))
+    with torch.no_grad(), limit, Progress(*columns, console=console) as progress, warnings.catch_warnings():
+        task = progress.add_task("compiling", total=len(subjects))
+        for name, subject in subjects.items():
+            progress.update(task, description=f"compiling {name}")
+            subject.prepare(noise, labels, steps, guidance)
+            progress.advance(task)
+        task = progress.add_task("sampling, all in turn", total=steps)
+        for step in range(steps):  # step by step in turn: what else the machine does meets all rows
+            for subject in subjects.values():
+                subject.step()
+            progress.update(task, completed=step + 1)
+    results = {name: subject.sampled(steps) for name, subject in subjects.items()}
     reference = results["uncached"]
     rows = []
     for name, result in results.items():

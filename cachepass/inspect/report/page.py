@@ -20,6 +20,7 @@ from ...program.flops import add_known
 from ...program.plan import PlannedCut
 from ...program.slots import NamedSlot
 from ..findings import Findings
+from ..summary import Summary
 from ..tables import human_bytes, human_flops
 from ..timeline import SimulatedCall, lanes
 from .align import align
@@ -29,41 +30,49 @@ from .tree import Module, module_tree
 _HERE = Path(__file__).parent
 
 
-def render(explanation: Findings, calls: Sequence[SimulatedCall], *, assumed: bool) -> str:
-    """The page. ``assumed``: nobody gave the timesteps of the run."""
-    costs = run_costs(explanation, calls)
-    least = _least(explanation)
-    tree = module_tree(explanation, explanation.fx_graph(explanation.baseline(least)), explanation.fx_graph(least))
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Templates of this folder."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("page.html").render(
-        style=_own("page.css"),
-        script=_own("page.js"),
-        model=explanation.model,
-        config=type(explanation.method.config).__name__,
-        fields=list(_fields(explanation.method.config)),
-        never=explanation.never,
-        notes=explanation.notes,
-        totals=list(_totals(explanation, costs)),
-        saved=_percent(saved(costs)),
-        tree=tree,
-        fates=_count_fates(tree),
-        least=least,
-        lanes=lanes(calls, explanation.plan),
-        steps=list(_steps(calls, costs)),
-        assumed=assumed,
-        contexts=list(dict.fromkeys(call.context for call in calls)),
-        memory=list(_memory(explanation)),
-        memory_total=human_bytes(explanation.cache_bytes),
-        per=_per(explanation),
-        dead=_dead(explanation),
-        phases=list(_phases(explanation)),
-        data=_graphs(explanation, least),
+
+
+def render(explanation: Findings, calls: Sequence[SimulatedCall], *, assumed: bool, ran: Summary | None = None) -> str:
+    """The page. ``assumed``: nobody gave the timesteps of the run; ``ran``: what the compiled model did."""
+    costs = run_costs(explanation, calls)
+    least = _least(explanation)
+    tree = module_tree(explanation, explanation.fx_graph(explanation.baseline(least)), explanation.fx_graph(least))
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            style=own("page.css"),
+            script=own("page.js"),
+            model=explanation.model,
+            config=type(explanation.method.config).__name__,
+            fields=list(_fields(explanation.method.config)),
+            never=explanation.never,
+            notes=explanation.notes,
+            totals=list(_totals(explanation, costs, ran)),
+            saved=_saved(costs),
+            tree=tree,
+            fates=_count_fates(tree),
+            least=least,
+            lanes=lanes(calls, explanation.plan),
+            steps=list(_steps(calls, costs)),
+            assumed=assumed,
+            contexts=list(dict.fromkeys(call.context for call in calls)),
+            memory=list(_memory(explanation)),
+            memory_total=human_bytes(explanation.cache_bytes),
+            per=_per(explanation),
+            dead=_dead(explanation),
+            phases=list(_phases(explanation)),
+            data=_graphs(explanation, least),
+        )
     )
 
 
@@ -74,7 +83,7 @@ def _least(explanation: Findings) -> str:
     return min(known, key=known.__getitem__, default=explanation.phases[-1])
 
 
-def _own(name: str) -> str:
+def own(name: str) -> str:
     """One of our own files, which stands in the page as it is."""
     return (_HERE / name).read_text(encoding="utf-8")
 
@@ -92,15 +101,28 @@ def _fields(config: Any) -> Iterator[tuple[str, str, bool]]:
         yield field.name, text or repr(value), bool(value != default)
 
 
-def _totals(explanation: Findings, costs: Sequence[StepCost]) -> Iterator[tuple[str, str, str]]:
+def _saved(costs: Sequence[StepCost]) -> str:
+    """One share, or a range where the data decide."""
+    shares = saved(costs)
+    if shares is None:
+        return _percent(None)
+    least, most = shares
+    return _percent(least) if most - least < 5e-4 else f"{100 * least:.1f} to {100 * most:.1f} %"
+
+
+def _totals(explanation: Findings, costs: Sequence[StepCost], ran: Summary | None) -> Iterator[tuple[str, str, str]]:
     """What a reader wants to know first: label, value, remark."""
     # A step whose FLOPs are unknown runs what depends on data: more than one whose FLOPs are known.
-    dearest, cheapest = (pick(costs, key=lambda c: math.inf if c.flops is None else c.flops) for pick in (max, min))
+    dearest = max(costs, key=lambda c: math.inf if c.flops is None else c.flops)
+    cheapest = min(costs, key=lambda c: math.inf if c.least is None else c.least)
     uncached = add_known(*(cost.uncached for cost in costs))
-    yield "saved over the run", _percent(saved(costs)), f"of {human_flops(uncached)}"
+    decides = any(cost.least != cost.flops for cost in costs)
+    yield "saved over the run", _saved(costs), f"of {human_flops(uncached)}" + (", as the data decide" * decides)
+    if ran is not None:
+        yield "saved in the runs so far", _percent(ran.saved), f"of {human_flops(ran.plain_flops)}, {ran.steps} steps"
     yield "a computed step", human_flops(dearest.flops), f"without a cache {human_flops(dearest.uncached)}"
-    share = share_of(cheapest.flops, cheapest.uncached)
-    yield "the cheapest step", human_flops(cheapest.flops), f"{_percent(share)} of an uncached one"
+    share = share_of(cheapest.least, cheapest.uncached)
+    yield "the cheapest step", human_flops(cheapest.least), f"{_percent(share)} of an uncached one"
     yield f"cache per {_per(explanation)}", human_bytes(explanation.cache_bytes), f"{explanation.cache_bytes:,} B"
     hoisted = explanation.hoisted
     if hoisted is not None:

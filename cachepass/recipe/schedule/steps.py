@@ -277,10 +277,13 @@ def number_of_steps(owner: Schedule | type[Schedule], num_inference_steps: int |
     return num_inference_steps
 
 
+NEEDS_STEPS = "needs the number of steps of a run"
+
+
 def unbound(owner: Schedule) -> ConfigError:
     """The error for a schedule that was not told the number of steps."""
     return ConfigError(
-        f"{owner} needs the number of steps of a run",
+        f"{owner} {NEEDS_STEPS}",
         where=type(owner).__name__,
         hint='give options={"num_inference_steps": 28}, or bind(28)',
     )
