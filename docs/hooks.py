@@ -20,6 +20,8 @@ import cachepass
 DOCS = Path(__file__).parent
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]*)\)")
 _FENCE = re.compile(r"^ *(```|~~~)")
+BEGIN, END = "<!-- output -->", "<!-- end of output -->"
+WRITTEN = re.compile(rf"\n{BEGIN}\n.*?{END}\n", re.DOTALL)  # by outputs.py
 
 
 def on_config(config: Any) -> None:  # noqa: ARG001 (mkdocs calls it so)
@@ -32,10 +34,10 @@ def on_config(config: Any) -> None:  # noqa: ARG001 (mkdocs calls it so)
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Links that leave docs/ become plain code."""
+    """Links that leave docs/ become plain code; written outputs go, because the blocks are executed here."""
     folder = (DOCS / page.file.src_uri).parent
     lines, fenced = [], False
-    for line in markdown.splitlines():
+    for line in WRITTEN.sub("", markdown).splitlines():
         if _FENCE.match(line):
             fenced = not fenced
         lines.append(line if fenced else _LINK.sub(lambda match: _plain(match, folder), line))

@@ -607,3 +607,35 @@ def test_a_timestep_for_each_token(way, cache):
     for _, t in run:
         t[:, 0] = t[1] = 0
     check_two_runs(way, net(PerToken), ByHand(net(PerToken), cache), cache, run)
+
+
+# ---- contexts of a server -------------------------------------------------------------------------------------------
+
+
+def test_the_runs_of_a_context_are_ended_by_its_name():
+    """From outside of it, and no others."""
+    model = whole(net(), TAYLOR)
+    for step, call in enumerate(calls(5)):
+        for name in ("a", "ab") if step < 4 else ("b",):
+            with cachepass.cache_context(name), cachepass.cache_context("cond"):
+                model(*call)
+    cachepass.reset(model, context="a")
+    marks = cachepass.summary(model).last_runs
+    for name in ("a/cond", "ab/cond"):
+        with cachepass.cache_context(name):
+            model(*calls(5)[4])
+    found = cachepass.summary(model)
+    assert found.last_runs["a/cond"] == dict.fromkeys(marks["a/cond"], "#")
+    assert all(len(line) == 5 for line in found.last_runs["ab/cond"].values())
+
+
+def test_contexts_whose_runs_are_over_are_freed_but_for_two():
+    model = whole(net(), TAYLOR, num_inference_steps=9)
+    held = []
+    for request in range(6):
+        with cachepass.cache_context(f"request-{request}"):
+            for call in calls(9):
+                model(*call)
+        held.append(cachepass.memory(model).held)
+    assert held == [held[0], 2 * held[0], *[3 * held[0]] * 4]
+    assert list(cachepass.memory(model).contexts) == ["request-3", "request-4", "request-5"]

@@ -121,6 +121,13 @@ def _drawn(script, pictures, folder):
         assert (DOCS / "images" / f"{picture}.svg").is_file()
 
 
+def test_written_outputs_are_what_the_blocks_print():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "docs/outputs.py", "--check"]
+    checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert checked.returncode == 0, checked.stdout + checked.stderr[-3000:]
+
+
 def test_the_site_builds_without_warnings(tmp_path):
     missing = [
         name

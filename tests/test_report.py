@@ -235,7 +235,8 @@ def chromium(tmp_path):
 def assert_silent(chromium, path):
     """The page wrote nothing to the console, and nothing but itself was asked for."""
     assert chromium.console() == []
-    assert chromium.requests() == [path.resolve().as_uri()]
+    requests = [url for url in chromium.requests() if not url.startswith("data:")]
+    assert requests == [path.resolve().as_uri()]
 
 
 def test_the_page_in_a_browser(chromium, explanation, tmp_path):
@@ -386,3 +387,69 @@ def test_screenshots(chromium, tmp_path):
     chromium.one("#find").send_keys("cached_add_2\n")
     chromium.until(lambda: chromium.all("#diff tr.current"))
     chromium.screenshot(folder / "report-diff.png", "#graphs", 860)
+
+
+# ---- the page of a comparison ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def comparison():
+    from test_compare import EAGER, EVERY, FEW, sample
+
+    wrong = cachepass.TaylorSeerCacheConfig(cache_identifiers=["nothing"])
+    with torch.no_grad():
+        return cachepass.compare(transformer(), sample, [EVERY, FEW, wrong], options=EAGER, rounds=1, progress=False)
+
+
+def test_the_page_of_a_comparison(chromium, comparison, tmp_path):
+    path = tmp_path / "compared.html"
+    comparison.to_html(path)
+    chromium.open(path)
+    assert len(chromium.all("tbody tr")) == 4 and len(chromium.all("tr.failed")) == 1
+    assert len(chromium.all(".points circle")) == 2 and chromium.all(".points .best circle")
+    assert chromium.run("return [...document.images].every(i => i.naturalWidth == 8 && i.naturalHeight == 4)")
+    assert len(chromium.all("img")) == 6
+    chromium.size(390, 844)
+    assert chromium.run("return document.documentElement.scrollWidth") == 390
+    assert_silent(chromium, path)
+
+
+@pytest.mark.skipif("CACHEPASS_SCREENSHOTS" not in os.environ, reason="CACHEPASS_SCREENSHOTS names no folder")
+def test_screenshots_of_decisions_and_comparisons(chromium, tmp_path):
+    """First-block cache and others on the digits' DiT: 20 digits, 20 steps, as it is compiled by default."""
+    folder = Path(os.environ["CACHEPASS_SCREENSHOTS"])
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))
+    from demo import Denoising
+    from models import load_dit
+
+    steps, labels = 20, torch.arange(10)
+    torch.manual_seed(0)
+    noise = torch.randn(10, 1, 28, 28)
+
+    def sample(model):
+        run = Denoising(model, noise, labels, steps, 2.0)
+        for _ in range(steps):
+            run.step()
+        return run.images
+
+    deciding = cachepass.FirstBlockCacheConfig(threshold=0.15)
+    caches = [
+        deciding,
+        cachepass.FirstBlockCacheConfig(threshold=0.3),
+        cachepass.TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=["block"]),
+        cachepass.TaylorSeerCacheConfig(cache_interval=4, cache_identifiers=["block"]),
+        cachepass.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, mlp_block_skip_range=2),
+    ]
+    with torch.no_grad():
+        found = cachepass.compare(load_dit(), sample, caches, options={"num_inference_steps": steps}, progress=False)
+        found.to_html(tmp_path / "compared.html")
+        model = torch.compile(load_dit(), backend="cached_inductor", options={"cache": deciding, "lowering": "eager"})
+        sample(model)
+    call = {"hidden_states": noise, "timestep": torch.full((10,), 500), "class_labels": labels}
+    options = {"num_inference_steps": steps}
+    explanation = cachepass.explain(load_dit(), cache=deciding, options=options, **call)
+    explanation.to_html(tmp_path / "report.html", ran=cachepass.summary(model))
+    chromium.open(tmp_path / "compared.html")
+    chromium.screenshot(folder / "compared.png", "body", 1000)
+    chromium.open(tmp_path / "report.html")
+    chromium.screenshot(folder / "report-decided.png", "body", 700)

@@ -96,7 +96,8 @@ class Comparison:
             raise OptionError(
                 "no config is as good as that",
                 where="Comparison.fastest",
-                hint=", ".join(f"{row.name}: {_decibels(row.psnr)} dB" for row in self.rows if row.config is not None),
+                hint=", ".join(f"{row.name}: {_decibels(row.psnr)} dB" for row in self.rows if row.config is not None)
+                or "give caches to compare",
             )
         return min(good, key=lambda row: row.seconds or 0.0)
 

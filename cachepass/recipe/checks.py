@@ -99,7 +99,8 @@ def check_patterns(owner: object, name: str, *, optional: bool = False, value: A
         try:
             re.compile(pattern)
         except re.error as error:
-            raise fail(owner, name, f"{pattern!r} is not a regex: {error}") from None
+            hint = f"as it stands, it is written {re.escape(pattern)!r}"
+            raise fail(owner, name, f"{pattern!r} is not a regex: {error}", hint) from None
     if own:
         object.__setattr__(owner, name, tuple(value))
     return tuple(value)

@@ -65,7 +65,11 @@ class LatentFormat(Value):
             fitting = [name for name, r in RANKS.items() if r == len(shape)]
             hint = " or ".join(f'tensor_format="{name}"' for name in fitting)
             if "BSC" in fitting:
-                hint += " with latent_grid=(frames, height, width), if these are tokens"
+                height = max(side for side in range(1, math.isqrt(shape[1]) + 1) if shape[1] % side == 0)
+                hint += (
+                    f", latent_grid=(height, width) or (frames, height, width) of its {shape[1]} tokens, such as "
+                    f"({height}, {shape[1] // height})"
+                )
             raise OutputError(
                 f'the model\'s output is {text}, tensor_format="{self.tensor_format}" has {rank} dimensions',
                 where=where,
