@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,12 +95,12 @@ def cached_inductor(
             )
             return _torch.plain_inductor(gm, inputs, parsed.inductor)
         heard: list[str] = []
-        captured = _torch.compile_clock()
+        start = time.time()
         shown = parsed.progress and parsed.lowering != "eager"
         with hearing(heard), compiling("capturing the model", shown=shown):
             dispatcher = compile_cached(gm, inputs, parsed)
         dispatcher.warnings.extend(heard)
-        dispatcher.capture_seconds = captured
+        dispatcher.capture_seconds = _torch.capture_seconds(start)
         return dispatcher
     except CachepassError as error:
         _torch.raise_unwrapped(error)

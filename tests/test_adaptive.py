@@ -91,7 +91,7 @@ def runs_alike(compiled, reference: BlockCache, runs: int = 2) -> None:
 
 @pytest.mark.parametrize("forecast", FORECASTS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.covering(times=2)
+@pytest.mark.covering
 def test_every_schedule_with_every_forecast(schedule, forecast):
     model = transformer(depth=3)
     bound = SCHEDULES[schedule].bind(STEPS)

@@ -193,7 +193,7 @@ def timesteps(context, tokens):
 
 @pytest.mark.parametrize("way", ["whole", "blocks", "breaks"])
 @settings(
-    max_examples=30 if ALL else 6,
+    max_examples=30 if ALL else 5,
     deadline=None,
     derandomize=True,
     database=None,

@@ -389,6 +389,30 @@ def test_screenshots(chromium, tmp_path):
     chromium.screenshot(folder / "report-diff.png", "#graphs", 860)
 
 
+# ---- methods that decide in the run ---------------------------------------------------------------------------------
+
+
+def test_of_what_the_data_decide_the_page_shows_a_range():
+    """All of it computed, or predicted; what it was, once the model ran."""
+    model, cache = transformer(depth=3), cachepass.FirstBlockCacheConfig(threshold=0.1)
+    options = {"num_inference_steps": 10}
+    plan = cachepass.explain(model, *calls(1)[0], cache=cache, options=options)
+    page = plan.to_html()
+    least, most = map(float, re.search(r"<b>([\d.]+) to ([\d.]+) %</b>", page).groups())
+    computed, predicted = plan.flops("compute"), plan.flops("predict")
+    assert least < 1 and most == pytest.approx(90 * (1 - predicted / computed), abs=1)  # of ten steps nine
+    assert "as the data decide" in page and "saved in the runs so far" not in page
+    torch._dynamo.reset()
+    options |= {"cache": cache, "lowering": "eager"}
+    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True, options=options)
+    for call in calls(10):
+        compiled(*call)
+    ran = cachepass.summary(compiled)
+    after = plan.to_html(ran=ran)
+    assert f"{100 * ran.saved:.1f} %" in after and "10 steps" in after
+    assert least <= 100 * ran.saved <= most
+
+
 # ---- the page of a comparison ---------------------------------------------------------------------------------------
 
 

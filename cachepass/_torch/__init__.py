@@ -7,7 +7,7 @@ from .collectives import any_of_ranks, default_group, is_collective, is_process_
 from .dynamo import (
     Frame,
     capture,
-    compile_clock,
+    capture_seconds,
     compile_options,
     compile_statistics,
     current_frame,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic, process_automatic_dynamic
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
-from torch._guards import CompileContext
+from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics, get_metrics_context
 
 
 def raise_unwrapped(error: Exception) -> NoReturn:
@@ -226,17 +225,11 @@ def reset_compile_statistics() -> None:
     clear_compilation_metrics()
 
 
-def compile_clock() -> Callable[[], float]:
-    """Made while a backend is given a graph: tells, once the frame is compiled, how many seconds that took; 0 where
-    Dynamo remembers no more."""
-    own = str(CompileContext.current_compile_id())
-
-    @functools.cache
-    def seconds() -> float:
-        known = [metric.entire_frame_compile_time_s for metric in get_compilation_metrics() if metric.compile_id == own]
-        return next((found for found in known if found is not None), 0.0)
-
-    return seconds
+def capture_seconds(start: float) -> float:
+    """Seconds since Dynamo began with the frame that a backend is given, or (where it does not tell) since ``start``, a
+    ``time.time()``."""
+    began = getattr(get_metrics_context(), "_start_time_ns", None)
+    return time.time() - (start if began is None else began / 1e9)
 
 
 def compile_statistics() -> tuple[int, int, int]:

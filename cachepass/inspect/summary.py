@@ -154,7 +154,7 @@ def summary(model: torch.nn.Module | Callable[..., Any]) -> Summary:
         others=others,
         method=type(dispatchers[0].method.config).__name__,
         variants=_compile_seconds(dict.fromkeys(programs)),
-        capture_seconds=sum(dispatcher.capture_seconds() for dispatcher in dispatchers),
+        capture_seconds=sum(dispatcher.capture_seconds for dispatcher in dispatchers),
         graphs=len(dict.fromkeys([*dispatchers, *parts])),
         modules=tuple(dict.fromkeys(path for d, instance in found for path in d.modules(instance))),
         once=tuple(dict.fromkeys(path for program in programs for path in program.computed_once)),

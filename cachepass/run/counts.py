@@ -28,8 +28,10 @@ class Counts:
         """A step succeeded; ``first``: of its run."""
         self.steps += 1
         self.runs += first
-        self.computed.update((context, group) for group in computed)
-        self.predicted.update((context, group) for group in predicted)
+        for group in computed:
+            self.computed[context, group] += 1
+        for group in predicted:
+            self.predicted[context, group] += 1
 
     def merge(self, contexts: Set[str]) -> None:
         """Forget the names of some contexts."""

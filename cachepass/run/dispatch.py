@@ -62,7 +62,7 @@ class Dispatcher:
         self.half: HalfRun | None = None  # for guidance batches
         self.binder = SymbolBinder.of((), ())  # of the sizes in the plan, from the inputs
         self.current = CurrentCall()
-        self.capture_seconds: Callable[[], float] = float  # of tracing, by Dynamo and AOTAutograd
+        self.capture_seconds = 0.0  # of tracing, by Dynamo and AOTAutograd
         self.warnings: list[str] = []  # of its capture, and of calls outside of the model
         self._layouts: dict[tuple[int, ...], tuple[Hashable, Callable[[object], int]]] = {}
         self._warned = False

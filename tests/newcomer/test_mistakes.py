@@ -145,6 +145,10 @@ ERRORS: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {
     "an alpha of 0": (lambda: FasterCacheConfig(alpha_low_frequency=0), ("alpha_low_frequency", "positive number")),
     "a layout": (lambda: FasterCacheConfig(tensor_format="CHW"), ("tensor_format", "known: BCFHW")),
     "a grid of planes": (lambda: FasterCacheConfig(latent_grid=(4, 4)), ("latent_grid", 'tensor_format="BSC"')),
+    "tokens without a grid": (
+        lambda: run("fastercache"),
+        ("tensor_format", 'tensor_format="BSC", latent_grid=(height, width)', "of its 4 tokens, such as (2, 2)"),
+    ),
     "a threshold below 0": (lambda: FirstBlockCacheConfig(threshold=-1), ("threshold", "allowed: ")),
     "no ratios": (MagCacheConfig, ("mag_ratios", "calibrate=True")),
     "steps for TeaCache": (lambda: run("teacache"), ("TeaCacheConfig", 'options={"num_inference_steps": 28}')),
