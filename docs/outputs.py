@@ -18,10 +18,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from hooks import BEGIN, END, WRITTEN
+from hooks import BEGIN, END, EXECUTED, WRITTEN
 
 DOCS = Path(__file__).parent
-_BLOCK = re.compile(r'^( *)```python exec="1"([^\n]*)\n(.*?)^\1```\n', re.MULTILINE | re.DOTALL)
 _VARYING = [
     (re.compile(r"\d+\.\d+ s\b"), "... s"),
     (re.compile(r"/tmp/\S+"), "/tmp/..."),
@@ -35,7 +34,7 @@ def with_outputs(page: str) -> str:
     page = WRITTEN.sub("", page)
     sessions: dict[str, dict[str, Any]] = {}
     parts, end = [], 0
-    for block in _BLOCK.finditer(page):
+    for block in EXECUTED.finditer(page):
         indent, attributes, code = block.groups()
         known = dict(re.findall(r'(\w+)="([^"]*)"', attributes))
         text = _run(_dedented(code, indent), sessions.setdefault(known.get("session", str(block.start())), {}))
