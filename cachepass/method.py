@@ -314,7 +314,7 @@ class Method:
 
 
 def _recipe_of(config: MethodConfig, num_inference_steps: int | None) -> Recipe:
-    """A config's recipe.
+    """The recipe of a config.
 
     Raises:
         ConfigError: It needs the number of steps: said of the config, not of a part that its user never saw.

@@ -94,7 +94,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def _written_by_schema(node: fx.Node, target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> list[fx.Node]:
-    """Of a packet, what any of its overloads would write."""
+    """What any overload of a packet would write."""
     is_one = isinstance(target, torch._ops.OpOverload)
     overloads = [target] if is_one else [getattr(target, name) for name in target.overloads()]
     found: dict[fx.Node, None] = {}

@@ -41,7 +41,7 @@ class Siblings:
         ]
 
     def moved(self, name: str, prefix: str) -> str:
-        """What has this name in the captured module, under a prefix."""
+        """The name under a prefix of what has this name in the captured module."""
         inside = name == self.prefix or name.startswith((f"{self.prefix}.", f"{self.prefix}@"))
         return prefix + name[len(self.prefix) :] if self.prefix and inside else name
 

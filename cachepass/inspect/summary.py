@@ -89,7 +89,7 @@ class Summary:
 
     @property
     def compile_seconds(self) -> float:
-        """All that compiling took."""
+        """Seconds that all compiling took."""
         return self.capture_seconds + sum(self.variants.values())
 
     def __str__(self) -> str:
@@ -225,7 +225,7 @@ def _bytes(models: Sequence[Model], runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _compile_seconds(programs: Iterable[Program]) -> dict[str, float]:
-    """By phase, over all graphs."""
+    """Compile seconds by phase, over all graphs."""
     seconds: dict[str, float] = {}
     for program in programs:
         for name, variant in program.variants.items():
@@ -264,7 +264,7 @@ def _by_group(counts: _Counts) -> dict[str, int]:
 
 
 def _by_context(computed: _Counts, predicted: _Counts, order: Iterable[str]) -> dict[str, dict[str, tuple[int, int]]]:
-    """In the order in which the contexts were first called."""
+    """Steps by context and group, in the order in which the contexts were first called."""
     keys = dict.fromkeys([*computed, *predicted])
     contexts = dict.fromkeys([*order, *(context for context, _ in keys)])
     groups = {name: [group for context, group in keys if context == name] for name in contexts}

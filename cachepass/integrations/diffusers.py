@@ -148,7 +148,7 @@ class _Enabled:
         return (scheduler if used else None), getattr(pipeline, "_current_timestep", None)
 
     def _timestep(self, scheduler: Any, timesteps: torch.Tensor | None, now: Any) -> float | None:
-        """In 0..1000; None: where it cannot be had without waiting for the device."""
+        """The timestep in 0 to 1000; None: it cannot be had without waiting for the device."""
         if now is not None and (not torch.is_tensor(now) or (now.numel() == 1 and now.device.type == "cpu")):
             return float(now)
         if timesteps is None:

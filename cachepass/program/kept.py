@@ -90,7 +90,8 @@ class _Candidates:
 
 
 def choose(graph: fx.Graph, same: set[fx.Node], parameters: Collection[fx.Node], budget: int | None) -> Choice:
-    """Where real work ends and what varies, or light work on it, begins. ``budget``: bytes of all; None: no bound."""
+    """Choose the values at which real work ends and what varies, or light work on it, begins. ``budget``: bytes of all;
+    None: no bound."""
     heavy: set[fx.Node] = set()
     for node in graph.nodes:
         if node in same and (is_heavy(node) or any(source in heavy for source in node.all_input_nodes)):
@@ -133,7 +134,7 @@ def _smallest(node: fx.Node, candidates: _Candidates) -> set[fx.Node]:
 
 
 def _within(nodes: Sequence[fx.Node], budget: int | None) -> tuple[list[fx.Node], list[LeftOut]]:
-    """Those that save most work for each byte of the budget."""
+    """The values that save most work for each byte of the budget."""
     sizes = {node: bytes_of_value(node) for node in nodes}
     if budget is None or sum(sizes.values()) <= budget:
         return list(nodes), []
@@ -149,7 +150,7 @@ def _within(nodes: Sequence[fx.Node], budget: int | None) -> tuple[list[fx.Node]
 
 
 def _work(node: fx.Node) -> int:
-    """Of computing a value: FLOPs, and for what has none the elements that it writes."""
+    """The work of computing a value: FLOPs, and for what has none the elements that it writes."""
     reached = [n for n in reach_back([node], set()) if n.op == "call_function"]
     return sum(flops_of(n) or bytes_of_value(n) for n in reached)
 

@@ -192,7 +192,7 @@ class CachePlan:
 
     @property
     def cut_bytes(self) -> int:
-        """Of these, the bytes of the cuts' slots."""
+        """The bytes of the cuts' slots alone."""
         return sum(cut.history * cut.slot_bytes for cut in self.cuts)
 
     def layout(self, resolve: Callable[[object], int], prefix: str = "") -> Layout:

@@ -21,7 +21,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Those of the probe's transform."""
+    """The parameters of the probe's transform."""
 
     group: str
 

@@ -66,13 +66,13 @@ class Program:
         self._lock = threading.RLock()
 
     def flops(self, phase: Phase) -> int | None:
-        """Of one call in a phase; None: unknown."""
+        """FLOPs of one call in a phase; None: unknown."""
         if phase not in self._flops:
             self._flops[phase] = count_flops(self.specialized(phase).gm.graph)
         return self._flops[phase]
 
     def flops_once(self, route: Route = WHOLE) -> int | None:
-        """Of what is computed once per run."""
+        """FLOPs of what is computed once per run."""
         hoisted = self.traced(route).hoisted
         return 0 if hoisted is None else count_flops(hoisted.once.graph)
 

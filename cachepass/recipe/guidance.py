@@ -136,7 +136,7 @@ class Guidance(Value):
         return self.low.callback is not None or self.high.callback is not None
 
     def weights(self, step: Step, last: tuple[float, ...]) -> tuple[float, float]:
-        """Those of low and high frequencies in a step that skips the branch; ``last``: of the step before, if the
+        """The weights of low and high frequencies in a step that skips the branch; ``last``: of the step before, if the
         difference was used since it was computed."""
         low, high = last or (1.0, 1.0)
         at_low = self.low.at(step, f"{self.settings}.low_frequency_weight_callback")

@@ -111,7 +111,7 @@ def is_half(kind: Hashable, whole: Hashable) -> bool:
 
 
 def _tensors(kind: Hashable) -> tuple[Any, ...]:
-    """Of each of the latents: shape, dtype, device."""
+    """Shape, dtype and device of each of the latents."""
     return kind if isinstance(kind, tuple) and all(isinstance(one, tuple) for one in kind) else ()
 
 

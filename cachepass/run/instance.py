@@ -170,7 +170,7 @@ class Instances(dict[tuple[int, ...], Instance]):
         return list(dict.fromkeys(i for key, i in self.items() if belongs(key, i)))
 
     def forget(self, instance: Instance) -> None:
-        """It is called no more."""
+        """An instance is called no more."""
         with self._lock:
             for key in [key for key, known in self.items() if known is instance]:
                 del self[key]

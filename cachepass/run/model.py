@@ -77,7 +77,7 @@ class Model:
 
     @property
     def runs(self) -> list[Run]:
-        """Of all contexts."""
+        """The runs of all contexts."""
         with self._lock:
             return [run for trajectories in self._trajectories.values() for run in trajectories.runs]
 

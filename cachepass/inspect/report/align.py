@@ -54,7 +54,7 @@ def _name(line: str) -> str:
 
 
 def _merged(rows: Iterator[Rows]) -> Iterator[Rows]:
-    """Without empty runs, and neighbours of one kind made one."""
+    """The runs without empty ones, neighbours of one kind made one."""
     last: Rows | None = None
     for run in rows:
         if not run.count:

@@ -27,17 +27,17 @@ class StepCost:
 
     @property
     def total(self) -> int | None:
-        """With the cache, and with what is computed once."""
+        """FLOPs with the cache, and with what is computed once."""
         return add_known(self.flops, self.once)
 
     @property
     def share(self) -> float | None:
-        """Of the uncached step, between 0 and 1 (and a little more, where a step pays for the whole run)."""
+        """The share of the uncached step, between 0 and 1 (and a little more, where a step pays for the whole run)."""
         return share_of(self.total, self.uncached)
 
 
 def share_of(part: int | None, whole: int | None) -> float | None:
-    """None: unknown."""
+    """The share of a part in a whole; None: unknown."""
     if part is None or whole is None:
         return None
     return part / whole if whole else 1.0

@@ -228,7 +228,7 @@ class And(_Several):
         return answer
 
     def never_predicts(self, num_inference_steps: int | None) -> str | None:
-        """As of every schedule; a part that alone computes everything is named alone."""
+        """The reason, as for every schedule; a part that alone computes everything is named alone."""
         reasons = (part.never_predicts(num_inference_steps) for part in self.parts)
         return next((reason for reason in reasons if reason), None) or super().never_predicts(num_inference_steps)
 
