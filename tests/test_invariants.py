@@ -290,6 +290,26 @@ def test_declared_inputs_are_not_compared_within_a_run():
     assert counting.computed == 2
 
 
+class ByName(nn.Module):
+    """A model whose inputs are known by the names in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Conditioned()
+
+    def forward(self, hidden_states, **kwargs):
+        return self.inner(hidden_states, kwargs["timestep"], kwargs["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "kwargs.encoder_hidden_states"])
+def test_the_end_of_a_name_is_enough(name):
+    torch.manual_seed(0)
+    counting = Counting(ByName(), invariant_inputs=[name], cache="invariant")
+    for step in range(4):
+        counting.step(latents(step), timestep=when(step), encoder_hidden_states=TEXT.clone())
+    assert counting.computed == 1
+
+
 def test_inference_tensors_leave_no_trace_so_they_must_be_declared():
     with torch.inference_mode():
         text = TEXT.clone()

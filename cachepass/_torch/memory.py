@@ -55,7 +55,7 @@ def held_storage(tensor: torch.Tensor) -> HeldStorage | None:
 
 
 def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Of the tensors' storages.
+    """The addresses of the tensors' storages.
 
     Raises:
         RuntimeError: One has no storage.
@@ -69,7 +69,7 @@ def offsets(tensors: Sequence[torch.Tensor]) -> list[int | torch.SymInt]:
 
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Of the tensors' contents: every write raises them but one through ``.data`` or from outside of torch.
+    """The version counters of the tensors: a write raises them, but not one through ``.data`` or from outside of torch.
 
     Raises:
         RuntimeError: One is an inference tensor, which has none.
