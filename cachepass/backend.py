@@ -87,7 +87,7 @@ def cached_inductor(
         CachepassError: Any of its subclasses, before anything is compiled.
     """
     try:
-        parsed = parse_options(options, mode, _torch.inductor_keys(), _torch.inductor_modes())
+        parsed = parse_options(options, mode)
         if parsed.cache is None:
             warn(
                 "backend='cached_inductor' without options={'cache': ...}: nothing is cached, this is plain Inductor. "

@@ -72,15 +72,17 @@ def is_declared(name: str, given: str) -> bool:
 
 def parse_options(
     options: object,
-    mode: str | None,
-    inductor_keys: set[str],
-    modes: Mapping[str, dict[str, Any]],
+    mode: str | None = None,
+    inductor_keys: set[str] | None = None,
+    modes: Mapping[str, dict[str, Any]] | None = None,
 ) -> CompileOptions:
     """Split ``options`` into ours and Inductor's.
 
     ``"mode"`` may stand among the options too, since torch.compile takes either ``mode=`` or ``options=``. A mode's
-    patches come first; single options override them.
+    patches come first; single options override them. ``inductor_keys`` and ``modes``: None, those of this torch.
     """
+    inductor_keys = _torch.inductor_keys() if inductor_keys is None else inductor_keys
+    modes = _torch.inductor_modes() if modes is None else modes
     if options is not None and not isinstance(options, Mapping):
         options = {"cache": options}  # options=TaylorSeerCacheConfig(...)
     given = dict(options or {})

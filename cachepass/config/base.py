@@ -35,6 +35,11 @@ _METHODS: dict[str, type[MethodConfig]] = {}
 _T = TypeVar("_T", bound="MethodConfig")
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value of a dataclass's field where none is given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 class MethodConfig:
     """Base of the method configs: classes decorated with ``cache_config``."""
 
@@ -49,8 +54,7 @@ class MethodConfig:
         """The method, and the fields that differ from their defaults: ``"taylorseer(cache_interval=3)"``."""
         own: list[str] = []
         for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            value = getattr(self, f.name)
+            value, default = getattr(self, f.name), default_of(f)
             if value is not default and value != default:
                 own.append(f"{f.name}={value!r}")
         return f"{self.method}({', '.join(own)})" if own else self.method
@@ -241,8 +245,7 @@ def _shared_fields(ours: type[MethodConfig], value: Any) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(ours)}  # pyright: ignore[reportArgumentType]
     fields: dict[str, Any] = {}
     for f in dataclasses.fields(value):
-        given = getattr(value, f.name)
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        given, default = getattr(value, f.name), default_of(f)
         if f.name in known:
             fields[f.name] = given
         elif given is not default and given != default:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .. import _torch
 from ..capture.inputs import find_latents, find_timestep_input
 from ..config import MethodConfig
 from ..errors import OptionError, TimestepError, listing
@@ -90,7 +89,9 @@ def bench(
     if steps < 2 or rounds < 1:
         raise OptionError(f"{steps} steps in {rounds} rounds", where="bench", hint="at least two steps and one round")
     trajectory = _trajectory(inputs, steps, options)
-    subjects = [_Subject(PLAIN, torch.compile(model, fullgraph=True, options=_inductor(options)), cached=False)]
+    subjects = [
+        _Subject(PLAIN, torch.compile(model, fullgraph=True, options=parse_options(options).inductor), cached=False)
+    ]
     for cache in caches:
         given: dict[str, Any] = {**(options or {}), "cache": cache, "num_inference_steps": steps}
         compiled = torch.compile(model, backend="cached_inductor", fullgraph=True, options=given)
@@ -102,11 +103,6 @@ def bench(
                 if advance is not None:
                     advance(subject.name)
     return [_figures(subject, subjects[0]) for subject in subjects]
-
-
-def _inductor(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those of the options that are Inductor's."""
-    return parse_options(options, None, _torch.inductor_keys(), _torch.inductor_modes()).inductor
 
 
 def _trajectory(inputs: Mapping[str, Any], steps: int, options: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -17,6 +17,11 @@ import click
 _DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
 
+_lowering = click.option(
+    "--lowering", default="specialize", show_default=True, type=click.Choice(["specialize", "cond", "eager"])
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cachepass")
 def main() -> None:
@@ -27,7 +32,7 @@ def main() -> None:
 @click.option("--images", default=40, show_default=True, type=click.IntRange(1), help="Digits to sample per method.")
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(8), help="Denoising steps.")
 @click.option("--guidance", default=2.0, show_default=True, help="Scale of classifier-free guidance.")
-@click.option("--lowering", default="specialize", show_default=True, type=click.Choice(["specialize", "cond", "eager"]))
+@_lowering
 @click.option(
     "--out", default="demo-output", show_default=True, type=click.Path(path_type=Path), help="Folder to write."
 )
@@ -171,9 +176,6 @@ _caches = click.option(
     default=["taylorseer"],
     show_default=True,
     help=_CACHE_HELP + " Give it several times to compare.",
-)
-_lowering = click.option(
-    "--lowering", default="specialize", show_default=True, type=click.Choice(["specialize", "cond", "eager"])
 )
 
 

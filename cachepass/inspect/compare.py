@@ -221,8 +221,7 @@ def compare(
 
 
 def _uncached(modules: Mapping[str, Any], options: dict[str, Any]) -> _Subject:
-    own = {key: value for key, value in options.items() if key != "lowering"}
-    parsed = parse_options(own, None, _torch.inductor_keys(), _torch.inductor_modes())
+    parsed = parse_options({key: value for key, value in options.items() if key != "lowering"})
     if options.get("lowering") == "eager":
         return _Subject(UNCACHED, None, dict(modules))
     compiled = {name: torch.compile(module, options=parsed.inductor or None) for name, module in modules.items()}

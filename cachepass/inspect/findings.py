@@ -18,7 +18,7 @@ from ..program.plan import CachePlan, PlannedCut
 from ..program.show import diff, readable
 from ..program.variants import Program
 from ..recipe.vocabulary import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
-from ..run.clock import scale_of
+from ..run.clock import scaled
 from .tables import human_bytes, human_flops, table
 from .timeline import Lane, SimulatedCall, default_contexts, even_timesteps, lanes, simulate_calls
 
@@ -152,7 +152,7 @@ class Findings:
     ) -> tuple[SimulatedCall, ...]:
         steps = num_inference_steps or (len(timesteps) if timesteps else self.options.num_inference_steps or _STEPS)
         if timesteps is None:
-            scaled = even_timesteps(steps)
+            given: Sequence[float] = even_timesteps(steps)
         elif len(timesteps) != steps:
             raise OptionError(
                 f"{len(timesteps)} timesteps for {steps} steps",
@@ -160,9 +160,8 @@ class Findings:
                 hint="give one of the two, or one timestep for each step",
             )
         else:
-            scale = self.options.timestep_scale or scale_of(max(map(float, timesteps))) or 1.0
-            scaled = tuple(timestep * scale for timestep in timesteps)
-        return simulate_calls(self.method, self.plan, scaled, contexts or default_contexts(self.plan))
+            given = scaled(timesteps, self.options.timestep_scale)
+        return simulate_calls(self.method, self.plan, given, contexts or default_contexts(self.plan))
 
     def _phase(self, name: str) -> Phase:
         if name not in self.phases:

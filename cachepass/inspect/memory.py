@@ -41,8 +41,7 @@ def memory(model: torch.nn.Module | Callable[..., Any]) -> Memory:
     models = list(dict.fromkeys(instance.model for _, instance in programs_of(model)))
     contexts: dict[str, tuple[int, int]] = {}
     for run in [run for record in models for run in record.runs]:
-        histories = sum(state.cache_bytes for state in (*run.states.values(), *run.outputs.values()))
-        kept = sum(state.cache_bytes for state in run.invariants.values())
+        histories, kept = run.history_bytes, run.cache_bytes - run.history_bytes
         if histories + kept:
             before = contexts.get(run.context, (0, 0))
             contexts[run.context] = before[0] + histories, before[1] + kept

@@ -216,9 +216,9 @@ def _bytes(models: Sequence[Model], runs: Sequence[Run]) -> dict[str, Any]:
     cuts = {key: state for run in runs for key, state in run.states.items()}
     outputs = {slots: state for run in runs for slots, state in run.outputs.items()}
     return {
-        "cache_bytes": sum(s.cache_bytes for run in runs for s in (*run.states.values(), *run.outputs.values())),
+        "cache_bytes": sum(run.history_bytes for run in runs),
         "planned_bytes": sum(s.planned_bytes for s in cuts.values()) + sum(s.plan.slot_bytes for s in outputs.values()),
-        "invariant_bytes": sum(state.cache_bytes for run in runs for state in run.invariants.values()),
+        "invariant_bytes": sum(run.cache_bytes - run.history_bytes for run in runs),
         "held_bytes": sum(run.cache_bytes for run in runs),
         "max_bytes": max((m.room.limit for m in models if m.room.limit is not None), default=None),
     }

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from .. import _torch
 from ..errors import ConfigError, NotCompiledError
 from ..options import parse_options
 from ..run.context import telling
@@ -55,7 +54,7 @@ def enable_cache(
         ConfigError, OptionError: The config or an option is wrong, there is no transformer, or a cache is on already.
     """
     given = {"cache": cache, **options}
-    parse_options(given, None, _torch.inductor_keys(), _torch.inductor_modes())
+    parse_options(given)
     modules = _denoisers(target)
     for name, module in modules.items():
         if module.__dict__.get(_STATE) is not None or getattr(module, "is_cache_enabled", False):

@@ -7,6 +7,7 @@ direction is down until two rises in a row say otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,6 +15,12 @@ def scale_of(timestep: float) -> float | None:
     """The factor from a model's unit to that of schedulers, 1000 to 0, as the first timestep of a run tells it: no run
     in that unit begins at 1 or below. None: 0, where timesteps ascend, tells nothing."""
     return None if timestep == 0 else 1000.0 if isinstance(timestep, float) and timestep <= 1 else 1.0
+
+
+def scaled(timesteps: Sequence[float], scale: float | None) -> list[float]:
+    """The timesteps of a run in the unit of schedulers; ``scale``: what the user said."""
+    factor = scale or scale_of(max(map(float, timesteps))) or 1.0
+    return [timestep * factor for timestep in timesteps]
 
 
 @dataclass

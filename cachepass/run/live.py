@@ -64,17 +64,23 @@ def original_of(model: object) -> object:
     return getattr(original, "__self__", original)
 
 
+def _module_of(model: object) -> torch.nn.Module:
+    """The same, which must be a module."""
+    module = original_of(model)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a module, a compiled module or a pipeline, got {type(model).__name__}")
+    return module
+
+
 def options_of(model: object) -> CompileOptions | None:
     """What a module or function was compiled with; None: not by this backend, or nobody can tell."""
     given = _torch.compile_options(denoiser_of(model))
-    return None if given is None else parse_options(*given, _torch.inductor_keys(), _torch.inductor_modes())
+    return None if given is None else parse_options(*given)
 
 
 def programs_of(model: object) -> Iterator[tuple[Dispatcher, Instance]]:
     """The graphs that a model, or a module in it, was captured in, and as what they are called."""
-    module = original_of(model)
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"expected a module, a compiled module or a pipeline, got {type(model).__name__}")
+    module = _module_of(model)
     for dispatcher in list(LIVE):
         for instance in dispatcher.instances.of(module):
             yield dispatcher, instance
@@ -138,10 +144,8 @@ def recompile(
         TypeError: ``model`` is not a module.
     """
     given = {**options, "cache": cache}
-    parse_options(given, None, _torch.inductor_keys(), _torch.inductor_modes())
-    module = original_of(model)
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"expected a module, a compiled module or a pipeline, got {type(model).__name__}")
+    parse_options(given)
+    module = _module_of(model)
     forget(module)
     _torch.drop_captures(module)
     return torch.compile(module, backend="cached_inductor", fullgraph=fullgraph, dynamic=dynamic, options=given)

@@ -15,7 +15,7 @@ from ..program.phases import Phase, phase_name
 from ..program.plan import CachePlan
 from ..program.variants import Program
 from ..recipe.schedule import Step
-from .clock import scale_of
+from .clock import scaled
 from .decide import Rehearsal, allows, route_of
 
 
@@ -42,8 +42,7 @@ class Warming:
 
     def _steps(self, method: Method, options: CompileOptions) -> list[Step] | None:
         if self.timesteps is not None:
-            scale = options.timestep_scale or scale_of(max(map(float, self.timesteps))) or 1.0
-            return [Step(i, t * scale) for i, t in enumerate(self.timesteps)]
+            return [Step(i, t) for i, t in enumerate(scaled(self.timesteps, options.timestep_scale))]
         if options.num_inference_steps is None or method.needs_timestep:
             return None
         return [Step(i) for i in range(options.num_inference_steps)]

@@ -151,6 +151,11 @@ class Run:
             kept.clear()
 
     @property
+    def history_bytes(self) -> int:
+        """Bytes of what forecasts are made of: all but what is kept for the run."""
+        return sum(state.cache_bytes for states in (self.states, self.outputs) for state in states.values())
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of all that it keeps."""
         kept = (self.states, self.outputs, self.invariants)

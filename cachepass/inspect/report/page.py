@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 
+from ...config.base import default_of
 from ...program.flops import add_known
 from ...program.plan import PlannedCut
 from ...program.slots import NamedSlot
@@ -95,8 +96,7 @@ def _percent(share: float | None) -> str:
 def _fields(config: Any) -> Iterator[tuple[str, str, bool]]:
     """Name, value, and whether it is not the default, of each field of a config."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        default = field.default_factory() if callable(field.default_factory) else field.default
+        value, default = getattr(config, field.name), default_of(field)
         text = getattr(value, "__qualname__", None) if callable(value) and not isinstance(value, type) else None
         yield field.name, text or repr(value), bool(value != default)
 
