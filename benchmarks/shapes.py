@@ -1,6 +1,7 @@
 """Models of benchmark size: the shapes of five diffusers transformers, random weights, one latent each.
 
-``flux-dev`` and ``wan-1.3b`` have the sizes of the published models and want a GPU; the others run on two CPU cores.
+``flux-dev`` and ``wan-1.3b`` have the sizes of the published models and want a GPU, ``flux-dev-9`` and ``wan-1.3b-6``
+the same with fewer blocks; the others run on two CPU cores.
 """
 
 from __future__ import annotations
@@ -163,6 +164,21 @@ _FLUX_ATTENTION, _FLUX_BLOCKS = r".*transformer_blocks\.\d+\.attn", r"[^.]*trans
 _BLOCK_ATTENTION, _BLOCKS = r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.[1-9]\d*"
 _WAN = r"blocks\.\d+\.attn[12]", r"blocks\.[1-9]\d*"
 
+
+def _flux_dev(layers: int, single: int, about: str, *, large: bool = False) -> Shape:
+    model = _flux(
+        num_layers=layers, num_single_layers=single, attention_head_dim=128, num_attention_heads=24,
+        joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
+    )  # fmt: skip
+    inputs = _flux_inputs(64, 64, 512, 4096, 768, guidance=True)
+    return Shape(model, inputs, 1000.0, _FLUX_ATTENTION, _FLUX_BLOCKS, f"3072 wide, {about}", large)
+
+
+def _wan_large(layers: int, about: str, *, large: bool = False) -> Shape:
+    model = _wan(num_attention_heads=12, ffn_dim=8960, num_layers=layers, text_dim=4096)
+    return Shape(model, _wan_inputs(21, 60, 104, 512, 4096), 1.0, *_WAN, f"1536 wide, {about}", large)
+
+
 SHAPES = {
     "flux": Shape(_flux(), _flux_inputs(16, 28, 64, 256, 64), 1000.0, _FLUX_ATTENTION, _FLUX_BLOCKS,
                   "512 wide, 3+6 blocks, 512 tokens"),
@@ -171,16 +187,10 @@ SHAPES = {
     "pixart": Shape(_pixart, _pixart_inputs, 1.0, r"transformer_blocks\.\d+\.attn[12]", _BLOCKS,
                     "512 wide, 9 blocks, 484 tokens, 120 of text"),
     "wan": Shape(_wan(), _wan_inputs(2, 30, 32, 512, 256), 1.0, *_WAN, "512 wide, 8 blocks, 480 tokens, 512 of text"),
-    "flux-dev": Shape(
-        _flux(num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-              joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56)),
-        _flux_inputs(64, 64, 512, 4096, 768, guidance=True), 1000.0, _FLUX_ATTENTION, _FLUX_BLOCKS,
-        "3072 wide, 19+38 blocks, 4608 tokens, 12 B parameters", large=True,
-    ),
-    "wan-1.3b": Shape(
-        _wan(num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096),
-        _wan_inputs(21, 60, 104, 512, 4096), 1.0, *_WAN, "1536 wide, 30 blocks, 32760 tokens, 512 of text", large=True,
-    ),
+    "flux-dev": _flux_dev(19, 38, "19+38 blocks, 4608 tokens, 12 B parameters", large=True),
+    "flux-dev-9": _flux_dev(3, 6, "9 of FLUX.1-dev's 57 blocks, 4608 tokens"),
+    "wan-1.3b": _wan_large(30, "30 blocks, 32760 tokens, 512 of text", large=True),
+    "wan-1.3b-6": _wan_large(6, "6 of Wan-1.3B's 30 blocks, 32760 tokens, 512 of text"),
 }  # fmt: skip
 SMALL = ("flux", "cogvideox", "dit", "pixart", "wan")
 

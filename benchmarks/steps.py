@@ -97,6 +97,7 @@ def _difference(subject: Measured, reference: Measured) -> float | None:
 @click.option("--processes", default=2, show_default=True, help="Processes of each subject, one after the other.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--dtype", default=None, type=click.Choice(["float32", "bfloat16"]), help="Default: bfloat16 on CUDA.")
+@click.option("--hurry", is_flag=True, help="All subjects compile at once, without cond: compile times say nothing.")
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="JSON file to write.")
 def main(
     shapes: tuple[str, ...],
@@ -105,6 +106,7 @@ def main(
     processes: int,
     device: str,
     dtype: str | None,
+    hurry: bool,
     out: Path | None,
 ) -> None:
     """Measure, print the markdown table and write the JSON."""
@@ -116,7 +118,7 @@ def main(
                 case = Case(shape, method, device, kind)
                 if case.guided and shape not in FORMATS:
                     continue  # it takes no guidance batch
-                subjects = measure(case, method, rounds, processes, progress)
+                subjects = measure(case, method, rounds, processes, progress, hurry=hurry)
                 title = f"{method} on {shape} ({SHAPES[shape].about})"
                 results[title] = [row(case, subject, subjects) for subject in subjects]
                 path = write(results, device, str(kind), out, rounds=rounds, processes=processes, steps=STEPS)

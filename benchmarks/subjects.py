@@ -325,17 +325,18 @@ def by_blocks(make: Callable[[Case], Subject | None]) -> Callable[[Case], Subjec
     return make_if_named
 
 
+OURS_BY_COND = ours("cond")
 _HOOKS = [hooks("torch.compile"), by_blocks(hooks("compile_repeated_blocks"))]
 SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
-    "taylorseer": [plain, ours("specialize"), ours("cond"), *_HOOKS],
+    "taylorseer": [plain, ours("specialize"), OURS_BY_COND, *_HOOKS],
     # With compile_repeated_blocks PAB's hooks recompile at every count of their iterations, up to Dynamo's limit.
-    "pab": [plain, ours("specialize"), ours("cond"), hooks("torch.compile")],
+    "pab": [plain, ours("specialize"), OURS_BY_COND, hooks("torch.compile")],
     "taylorseer-blocks": [plain, ours("specialize"), *_HOOKS, by_blocks(cache_dit)],
     "fastercache": [plain, ours("specialize"), *_HOOKS],
-    "first-block": [plain, ours("specialize"), ours("cond"), *_HOOKS],
-    "dbcache": [plain, ours("specialize"), ours("cond"), by_blocks(cache_dit)],
+    "first-block": [plain, ours("specialize"), OURS_BY_COND, *_HOOKS],
+    "dbcache": [plain, ours("specialize"), OURS_BY_COND, by_blocks(cache_dit)],
     "invariant": [plain, ours("specialize")],
-    "compile time": [plain, by_blocks(plain_regional), ours("specialize"), ours("cond"), by_blocks(ours_regional),
+    "compile time": [plain, by_blocks(plain_regional), ours("specialize"), OURS_BY_COND, by_blocks(ours_regional),
                      *_HOOKS],
 }  # fmt: skip
 METHODS = [*_PHASES, *DECIDING]

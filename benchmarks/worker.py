@@ -25,7 +25,7 @@ import torch
 from bounds import Cost, Peaks, measure_peaks, synchronize
 from rich.progress import Progress
 from shapes import SHAPES
-from subjects import STEPS, SUBJECTS, Case, Subject
+from subjects import OURS_BY_COND, STEPS, SUBJECTS, Case, Subject
 
 from cachepass.testing import count_compiles
 
@@ -141,10 +141,16 @@ def _last(running: Running) -> tuple[dict[str, Cost], int | None, int | None, to
     return costs, running.subject.cache_bytes(), peak, output
 
 
-def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Progress) -> list[Measured]:
+def measure(
+    case: Case, subjects: str, rounds: int, processes: int, progress: Progress, *, hurry: bool = False
+) -> list[Measured]:
     """Every one of ``SUBJECTS[subjects]`` in ``processes`` processes of ``rounds`` runs each: step by step in turn,
-    or process by process where the models are too large to be in memory together."""
+    or process by process where the models are too large to be in memory together.
+
+    ``hurry``: all compile at the same time, and ``cond`` is left out; compile times say nothing then.
+    """
     makers = [_Maker(subjects, index) for index in range(len(SUBJECTS[subjects]))]
+    makers = [m for m in makers if not (hurry and SUBJECTS[subjects][m.index] is OURS_BY_COND)]
     task = progress.add_task(f"{case.shape}, {subjects}", total=processes * len(makers))
     measured: dict[int, Measured] = {}
     peaks = measure_peaks(case.device, case.dtype)
@@ -154,31 +160,42 @@ def measure(case: Case, subjects: str, rounds: int, processes: int, progress: Pr
         folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="cachepass-benchmark-")) for _ in makers]
         for _ in range(processes):
             for together in turns:
-                _measure_together(case, together, rounds, folders, measured, peaks)
+                _measure_together(case, together, rounds, folders, measured, peaks, hurry)
                 progress.advance(task, len(together))
     return list(measured.values())
 
 
 def _measure_together(
-    case: Case, makers: list[_Maker], rounds: int, folders: list[str], measured: dict[int, Measured], peaks: Peaks
+    case: Case,
+    makers: list[_Maker],
+    rounds: int,
+    folders: list[str],
+    measured: dict[int, Measured],
+    peaks: Peaks,
+    hurry: bool,
 ) -> None:
     """One process for each subject; then rounds in which all make a run together, each step in turn."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[int, Connection] = {}
     started = []
-    for make in makers:
-        pipe, other = context.Pipe()
-        started.append(context.Process(target=worker, args=(other, make, case, folders[make.index])))
-        started[-1].start()
-        other.close()  # so that one that fails is an end of file here, not silence
-        name = pipe.recv()
-        if name is not None:
-            subject = measured.setdefault(make.index, Measured(name))
-            seconds, counts = _ask(pipe, "first")
+    for group in [makers] if hurry else [[make] for make in makers]:
+        fresh: dict[int, Connection] = {}
+        for make in group:
+            fresh[make.index], other = context.Pipe()
+            started.append(context.Process(target=worker, args=(other, make, case, folders[make.index])))
+            started[-1].start()
+            other.close()  # so that one that fails is an end of file here, not silence
+        names = {index: pipe.recv() for index, pipe in fresh.items()}
+        fresh = {index: pipe for index, pipe in fresh.items() if names[index] is not None}
+        for pipe in fresh.values():
+            pipe.send("first")
+        for index, pipe in fresh.items():
+            subject = measured.setdefault(index, Measured(names[index]))
+            seconds, counts = pipe.recv()
             subject.compile.append(seconds)
             if len(subject.compile) == 1:
                 subject.counts = counts
-            pipes[make.index] = pipe
+        pipes |= fresh
     for _ in range(rounds):
         for subject in (measured[index] for index in pipes):
             subject.runs.append([])

@@ -34,12 +34,23 @@ STEPS = 7
 TAYLOR = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1,
           "taylor_factors_dtype": torch.float32}  # fmt: skip
 PAB = {"method": "pab", "spatial_attention_block_skip_range": 2}
+DECIDING = [
+    {"method": "first_block_cache", "threshold": 0.12},
+    {"method": "dbcache", "Fn_compute_blocks": 1, "residual_diff_threshold": 0.12, "max_warmup_steps": 2},
+]
 
 
 def compiled(name_or_model, cache, **options):
     model = build(name_or_model) if isinstance(name_or_model, str) else name_or_model
     fullgraph = not isinstance(name_or_model, str) or is_one_graph(name_or_model)
     return torch.compile(model, backend="cached_inductor", fullgraph=fullgraph, options={"cache": cache, **options})
+
+
+def on_cuda(value):
+    """Inputs, or what is in them, moved to the GPU."""
+    if isinstance(value, dict):
+        return {key: on_cuda(inner) for key, inner in value.items()}
+    return value.cuda() if isinstance(value, torch.Tensor) else value
 
 
 def outputs(model, name, steps=STEPS):
@@ -203,7 +214,7 @@ def test_contexts_through_inductor(options):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lowering", ["specialize", "cond"])
-@pytest.mark.parametrize("cache", [TAYLOR, PAB], ids=["taylorseer", "pab"])
+@pytest.mark.parametrize("cache", [TAYLOR, PAB, *DECIDING], ids=lambda cache: cache["method"])
 def test_cuda(cache, lowering):
     """The same results as the eager lowering, in fp32 on the device; no synchronisation when nothing reads it."""
     device = torch.device("cuda")
@@ -249,6 +260,55 @@ def test_cuda_waits_for_nothing_but_the_timestep(cache, regional, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
     assert len(reads) == 9
     assert (reads.count(None) == 9) == (cache is TAYLOR)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cache", DECIDING, ids=lambda cache: cache["method"])
+def test_cuda_waits_for_nothing_but_the_distance(cache, monkeypatch):
+    """One number comes to the host on a step that the distance decides, none on the others."""
+    from cachepass.run.step import StepCall
+
+    device, reads = torch.device("cuda"), []
+    steps = [(x.to(device), t.to(device)) for x, t in calls(9)]
+    model = transformer(depth=3).to(device)
+    model.compile(backend="cached_inductor", options={"cache": cache, "num_inference_steps": 9})
+    for step in steps:
+        model(*step)
+    read = StepCall._distance
+
+    def allowed(self, value):
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(read(self, value))
+        torch.cuda.set_sync_debug_mode("error")
+        return reads[-1]
+
+    monkeypatch.setattr(StepCall, "_distance", allowed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in steps:
+            model(*step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    (distances,) = cachepass.summary(model).distances.values()
+    assert reads == [distance for distance in distances if distance is not None]
+    assert reads
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize("cache", [TAYLOR, PAB], ids=lambda cache: cache["method"])
+def test_cuda_in_bfloat16(cache, name):
+    """As near to fp32 as the same graphs without Inductor, but for a factor of two: it rounds elsewhere."""
+    results = []
+    for kind, lowering in ((torch.float32, "eager"), (torch.bfloat16, "eager"), (torch.bfloat16, "specialize")):
+        torch._dynamo.reset()
+        fast = compiled(build(name).to("cuda", kind), cache, lowering=lowering, num_inference_steps=STEPS)
+        steps = [on_cuda(call) for _, call in trajectory(name, STEPS, kind)]
+        results.append([first_tensor(fast(**step)).float() for step in steps])
+    for exact, rounded, ours in zip(*results, strict=True):
+        assert relative_error(ours, exact) < 2 * relative_error(rounded, exact) + 1e-3
 
 
 def test_slots_are_static_inputs_and_weights_are_not(monkeypatch):
