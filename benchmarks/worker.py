@@ -157,7 +157,10 @@ def measure(
     os.environ.update(KEEP_FREED)
     turns = [[maker] for maker in makers] if SHAPES[case.shape].large else [makers]
     with ExitStack() as stack:
-        folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="cachepass-benchmark-")) for _ in makers]
+        folders = {
+            make.index: stack.enter_context(tempfile.TemporaryDirectory(prefix="cachepass-benchmark-"))
+            for make in makers
+        }
         for _ in range(processes):
             for together in turns:
                 _measure_together(case, together, rounds, folders, measured, peaks, hurry)
@@ -169,7 +172,7 @@ def _measure_together(
     case: Case,
     makers: list[_Maker],
     rounds: int,
-    folders: list[str],
+    folders: dict[int, str],
     measured: dict[int, Measured],
     peaks: Peaks,
     hurry: bool,
