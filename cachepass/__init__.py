@@ -4,7 +4,6 @@ compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
                          options={"cache": cachepass.TaylorSeerCacheConfig(cache_interval=5, max_order=1)})
 """
 
-from .calibration import TeaCacheFit, fit_teacache, mag_ratios
 from .config import (
     FLUX_MAG_RATIOS,
     CacheConfig,
@@ -17,6 +16,7 @@ from .config import (
     SeaCacheConfig,
     TaylorSeerCacheConfig,
     TeaCacheConfig,
+    TunedConfig,
 )
 from .errors import (
     BatchError,
@@ -42,6 +42,9 @@ from .recipe.guidance import Guidance
 from .recipe.recipe import Group, Part, Recipe
 from .run.context import cache_context
 from .run.live import recompile, reset
+from .tune.calibration import TeaCacheFit, fit_teacache, mag_ratios
+from .tune.tune import tune
+from .tune.tuning import Tuned, Tuning
 from .warmup import warmup
 
 __version__ = "0.2.0"
@@ -82,6 +85,9 @@ __all__ = [
     "TeaCacheFit",
     "TimestepError",
     "TrainingError",
+    "Tuned",
+    "TunedConfig",
+    "Tuning",
     "cache_context",
     "compare",
     "explain",
@@ -91,5 +97,6 @@ __all__ = [
     "recompile",
     "reset",
     "summary",
+    "tune",
     "warmup",
 ]

@@ -11,7 +11,7 @@
       Dispatcher        clock -> schedule -> phase and weights -> variant -> commit, on each call
 
 torch finds this backend by its entry point, so ``import cachepass`` is not needed to use it. From then on is heard what
-diffusers says of calls (``integrations/listening.py``).
+diffusers says of calls (``run/listening.py``).
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ from .capture.prepare import Prepared, prepare
 from .capture.regions import find_regions
 from .config import method_names
 from .errors import BatchError, CachepassError, hearing, warn
-from .integrations.listening import listen
 from .method import Method
 from .options import CompileOptions, parse_options
 from .program.dump import dump
@@ -60,6 +59,7 @@ from .run.context import context_of, guidance_partner, hear
 from .run.dispatch import Dispatcher
 from .run.guidance import comes_alone
 from .run.instance import HalfRun
+from .run.listening import listen
 from .run.live import reset_around
 from .run.registry import model_of, model_of_part
 from .run.step import CurrentCall, step_runner

@@ -276,8 +276,9 @@ class Method:
         reasons = [schedule.never_predicts(num_inference_steps) for schedule in schedules]
         return reasons[0] if all(reasons) else None
 
-    def why_idle(self, timesteps: tuple[float, float] | None) -> str:
-        """Why a whole run predicted nothing, for the warning; ``timesteps`` is the (lowest, highest) seen."""
+    def why_idle(self, timesteps: tuple[float, float] | None) -> str | None:
+        """Why a whole run predicted nothing, for the warning; None: on purpose. ``timesteps`` is the (lowest, highest)
+        seen."""
         return self.config.why_idle(self.recipe, timesteps)
 
     # ---- what stands in ---------------------------------------------------------------------------------------------

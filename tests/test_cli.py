@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from zoo import ALL
 
 import cachepass
-from cachepass.inspect.cli import main
+from cachepass.cli import main
 
 
 @pytest.mark.skipif(not ALL, reason="`.ci/newcomer` runs the demo and looks at its files")

@@ -12,7 +12,7 @@ from small_models import transformer
 
 import cachepass
 from cachepass import TaylorSeerCacheConfig, compare
-from cachepass.inspect.cli import main
+from cachepass.cli import main
 from cachepass.inspect.results import as_pictures, as_tensor, psnr
 
 STEPS = 9

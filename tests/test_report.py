@@ -23,7 +23,7 @@ from small_models import calls, transformer
 
 import cachepass
 from cachepass import Explanation
-from cachepass.inspect.cli import main
+from cachepass.cli import main
 from cachepass.inspect.report.align import align
 from cachepass.inspect.tables import human_flops
 from cachepass.recipe.vocabulary import Skip

@@ -12,6 +12,7 @@ from .adaptive import (
 from .base import MethodConfig, cache_config, method_names, parse_cache
 from .fixed import InvariantConfig, TaylorSeerCacheConfig
 from .kinds import ATTENTION_KINDS, TENSOR_FORMATS, FasterCacheConfig, PyramidAttentionBroadcastConfig
+from .tuned import Origin, TunedConfig
 
 __all__ = [
     "ATTENTION_KINDS",
@@ -24,10 +25,12 @@ __all__ = [
     "InvariantConfig",
     "MagCacheConfig",
     "MethodConfig",
+    "Origin",
     "PyramidAttentionBroadcastConfig",
     "SeaCacheConfig",
     "TaylorSeerCacheConfig",
     "TeaCacheConfig",
+    "TunedConfig",
     "cache_config",
     "method_names",
     "parse_cache",

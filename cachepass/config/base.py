@@ -121,8 +121,12 @@ class MethodConfig:
         """The reason why no step can be predicted, by the names of fields; None: none that has to do with one."""
         return None
 
-    def why_idle(self, recipe: Recipe, timesteps: tuple[float, float] | None) -> str:
-        """Why a whole run predicted nothing; ``timesteps`` is the (lowest, highest) seen."""
+    def why_other(self, steps: int) -> str | None:  # noqa: ARG002
+        """What to say of a run of so many steps, if it was made for runs of another number of them."""
+        return None
+
+    def why_idle(self, recipe: Recipe, timesteps: tuple[float, float] | None) -> str | None:
+        """Why a whole run predicted nothing; None: on purpose; ``timesteps`` is the (lowest, highest) seen."""
         seen = f"; timesteps seen: {timesteps[0]:g} to {timesteps[1]:g}" if timesteps else ""
         schedules = ", ".join(dict.fromkeys(str(group.schedule) for group in recipe.groups))
         return f"the schedule chose to compute every step{seen} ({schedules})"
@@ -209,7 +213,27 @@ def load_config(path: str | Path) -> MethodConfig:
         raise OptionError(
             "holds no recipe", where=f'options["cache"] = {str(path)!r}', hint="write json.dumps(config.to_dict())"
         )
+    if "tuning" in saved:
+        return _only_one(saved, path)
     return RecipeConfig(Recipe.from_dict(saved)) if "recipe" in saved else MethodConfig.from_dict(saved)
+
+
+def _only_one(saved: Mapping[str, Any], path: str | Path) -> MethodConfig:
+    """The config of a file that ``Tuning.save`` wrote, if it holds one alone."""
+    check_schema(saved, "tuning")
+    tuning = saved["tuning"]
+    points = tuning.get("frontier") if isinstance(tuning, Mapping) else None
+    if not isinstance(points, list) or not points or not all(isinstance(p, Mapping) and "config" in p for p in points):
+        raise ConfigError(
+            "there is no config in it", where=f'options["cache"] = {str(path)!r}', hint="tune again, and save it"
+        )
+    if len(points) > 1:
+        raise ConfigError(
+            f"it holds {len(points)} configs, for {', '.join(str(p.get('computed')) for p in points)} computed steps",
+            where=f'options["cache"] = {str(path)!r}',
+            hint=f'give one of them: {{"cache": cachepass.Tuning.load({str(path)!r}).config(steps=...)}}',
+        )
+    return MethodConfig.from_dict(points[0]["config"])
 
 
 def parse_cache(value: object) -> MethodConfig:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..config import MethodConfig, parse_cache
 from ..errors import CachepassError, OptionError
 from ..options import parse_options
 from ..program.progress import shown_elsewhere
-from ..run.live import denoisers_of, forget
+from ..run.live import denoisers_of, forget, standing_in
 from .results import as_pictures, as_tensor, psnr, relative_error
 from .summary import Summary, summary
 from .tables import human_bytes, table
@@ -247,7 +247,7 @@ def _call(subject: _Subject, model: Any, sample: Callable[[Any], Any], seed: int
     """One call of the loop."""
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     try:
-        with torch.random.fork_rng(), _standing_in(model, subject.parts) as target:
+        with torch.random.fork_rng(), standing_in(model, subject.parts) as target:
             torch.manual_seed(seed)
             wait()
             start = time.perf_counter()
@@ -268,22 +268,6 @@ def _call(subject: _Subject, model: Any, sample: Callable[[Any], Any], seed: int
             hint="take all random numbers from torch's default generator, or from one that the loop makes and seeds",
         )
     subject.result = result
-
-
-@contextlib.contextmanager
-def _standing_in(model: Any, parts: Mapping[str, Any]) -> Iterator[Any]:
-    """What the loop is called with: the part itself, or the pipeline with its parts in place."""
-    if "" in parts:
-        yield parts[""]
-        return
-    own = {name: getattr(model, name) for name in parts}
-    try:
-        for name, part in parts.items():
-            setattr(model, name, part)
-        yield model
-    finally:
-        for name, part in own.items():
-            setattr(model, name, part)
 
 
 def _figures(subject: _Subject, uncached: _Subject) -> Compared:

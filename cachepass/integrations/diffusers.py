@@ -8,7 +8,7 @@
 The pipeline's denoisers are compiled in place, innermost: below the hooks of accelerate and diffusers (offloading), and
 whether these come first or later. The timesteps are those of the pipeline that calls, and of its scheduler: in the unit
 of the configs, without reading from the device. Contexts and the ends of runs are heard as for every model of diffusers
-(``integrations/listening.py``).
+(``run/listening.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +29,8 @@ from ..errors import ConfigError, NotCompiledError
 from ..options import parse_options
 from ..run.context import telling
 from ..run.live import denoisers_of, forget
+from ..tune.tune import tune as tune_model
+from ..tune.tuning import Tuning
 
 _STATE = "_cachepass"  # the attribute of a module whose cache is on
 
@@ -72,6 +74,51 @@ def enable_cache(
         )
         _replace(module, _forward(compiled, type(module).forward, enabled))
         module.__dict__[_STATE] = enabled
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[Any],
+    *,
+    steps: int | Sequence[int] | None = None,
+    quality: float | Callable[[Any, Any], bool] | None = None,
+    seed: int = 0,
+    tuning: Mapping[str, Any] | None = None,
+    **call: Any,
+) -> Tuning:
+    """Find the best cache for a pipeline, as it is called, and a budget: :func:`cachepass.tune`.
+
+        tuning = tune(pipe, ["a fox in snow", "a lighthouse"], steps=10, num_inference_steps=50)
+        enable_cache(pipe, tuning.config(), num_inference_steps=50)
+
+    Args:
+        pipe: A ``DiffusionPipeline`` with one transformer, whose cache is not on.
+        prompts: What it is called with, in turn: each is its first argument, or a dict of keyword arguments. Two or four
+            do; with fewer than the runs there are, they are taken again with other seeds.
+        steps, quality: As for :func:`cachepass.tune`.
+        seed: Of the first generation's random numbers; the others count on.
+        tuning: Further arguments of :func:`cachepass.tune` (``runs``, ``validate``, ``tries``, ``max_bytes``, ...).
+        call: Further arguments of the pipeline, the same for all.
+
+    Raises:
+        ConfigError, OptionError: As for :func:`cachepass.tune`; or a cache is on.
+    """
+    if not prompts or isinstance(prompts, (str, bytes)):
+        raise ConfigError(
+            f"expected a list of prompts, got {prompts!r}", where="tune.prompts", hint='["a fox in snow"]'
+        )
+    for name, module in _denoisers(pipe).items():
+        if module.__dict__.get(_STATE) is not None or getattr(module, "is_cache_enabled", False):
+            raise ConfigError("a cache is on", where=name, hint="call disable_cache first")
+
+    def sample(target: Any, run: int) -> Any:
+        prompt = prompts[run % len(prompts)]
+        given = dict(prompt) if isinstance(prompt, Mapping) else {}
+        first = () if isinstance(prompt, Mapping) else (prompt,)
+        generator = torch.Generator().manual_seed(seed + run)
+        return target(*first, **{"generator": generator, **given, **call})
+
+    return tune_model(pipe, sample, steps=steps, quality=quality, **(tuning or {}))
 
 
 def disable_cache(target: Any) -> None:

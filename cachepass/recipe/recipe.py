@@ -113,6 +113,13 @@ class Group(Value):
                     hint="give each of them a group of its own",
                 )
 
+    def bind(self, num_inference_steps: int | None) -> Group:
+        """This group for runs of so many steps; None: unknown."""
+        parts = tuple(
+            dataclasses.replace(part, forecast=part.forecast.bind(num_inference_steps)) for part in self.parts
+        )
+        return dataclasses.replace(self, schedule=self.schedule.bind(num_inference_steps), parts=parts)
+
     @property
     def measures(self) -> bool:
         """Every step is measured, and none predicted on purpose: no distance is below 0."""
@@ -169,9 +176,7 @@ class Recipe(Value):
         Raises:
             ConfigError: The number is needed, and None.
         """
-        groups = [
-            dataclasses.replace(group, schedule=group.schedule.bind(num_inference_steps)) for group in self.groups
-        ]
+        groups = [group.bind(num_inference_steps) for group in self.groups]
         guidance = self.guidance
         if guidance is not None:
             guidance = dataclasses.replace(guidance, schedule=guidance.schedule.bind(num_inference_steps))

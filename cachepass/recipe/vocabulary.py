@@ -173,7 +173,7 @@ class GroupHistory:
         """What schedules may ask. Asked at every call, so made when it changed."""
         tally, steps, known = self._known
         if tally is not self.tally or steps != self.steps:
-            known = dataclasses.replace(self.tally, computed=tuple(self.steps))
+            known = dataclasses.replace(self.tally, computed=tuple(self.steps), timesteps=tuple(self.timesteps))
             self._known = self.tally, list(self.steps), known
         return known
 

@@ -36,6 +36,7 @@ from .runs import Call, Run
 from .state import OutputState, RunState
 from .step import CurrentCall, Pending, StepCall
 from .stream_capture import refuse_capture
+from .watch import WATCHER
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 _MOST_LAYOUTS = 64  # of sizes that were seen; made anew in a moment
@@ -152,6 +153,9 @@ class Dispatcher:
         weights = {g: decided.weights.get(g, ()) for g in decided.phase.predicted}
         state.commit(step, decided.computed, weights, decided.distance)
         self._note(run, decided, step)
+        watcher = WATCHER.get()
+        if watcher is not None and not run.warms_up:
+            watcher.saw(run, state, step)
         if run.grew:
             model.make_room(0, self._device(inputs), run)
             run.grew = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,22 @@ def denoiser_of(model: object) -> object:
             hint=f"give one of them: pipe.{next(iter(found))}",
         )
     return next(iter(found.values()))
+
+
+@contextlib.contextmanager
+def standing_in(model: Any, parts: Mapping[str, Any]) -> Iterator[Any]:
+    """What a sampling loop is called with: the part itself, or the pipeline with its parts in place."""
+    if "" in parts:
+        yield parts[""]
+        return
+    own = {name: getattr(model, name) for name in parts}
+    try:
+        for name, part in parts.items():
+            setattr(model, name, part)
+        yield model
+    finally:
+        for name, part in own.items():
+            setattr(model, name, part)
 
 
 def original_of(model: object) -> object:

@@ -28,7 +28,11 @@ class Review:
             return
         if not run.predictions and (partner is None or not partner.predictions):
             why = self._method.why_idle(run.clock.seen)
-            yield "idle", f"the cache never fired in a run of {run.clock.index} steps: {why}"
+            if why is not None:
+                yield "idle", f"the cache never fired in a run of {run.clock.index} steps: {why}"
+        other = None if self._steps is not None else self._method.config.why_other(run.clock.index)
+        if other is not None and run.clock.is_over:
+            yield "other", other
         decider = self._method.recipe.decider
         seen = [distance for distance in run.distances if distance is not None]
         computed = [decider.name in groups for groups, _ in run.record] if decider is not None else []

@@ -152,6 +152,10 @@ class RunState:
             self._grams = key, [gram.view(len(state.steps), -1) for gram in host]
         return self._grams[1]
 
+    def newest(self, group: str) -> list[torch.Tensor]:
+        """What was kept last for each cut of a group: the slots themselves."""
+        return [self._slot(History(group, cut.index, 0)) for cut in self.plan.live_cuts if cut.group == group]
+
     def _ring(self, group: str) -> int:
         """Slots of a group's rings."""
         return max(self.plan.history(group), 1)

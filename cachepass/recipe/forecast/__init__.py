@@ -6,6 +6,7 @@ else about a method's mathematics ends here as a few host numbers. A ``ForecastR
 """
 
 from .differences import Hermite, Taylor, taylor_weights
+from .fitted import Fit, Fitted
 from .form import REUSE, ZEROS, Forecast, taylor
 from .interpolation import Extrapolate, Lagrange, Linear, Newton
 from .modes import DMD
@@ -18,6 +19,8 @@ __all__ = [
     "ZEROS",
     "Chebyshev",
     "Extrapolate",
+    "Fit",
+    "Fitted",
     "Forecast",
     "ForecastRule",
     "Gram",

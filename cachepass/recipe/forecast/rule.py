@@ -42,6 +42,10 @@ class ForecastRule(Value, ABC):
     def derive(self, nodes: tuple[float, ...], at: float) -> Sequence[float]:
         """One weight per node, for 2 to ``form.history`` distinct nodes, newest first; results are remembered."""
 
+    def bind(self, num_inference_steps: int | None) -> ForecastRule:  # noqa: ARG002 (for those that differ)
+        """This rule for runs of so many steps; None: unknown."""
+        return self
+
     def of_module(self, module: torch.nn.Module) -> ForecastRule:  # noqa: ARG002 (for those that differ)
         """The rule for one module, where the form says ``per_region``."""
         return self

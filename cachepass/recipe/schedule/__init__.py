@@ -7,6 +7,7 @@ Frozen values that combine by ``&``, ``|`` and ``~``::
 """
 
 from .base import And, Bound, Not, Or, Past, Schedule, Step
+from .key_steps import KeySteps
 from .mask import Mask, Preset
 from .measured import MAX_DEGREE, MagnitudeBudget, MaxSkips, Threshold
 from .steps import Always, Before, Every, Final, Refresh, Retention, Timesteps, WarmUp
@@ -19,6 +20,7 @@ __all__ = [
     "Bound",
     "Every",
     "Final",
+    "KeySteps",
     "MagnitudeBudget",
     "Mask",
     "MaxSkips",

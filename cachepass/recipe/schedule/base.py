@@ -58,6 +58,7 @@ class Past:
     Attributes:
         computed: Indices of the steps whose outputs are kept, newest first. Empty: nothing can be predicted, whatever
             the schedule says; callers check that themselves.
+        timesteps: Those of these steps, as far as they are known.
         skipped: Steps predicted in this run.
         streak: Steps predicted since the last computed one.
         distances: The probe's raw distances of the steps predicted since the last computed one, oldest first.
@@ -69,6 +70,7 @@ class Past:
     streak: int = 0
     distances: tuple[float, ...] = ()
     measured: float = 0.0
+    timesteps: tuple[float | None, ...] = ()
 
 
 class Schedule(Value, ABC):

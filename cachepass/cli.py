@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-_DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+_DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 
 
 _lowering = click.option(
@@ -80,8 +80,8 @@ class _Cache(click.ParamType):
     name = "METHOD|JSON"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from ..config import parse_cache
-        from ..errors import CachepassError
+        from .config import parse_cache
+        from .errors import CachepassError
 
         try:
             return parse_cache(json.loads(value) if value.lstrip().startswith("{") else value)
@@ -120,7 +120,7 @@ def _told() -> Iterator[None]:
     """Mistakes of the user's are told without a traceback; gradients are off."""
     import torch
 
-    from ..errors import CachepassError
+    from .errors import CachepassError
 
     try:
         with torch.no_grad():
@@ -152,8 +152,8 @@ def explain(
 
     FUNCTION, in the file MODEL.py, returns the model and a dict of the keyword arguments of one call.
     """
-    from ..run.context import cache_context
-    from .explain import explain as explain_model
+    from .inspect.explain import explain as explain_model
+    from .run.context import cache_context
 
     options = {"num_inference_steps": steps, "timestep_scale": timestep_scale}
     with _told():
@@ -205,7 +205,7 @@ def compare(
     FUNCTION, in the file MODEL.py, returns the model (or a pipeline) and its sampling loop: a function that is called
     with the model, and returns a tensor or images.
     """
-    from .compare import compare as run
+    from .inspect.compare import compare as run
 
     example = "return model, sample, where sample(model) runs all steps and returns a tensor or images"
     options = {"lowering": lowering, "num_inference_steps": steps, "timestep_scale": timestep_scale}
@@ -215,6 +215,61 @@ def compare(
     if page is not None:
         found.to_html(page)
     click.echo(json.dumps(found.as_dict(), indent=1) if as_json else str(found).rstrip("\n"))
+
+
+@main.command()
+@_source
+@click.option("--steps", "budgets", type=click.IntRange(1), multiple=True, help="Steps to compute. May be repeated.")
+@click.option("--quality", type=float, help="Decibels to reach, with as few computed steps as can, instead of --steps.")
+@click.option("--out", default="tuned.json", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--runs", default=2, show_default=True, type=click.IntRange(1), help="Generations to calibrate with.")
+@click.option("--validate", default=2, show_default=True, type=click.IntRange(0), help="Others, to measure with.")
+@click.option("--tries", default=40, show_default=True, type=click.IntRange(0), help="Runs to refine each budget with.")
+@click.option("--max-bytes", type=click.IntRange(1), help="The most that may be kept in each trajectory.")
+@_lowering
+@_timestep_scale
+@_json
+@click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page.")
+def tune(
+    source: Callable[[], Any],
+    budgets: tuple[int, ...],
+    quality: float | None,
+    out: Path,
+    runs: int,
+    validate: int,
+    tries: int,
+    max_bytes: int | None,
+    lowering: str,
+    timestep_scale: float | None,
+    as_json: bool,
+    page: Path | None,
+) -> None:
+    """Find the best cache for a model, its sampling loop and a number of computed steps, and write it to a file.
+
+    FUNCTION, in the file MODEL.py, returns the model (or a pipeline) and a function sample(model, run) that makes the
+    generation number RUN with the model that it is given, and returns a tensor or images. Ctrl-C ends the search, and
+    what was found until then is written.
+    """
+    from .tune.tune import tune as find
+
+    example = "return model, sample, where sample(model, run) makes one generation and returns a tensor or images"
+    with _told():
+        model, sample = _made(source, Callable, "its sampling loop", example)  # pyright: ignore[reportArgumentType]
+        found = find(
+            model,
+            sample,
+            steps=list(budgets) or None,
+            quality=quality,
+            runs=runs,
+            validate=validate,
+            tries=tries,
+            max_bytes=max_bytes,
+            options={"lowering": lowering, "timestep_scale": timestep_scale},
+        )
+        found.save(out)
+    if page is not None:
+        found.to_html(page)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else f"{found}\nwrote {out}")
 
 
 @main.command()
@@ -241,8 +296,8 @@ def bench(
     from rich.console import Console
     from rich.progress import Progress
 
-    from .bench import as_table
-    from .bench import bench as measure
+    from .inspect.bench import as_table
+    from .inspect.bench import bench as measure
 
     with Progress(console=Console(stderr=True), transient=True) as bar, _told():
         task = bar.add_task("compiling", total=(1 + rounds) * (1 + len(caches)))
@@ -272,7 +327,7 @@ def doctor(compiling: bool, as_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from .doctor import examine
+    from .inspect.doctor import examine
 
     with Console(stderr=True).status("looking") as status:
         checks = []

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from .config import CacheConfig, MagCacheConfig
-from .errors import ConfigError
-from .inspect.summary import summary
-from .recipe.cut import Blocks, ModelOutput, ModuleOutput, Probe
-from .recipe.schedule import Threshold
-from .run.context import DEFAULT
+from ..config import CacheConfig, MagCacheConfig
+from ..errors import ConfigError
+from ..inspect.summary import summary
+from ..recipe.cut import Blocks, ModelOutput, ModuleOutput, Probe
+from ..recipe.schedule import Threshold
+from ..run.context import DEFAULT
 
 
 def mag_ratios(model: torch.nn.Module | Callable[..., Any], context: str = DEFAULT) -> tuple[float, ...]:
