@@ -93,8 +93,8 @@ def tune(
 
     Args:
         pipe: A ``DiffusionPipeline`` with one transformer, whose cache is not on.
-        prompts: What it is called with, in turn: each is its first argument, or a dict of keyword arguments. Two or four
-            do; with fewer than the runs there are, they are taken again with other seeds.
+        prompts: What it is called with, in turn: each is its first argument, or a dict of keyword arguments. Two or
+            four do; with fewer than the runs there are, they are taken again with other seeds.
         steps, quality: As for :func:`cachepass.tune`.
         seed: Of the first generation's random numbers; the others count on.
         tuning: Further arguments of :func:`cachepass.tune` (``runs``, ``validate``, ``tries``, ``max_bytes``, ...).

@@ -31,7 +31,7 @@ class Review:
             if why is not None:
                 yield "idle", f"the cache never fired in a run of {run.clock.index} steps: {why}"
         other = None if self._steps is not None else self._method.config.why_other(run.clock.index)
-        if other is not None and run.clock.is_over:
+        if other is not None:
             yield "other", other
         decider = self._method.recipe.decider
         seen = [distance for distance in run.distances if distance is not None]

@@ -13,7 +13,12 @@ from .player import Played, Player, Recording, are_alike, decibels
 from .schedules import shortest_paths, step_lengths
 
 #: Looked at where the user names none. The first that the model has is the one that others are measured by.
-CUTS: tuple[Cut, ...] = (Blocks(), Blocks(residual=False), Modules("attention", "mlp"), Blocks(first=1))
+CUTS: tuple[Cut, ...] = (
+    Blocks(),
+    Blocks(residual=False),
+    Modules("attention", "mlp", must_match="any"),
+    Blocks(first=1),
+)
 _GAIN = 0.5  # decibels by which another cut must be better
 _GAIN_PER_BYTES = 1.5  # and more for each doubling of what is kept
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-SKETCH = 1 << 18  # numbers kept of a step's values
+SKETCH = 262_139  # numbers kept of a step's values; a prime, so that those of one channel do not meet in few sums
 _CHUNK = 1 << 24  # numbers worked on at a time
 
 

@@ -216,8 +216,9 @@ class Player:
                 token = WATCHER.set(recorder)
                 stack.callback(WATCHER.reset, token)
             result = as_tensor(self.sample(target, run))
+        recording = None if recorder is None else recorder.recording()
         reset(self.compiled)
-        return Played(result, self._share(), None if recorder is None else recorder.recording())
+        return Played(result, self._share(), recording)
 
     def _share(self) -> float | None:
         found = self.summary()

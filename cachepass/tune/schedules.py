@@ -19,8 +19,13 @@ def spread_evenly(count: int, steps: int, warm_up: int, *, last: bool) -> Steps:
     warm_up = min(warm_up, count)
     rest = count - warm_up
     end = steps - 1 if last else steps - 1 - (steps - warm_up) / (rest + 1)
-    places = [warm_up - 1 + (end - warm_up + 1) * i / max(rest, 1) for i in range(1, rest + 1)]
-    return tuple(sorted({*range(warm_up), *(math.floor(place + 0.5) for place in places)}))
+    chosen = list(range(warm_up))
+    for i in range(1, rest + 1):
+        place = math.floor(warm_up - 1 + (end - warm_up + 1) * i / rest + 0.5)
+        chosen.append(
+            min(max(place, chosen[-1] + 1), steps - 1 - rest + i)
+        )  # the next free one, with room for the rest
+    return tuple(chosen)
 
 
 def shortest_paths(gram: torch.Tensor, counts: Sequence[int], scale: Sequence[float]) -> dict[int, Steps]:

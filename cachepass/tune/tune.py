@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from .work import Work
 
 def tune(
     model: Any,
-    sample: Callable[..., Any],
+    sample: Callable[[Any, int], Any],
     *,
     steps: int | Sequence[int] | None = None,
     quality: float | Callable[[Any, Any], bool] | None = None,
@@ -42,8 +41,8 @@ def tune(
 
     Args:
         model: A module that is not compiled, or a pipeline of diffusers with one transformer.
-        sample: ``sample(model, run)`` makes one whole generation, of the seed or prompt number ``run``, with the model
-            (or pipeline) that it is given, and returns a tensor, images, or what a pipeline returns.
+        sample: ``sample(model, run)`` makes one whole generation, of the seed or prompt number ``run``, with what it is
+            given for ``model``, and returns a tensor, images, or what a pipeline returns.
         steps: How many steps may be computed: one number, or several.
         quality: PSNR in decibels to be reached, against the uncached result, with as few computed steps as can; or a
             function of a result and the uncached one that says whether it is good enough.
@@ -67,22 +66,17 @@ def tune(
     budgets = _budgets(steps, quality)
     if runs < 1 or validate < 0:
         raise OptionError(f"{runs} runs, and {validate} to validate", where="tune", hint="one run at least")
-    takes_run = len(inspect.signature(sample).parameters) > 1
-    given = sample if takes_run else lambda target, _run: sample(target)
-    if not takes_run:
-        runs, validate = 1, 0
-    work = Work(model, given, runs, validate, dict(options or {}), forecasts, max_bytes, tries, num_inference_steps)
+    work = Work(model, sample, runs, validate, dict(options or {}), forecasts, max_bytes, tries, num_inference_steps)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress, transient=True) as bar:
-        work.bar, work.task = bar, bar.add_task("recording an uncached run", total=None)
-        with _interruptible(work):
-            work.record((cut,) if cut is not None else CUTS)
-            work.plan(budgets if quality is None else [])
-            if quality is not None:
-                work.reach(quality)
-            for count in budgets:
-                work.search(count)
-        return work.tuning()
+    with Progress(*columns, disable=not progress, transient=True) as bar, _interruptible(work):
+        work.bar, work.task = bar, bar.add_task("", total=None)
+        work.record((cut,) if cut is not None else CUTS)
+        work.plan(budgets)
+        if quality is not None:
+            work.reach(quality)
+        for count in budgets:
+            work.search(count)
+    return work.tuning()
 
 
 def _budgets(steps: int | Sequence[int] | None, quality: object) -> list[int]:
@@ -92,7 +86,7 @@ def _budgets(steps: int | Sequence[int] | None, quality: object) -> list[int]:
             where="tune",
             hint="tune(model, sample, steps=10), or quality=35.0 for decibels",
         )
-    budgets = [] if steps is None else [steps] if isinstance(steps, int) else list(steps)
+    budgets = [] if steps is None else list(steps) if isinstance(steps, (list, tuple, range)) else [steps]
     for count in budgets:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise OptionError(f"{count!r} computed steps", where="tune.steps", hint="one step at least is computed")
