@@ -22,9 +22,8 @@ def spread_evenly(count: int, steps: int, warm_up: int, *, last: bool) -> Steps:
     chosen = list(range(warm_up))
     for i in range(1, rest + 1):
         place = math.floor(warm_up - 1 + (end - warm_up + 1) * i / rest + 0.5)
-        chosen.append(
-            min(max(place, chosen[-1] + 1), steps - 1 - rest + i)
-        )  # the next free one, with room for the rest
+        latest = steps - 1 - rest + i  # that leaves room for the others
+        chosen.append(min(max(place, chosen[-1] + 1), latest))
     return tuple(chosen)
 
 

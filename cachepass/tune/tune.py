@@ -34,10 +34,9 @@ def tune(
 ) -> Tuning:
     """Find the best cache for a model, its sampler and a budget.
 
-    One uncached run of a few samples tells what the steps' values have to do with each other; from that come schedules
-    and weights, and runs of the loop itself say which is best. Fixed methods (reuse, Taylor, Hermite on evenly spread
-    steps behind warm-ups of several lengths, cache-dit's masks) are among what is tried, so the result is not worse
-    than they are on the calibration runs.
+    An uncached run of a few samples tells what the steps have to do with each other; from that come schedules and
+    weights, and runs of the loop itself say which is best. Fixed methods (reuse, Taylor, Hermite, on evenly spread
+    steps and cache-dit's masks) are tried too, so the result is not worse than they are on the calibration runs.
 
     Args:
         model: A module that is not compiled, or a pipeline of diffusers with one transformer.
