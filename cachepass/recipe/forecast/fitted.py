@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checks import check_int, fail
+from ...errors import ConfigError
+from ..checks import check_int
 from ..value import Value
 from .form import Forecast
 from .rule import ForecastRule, Spacing, check_spacing
@@ -70,20 +72,21 @@ class Fitted(ForecastRule):
             self._check(entry)
 
     def _check(self, entry: object) -> None:
+        where = "Fitted.table"
         if not isinstance(entry, Fit):
-            raise fail(self, "table", f"expected entries of the type Fit, got {entry!r}")
+            raise ConfigError(f"expected entries of the type Fit, got {entry!r}", where=where)
         known = range(len(self.timesteps))
-        newest_first = all(a > b for a, b in zip((entry.step, *entry.kept), entry.kept, strict=False))
+        newest_first = all(a > b for a, b in itertools.pairwise((entry.step, *entry.kept)))
         if not newest_first or not entry.kept or {entry.step, *entry.kept} - set(known):
-            raise fail(
-                self,
-                "table",
+            raise ConfigError(
                 f"step {entry.step} cannot be forecast from the steps {list(entry.kept)}",
-                f"kept steps come before it, newest first, and the run has {len(known)}",
+                where=where,
+                hint=f"kept steps come before it, newest first, and the run has {len(known)}",
             )
         if len(entry.weights) != len(entry.kept) or len(entry.kept) > self.depth:
-            what = f"{len(entry.weights)} weights for {len(entry.kept)} outputs of at most {self.depth} kept"
-            raise fail(self, "table", what)
+            raise ConfigError(
+                f"{len(entry.weights)} weights for {len(entry.kept)} outputs of at most {self.depth} kept", where=where
+            )
 
     @property
     def form(self) -> Forecast:
