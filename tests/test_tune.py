@@ -71,7 +71,7 @@ def test_the_best_is_not_worse_than_any_fixed_method(tuning):
     assert [point.computed for point in tuning.frontier] == [4, 6]
     for point in tuning.frontier:
         assert point.fixed is not None and point.calibrated >= point.fixed[1]
-        assert point.psnr is not None and point.psnr > 10
+        assert point.psnr is not None and point.psnr > 10 and point.fixed[2] is not None
         assert point.share == pytest.approx(point.computed / STEPS, abs=0.2)
     few, more = tuning.frontier
     assert more.calibrated >= few.calibrated
@@ -146,7 +146,7 @@ def test_a_pipeline_in_one_line(name):
     assert cachepass.summary(pipe).predicted["tuned"] == (8 - point.computed) * case.calls
     error = float((cached - uncached).norm() / uncached.norm())
     assert 0 < error < 0.5
-    with pytest.raises(ConfigError, match="a cache is on"):
+    with pytest.raises(OptionError, match="a cache is on"):
         tune_pipeline(pipe, prompts, steps=4)
 
 
@@ -328,6 +328,20 @@ def test_random_numbers_of_the_default_generator_are_those_of_the_run():
 def test_budgets_that_make_no_sense(given, words):
     with pytest.raises(OptionError, match=words):
         tune(transformer(), sample, **{"cut": Blocks(), **QUICK, **given})
+
+
+def test_a_model_that_is_compiled():
+    wrapped = torch.compile(transformer(), backend="eager")
+    assert tune(wrapped, sample, steps=5, cut=Blocks(), runs=1, validate=0, **QUICK).config().steps == STEPS
+    in_place = transformer()
+    in_place.compile(backend="eager")
+    with pytest.raises(OptionError, match="compiled in place"):
+        tune(in_place, sample, steps=5, **QUICK)
+
+
+def test_the_fewest_steps():
+    (point,) = tune(transformer(), sample, steps=1, cut=Blocks(), **QUICK).frontier
+    assert point.config.schedule.computed == (0,)
 
 
 def test_a_loop_that_does_not_call_the_model():

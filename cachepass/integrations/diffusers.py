@@ -28,11 +28,9 @@ import torch
 from ..errors import ConfigError, NotCompiledError
 from ..options import parse_options
 from ..run.context import telling
-from ..run.live import denoisers_of, forget
+from ..run.live import ENABLED, denoisers_of, forget
 from ..tune.tune import tune as tune_model
 from ..tune.tuning import Tuning
-
-_STATE = "_cachepass"  # the attribute of a module whose cache is on
 
 
 def enable_cache(
@@ -59,7 +57,7 @@ def enable_cache(
     parse_options(given)
     modules = _denoisers(target)
     for name, module in modules.items():
-        if module.__dict__.get(_STATE) is not None or getattr(module, "is_cache_enabled", False):
+        if module.__dict__.get(ENABLED) is not None or getattr(module, "is_cache_enabled", False):
             raise ConfigError("a cache is on already", where=name, hint="call disable_cache first")
         if not _places(module):
             raise ConfigError(
@@ -73,7 +71,7 @@ def enable_cache(
             type(module).forward, backend="cached_inductor", fullgraph=fullgraph, dynamic=dynamic, options=given
         )
         _replace(module, _forward(compiled, type(module).forward, enabled))
-        module.__dict__[_STATE] = enabled
+        module.__dict__[ENABLED] = enabled
 
 
 def tune(
@@ -107,9 +105,6 @@ def tune(
         raise ConfigError(
             f"expected a list of prompts, got {prompts!r}", where="tune.prompts", hint='["a fox in snow"]'
         )
-    for name, module in _denoisers(pipe).items():
-        if module.__dict__.get(_STATE) is not None or getattr(module, "is_cache_enabled", False):
-            raise ConfigError("a cache is on", where=name, hint="call disable_cache first")
 
     def sample(target: Any, run: int) -> Any:
         prompt = prompts[run % len(prompts)]
@@ -129,11 +124,11 @@ def disable_cache(target: Any) -> None:
     """
     modules = _denoisers(target)
     for name, module in modules.items():
-        if module.__dict__.get(_STATE) is None:
+        if module.__dict__.get(ENABLED) is None:
             raise NotCompiledError("its cache is not on", where=name, hint="enable_cache comes first")
     for module in modules.values():
         _replace(module, None)
-        del module.__dict__[_STATE]
+        del module.__dict__[ENABLED]
         forget(module)
 
 
@@ -225,7 +220,7 @@ def _timesteps(scheduler: Any) -> torch.Tensor | None:
 def _forward(compiled: Callable[..., Any], original: Callable[..., Any], enabled: _Enabled) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with (self.__dict__.get(_STATE) or enabled).step():
+        with (self.__dict__.get(ENABLED) or enabled).step():
             return compiled(self, *args, **kwargs)
 
     return forward

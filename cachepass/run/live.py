@@ -16,6 +16,7 @@ from .dispatch import LIVE, Dispatcher
 from .instance import Instance
 from .model import Model
 
+ENABLED = "_cachepass"  # the attribute of a module that a cache was put into in place
 _DENOISERS = re.compile(r"(transformer|unet)(_\d+)?")
 
 

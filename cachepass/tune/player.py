@@ -26,7 +26,7 @@ from ..recipe.forecast import Forecast, ForecastRule
 from ..recipe.recipe import Group, Part, Recipe
 from ..recipe.schedule import Past, Schedule, Step
 from ..recipe.vocabulary import Region
-from ..run.live import denoiser_of, denoisers_of, forget, reset, standing_in
+from ..run.live import ENABLED, denoiser_of, denoisers_of, forget, original_of, reset, standing_in
 from ..run.runs import Run
 from ..run.state import RunState
 from ..run.watch import WATCHER
@@ -192,7 +192,7 @@ class Player:
     ) -> None:
         self.model, self.sample, self.cut, self.depth = model, sample, cut, depth
         self.slate = Slate(depth)
-        module: Any = denoiser_of(model)
+        module = _uncompiled(model)
         part = Part(cut, _SlateWeights(self.slate))
         recipe = Recipe((Group(GROUP, _Slated(self.slate), (part,)),))
         given: Any = {**options, "cache": _Trying(recipe, self.slate), "progress": False}
@@ -236,6 +236,22 @@ class Player:
     def close(self) -> None:
         """Free what is kept; the programs stay, as those of all captures of a model go together."""
         forget(self.compiled)
+
+
+def _uncompiled(model: Any) -> torch.nn.Module:
+    """The module itself.
+
+    Raises:
+        OptionError: A cache is on in it, or it is compiled in place.
+    """
+    module: Any = original_of(denoiser_of(model))
+    if getattr(module, ENABLED, None) is not None or getattr(module, "is_cache_enabled", False):
+        raise OptionError("a cache is on", where="tune.model", hint="call disable_cache first")
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise OptionError(
+            f"{type(module).__name__} is compiled in place", where="tune.model", hint="give it as it was before"
+        )
+    return module
 
 
 def decibels(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -85,7 +85,7 @@ def _budgets(steps: int | Sequence[int] | None, quality: object) -> list[int]:
             where="tune",
             hint="tune(model, sample, steps=10), or quality=35.0 for decibels",
         )
-    budgets = [] if steps is None else list(steps) if isinstance(steps, (list, tuple, range)) else [steps]
+    budgets: list[Any] = [] if steps is None else list(steps) if isinstance(steps, (list, tuple, range)) else [steps]
     for count in budgets:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise OptionError(f"{count!r} computed steps", where="tune.steps", hint="one step at least is computed")

@@ -24,7 +24,7 @@ class Tuned:
         share: FLOPs of a run, as a share of an uncached one's, 0 to 1; None: unknown, because sizes depend on data.
         psnr: Decibels against the uncached results, mean over runs that it was not tuned with; None: there was none.
         calibrated: The same over the calibration runs.
-        fixed: The best fixed method on the calibration runs, and its decibels there.
+        fixed: The best fixed method on the calibration runs, its decibels there, and in the other runs.
         kept_bytes: What is kept from step to step in each trajectory.
         errors: Relative error of the forecast of each step along an uncached run, 0 for computed ones: where errors
             arise.
@@ -36,7 +36,7 @@ class Tuned:
     share: float | None
     psnr: float | None
     calibrated: float
-    fixed: tuple[str, float] | None
+    fixed: tuple[str, float, float | None] | None
     kept_bytes: int
     errors: tuple[float, ...]
     found: str
@@ -130,10 +130,11 @@ class Tuning:
         return page
 
     def __str__(self) -> str:
-        columns = ("computed", "FLOPs", "PSNR dB", "calibrated", "best fixed method", "", "kept", "cut", "found by")
+        columns = ("computed", "FLOPs", "PSNR dB", "calibrated", "kept", "found by", "best fixed method", "")
         rows = [cells(point, self.steps) for point in self.frontier]
+        cuts = ", ".join(dict.fromkeys(str(point.config.cut) for point in self.frontier))
         notes = "".join(f"\n{note}" for note in self.notes)
-        return f"{self.model}, runs of {self.steps} steps\n\n{table(columns, rows)}{notes}"
+        return f"{self.model}, runs of {self.steps} steps, cut: {cuts}\n\n{table(columns, rows)}{notes}"
 
 
 def cells(point: Tuned, steps: int) -> tuple[str, ...]:
@@ -143,11 +144,10 @@ def cells(point: Tuned, steps: int) -> tuple[str, ...]:
         "unknown" if point.share is None else f"{100 * point.share:.0f} %",
         "" if point.psnr is None else f"{point.psnr:.1f}",
         f"{point.calibrated:.1f}",
-        "" if point.fixed is None else f"{point.fixed[1]:.1f}",
-        "" if point.fixed is None else point.fixed[0],
         human_bytes(point.kept_bytes),
-        str(point.config.cut),
         point.found,
+        "" if point.fixed is None else f"{point.fixed[1] if point.fixed[2] is None else point.fixed[2]:.1f}",
+        "" if point.fixed is None else point.fixed[0],
     )
 
 
@@ -166,6 +166,6 @@ def _tuned(saved: Mapping[str, Any]) -> Tuned:
         | {
             "config": config,
             "errors": tuple(saved["errors"]),
-            "fixed": None if fixed is None else (str(fixed[0]), float(fixed[1])),
+            "fixed": None if fixed is None else (fixed[0], fixed[1], fixed[2]),
         }
     )

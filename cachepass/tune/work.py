@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from rich.progress import Progress
 from .. import _torch
 from ..config import TunedConfig
 from ..config.tuned import Origin
-from ..errors import CachepassError, OptionError
+from ..errors import CachepassError, CachepassWarning, OptionError
 from ..inspect.tables import human_bytes
 from ..recipe.cut import Cut
 from ..recipe.forecast import ForecastRule
@@ -27,6 +27,21 @@ from .search import Found, Scored, Search
 from .tuning import Tuned, Tuning
 
 _FIXED_RUNS, _SEARCHED_RUNS = 45, 25  # of each budget, about
+
+
+@dataclass(frozen=True)
+class _Validated:
+    """A budget's best, the FLOPs of its runs, and decibels in runs that nothing was tuned with: its own, and those of
+    the best fixed method."""
+
+    best: Scored
+    share: float | None
+    psnr: float | None
+    fixed_psnr: float | None
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 @dataclass
@@ -49,7 +64,7 @@ class Work:
     task: Any = None
     player: Player | None = None
     recording: Recording | None = None
-    validated: dict[int, tuple[Scored, float, float | None]] = field(default_factory=dict)
+    validated: dict[int, _Validated] = field(default_factory=dict)
 
     # ---- recording ----------------------------------------------------------------------------------------------
 
@@ -81,7 +96,10 @@ class Work:
             self._describe(f"looking at the cut: {cut}")
             player = Player(self.model, self.sample, cut, max(DEPTHS), self.options)
             try:
-                look = look_at(player, max(DEPTHS[:2]), chosen)
+                with warnings.catch_warnings():
+                    if cut is not cuts[0]:  # of the loop, which all of them have in common
+                        warnings.simplefilter("ignore", CachepassWarning)
+                    look = look_at(player, max(DEPTHS[:2]), chosen)
             except OptionError:
                 raise
             except CachepassError as error:
@@ -111,13 +129,15 @@ class Work:
         steps = len(recording.gram)
         budgets = budgets_of(budgets, steps)
         each = _FIXED_RUNS + _SEARCHED_RUNS + self.tries
-        images = sum(each * count / steps for count in budgets) + self.validate * (1 + sum(budgets) / steps)
+        images = sum(each * count / steps for count in budgets) + self.validate * (1 + 2 * sum(budgets) / steps)
         self.bar.update(self.task, total=max(images, 1.0), completed=0)
         kept = recording_bytes(recording.numbers, steps, recording.trajectories)
-        self.bar.console.print(
-            f"{steps} steps, cut: {player.cut}; recording keeps {human_bytes(kept)}; about as long as {images:.0f} "
-            "uncached runs"
-        ) if not self.bar.disable else None
+        if not self.bar.disable:
+            self.bar.console.print(
+                f"{steps} steps, cut: {player.cut}; recording keeps {human_bytes(kept)}; about as long as {images:.0f} "
+                "uncached runs",
+                soft_wrap=True,
+            )
 
     def score(self, candidate: Candidate, run: int) -> float:
         """What a search asks: the decibels of one calibration run."""
@@ -131,7 +151,7 @@ class Work:
         self._describe(f"searching, {count} computed steps")
         found = self._searching.budget(count)
         if found.best is not None:
-            self._validate(count, found.best)
+            self._validate(count, found)
 
     def reach(self, quality: float | Callable[[Any, Any], bool]) -> None:
         """Find the smallest number of computed steps that is good enough."""
@@ -167,25 +187,30 @@ class Work:
 
     def _stays_good(self, count: int, quality: float | Callable[[Any, Any], bool]) -> bool:
         """Also in the runs that it was not tuned with."""
-        psnr = None if count not in self.validated else self.validated[count][1]
-        return callable(quality) or psnr is None or psnr >= quality or self.validate == 0
+        known = self.validated.get(count)
+        return callable(quality) or known is None or known.psnr is None or known.psnr >= quality
 
-    def _validate(self, count: int, best: Scored) -> None:
+    def _validate(self, count: int, found: Found) -> None:
         """Runs that nothing was tuned with; the programs' FLOPs on the way."""
-        _, player = self._recorded
-        values, share = [], None
+        recording, player = self._recorded
         self._describe(f"validating, {count} computed steps")
+        values: dict[str, list[float]] = {"best": [], "fixed": []}
+        share = None
         for run in range(self.count, self.count + self.validate):
             if run not in self.references:
                 self.references[run] = player.play((), run)
                 self.bar.advance(self.task)
-            played = player.play(best.candidate.weights, run)
-            share = played.share
-            values.append(decibels(played.result, self.references[run].result))
-            self.bar.advance(self.task, len(best.candidate.computed) / len(self._recorded[0].gram))
-        if not values:
+            for name, scored in (("fixed", found.fixed), ("best", found.best)):
+                if scored is not None:
+                    played = player.play(scored.candidate.weights, run)
+                    share = played.share
+                    values[name].append(decibels(played.result, self.references[run].result))
+                    self.bar.advance(self.task, len(scored.candidate.computed) / len(recording.gram))
+        best = found.best
+        assert best is not None
+        if share is None:
             share = player.play(best.candidate.weights, 0).share
-        self.validated[count] = best, sum(values) / len(values) if values else math.nan, share
+        self.validated[count] = _Validated(best, share, *(mean(values[name]) for name in ("best", "fixed")))
 
     # ---- what was found -----------------------------------------------------------------------------------------
 
@@ -199,15 +224,15 @@ class Work:
         for count, found in sorted(self.found.items()):
             if found.best is None:
                 continue
-            best, psnr, share = self.validated.get(count, (found.best, math.nan, None))
-            known = None if math.isnan(psnr) else psnr
-            points.append(self._point(found, best, share, known, Origin(name, told, digest, known)))
+            known = self.validated.get(count) or _Validated(found.best, None, None, None)
+            points.append(self._point(found, known, Origin(name, told, digest, known.psnr)))
         player.close()
         _torch.drop_captures(module)
         return Tuning(name, len(recording.gram), tuple(points), tuple(self.notes))
 
-    def _point(self, found: Found, best: Scored, share: float | None, psnr: float | None, origin: Origin) -> Tuned:
+    def _point(self, found: Found, known: _Validated, origin: Origin) -> Tuned:
         recording, player = self._recorded
+        best = known.best
         candidate = best.candidate
         forecast = candidate.forecast or table_of(candidate, recording.timesteps)
         config = TunedConfig(
@@ -219,10 +244,10 @@ class Work:
         fixed = found.fixed
         return Tuned(
             len(candidate.computed),
-            share,
-            psnr,
+            known.share,
+            known.psnr,
             best.mean,
-            None if fixed is None else (fixed.candidate.name, fixed.mean),
+            None if fixed is None else (fixed.candidate.name, fixed.mean, known.fixed_psnr),
             recording.slot_bytes * candidate.depth,
             step_errors(recording.gram, candidate),
             candidate.name,

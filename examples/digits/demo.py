@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import guided_inputs, load_classifier, load_dit
+from models import HERE, guided_inputs, load_classifier, load_dit
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -31,7 +31,7 @@ _FASTER = {"method": "fastercache", "tensor_format": "BCHW", "unconditional_batc
            "spatial_attention_timestep_skip_range": (-1, 900)}  # fmt: skip
 
 #: One row each: what it is called, and ``options["cache"]`` (None: plain Inductor).
-METHODS: dict[str, dict[str, Any] | None] = {
+METHODS: dict[str, dict[str, Any] | str | None] = {
     "uncached": None,
     "TaylorSeer, attention and MLP": {**_FORECAST, "cache_identifiers": [r".*\.(attn1|ff)"]},
     "TaylorSeer, blocks": {**_FORECAST, "cache_identifiers": [r"transformer_blocks\.\d+"]},
@@ -42,8 +42,11 @@ METHODS: dict[str, dict[str, Any] | None] = {
                                "mlp_timestep_skip_range": (100, 950)},
     "FasterCache, branch": {**_FASTER, "spatial_attention_block_skip_range": None},
     "FasterCache, branch and attention": _FASTER,
+    "tuned, 10 of 50": str(HERE / "tuned-10.json"),  # by tuned.py
+    "tuned, 16 of 50": str(HERE / "tuned-16.json"),
 }  # fmt: skip
-ONE_EACH = ("uncached", "TaylorSeer, blocks", "PAB, attention and MLP", "FasterCache, branch and attention")
+ONE_EACH = ("uncached", "TaylorSeer, blocks", "PAB, attention and MLP", "FasterCache, branch and attention",
+            "tuned, 10 of 50")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,13 @@ def sample(
 class Subject:
     """One row of the table: a compiled model, and its run."""
 
-    def __init__(self, cache: dict[str, Any] | None, lowering: str) -> None:
+    def __init__(self, cache: dict[str, Any] | str | None, lowering: str, steps: int) -> None:
         self.cache, self.seconds = cache, 0.0
         if cache is None:
             backend = "eager" if lowering == "eager" else "inductor"
             self.compiled = torch.compile(load_dit(), fullgraph=True, backend=backend)
         else:
-            options = {"cache": cache, "lowering": lowering, "progress": False}
+            options = {"cache": cache, "lowering": lowering, "progress": False, "num_inference_steps": steps}
             self.compiled = torch.compile(load_dit(), backend="cached_inductor", fullgraph=True, options=options)
 
     def prepare(self, noise: torch.Tensor, labels: torch.Tensor, steps: int, guidance: float) -> None:
@@ -186,7 +189,7 @@ def main(
     noise = torch.randn(images, 1, 28, 28, generator=generator)
     labels = torch.arange(images) % 10
     classifier = load_classifier()
-    subjects = {name: Subject(METHODS[name], lowering) for name in names}
+    subjects = {name: Subject(METHODS[name], lowering, steps) for name in names}
     columns = (TextColumn("{task.description:40s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # All rows are compiled of one model's code, and the limit of captures is per code.
     limit = torch._dynamo.config.patch(recompile_limit=8 * len(subjects))

@@ -24,7 +24,7 @@ import click
 import torch
 from curves import COLOURS, DOCS, STYLE, accuracy
 from demo import psnr, sample
-from models import load_dit
+from models import HERE, load_dit
 from rich.console import Console
 from rich.progress import Progress
 
@@ -203,6 +203,15 @@ def _same_number(computed: int, steps: int) -> Any:
     return cachepass.CacheConfig(cut=Blocks(), schedule=mask, forecast=Taylor(1))
 
 
+def write_configs(tuning: dict[str, Any], out: Path) -> None:
+    """Those of the demo, beside its models; elsewhere in a folder of their own."""
+    folder = HERE if out == DOCS else out
+    for point in tuning["tuning"]["frontier"]:
+        if point["computed"] in (10, 16):
+            text = json.dumps(point["config"], indent=1)
+            (folder / f"tuned-{point['computed']}.json").write_text(text + "\n")
+
+
 def show(found: dict[str, Any]) -> None:
     """The tables of docs/methods/tuning.md."""
 
@@ -268,6 +277,7 @@ def main(draw_only: bool, out: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
     found = json.loads(path.read_text())
+    write_configs(found["tuning"], out)
     show(found)
     draw(found, out / "images" / "tuned.svg")
 

@@ -28,13 +28,12 @@ def render(tuning: Any, cells: Sequence[Sequence[str]]) -> str:
 
 def _curves(tuning: Any) -> list[dict[str, Any]]:
     """Decibels over computed steps: places in percent of the picture's width and height."""
-    named: dict[str, list[tuple[int, float]]] = {
+    named: dict[str, list[tuple[int, Any]]] = {
         "tuned, other runs": [(p.computed, p.psnr) for p in tuning.frontier if p.psnr is not None],
         "tuned, calibration runs": [(p.computed, p.calibrated) for p in tuning.frontier],
-        "best fixed method, calibration runs": [
-            (p.computed, p.fixed[1]) for p in tuning.frontier if p.fixed is not None
-        ],
+        "best fixed method, other runs": [(p.computed, p.fixed[2]) for p in tuning.frontier if p.fixed is not None],
     }
+    named = {name: [(n, value) for n, value in points if value is not None] for name, points in named.items()}
     values = [value for points in named.values() for _, value in points]
     if not values:
         return []
