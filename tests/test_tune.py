@@ -25,6 +25,14 @@ EAGER = {"lowering": "eager"}
 QUICK = {"options": EAGER, "progress": False, "tries": 4}
 
 
+class Result(dict):
+    """What a pipeline returns."""
+
+    @property
+    def images(self) -> torch.Tensor:
+        return self["x"]
+
+
 def times(steps: int = STEPS) -> list[float]:
     return [1000.0 * (1 - step / steps) for step in range(steps)]
 
@@ -247,11 +255,15 @@ def test_a_quality_is_reached_with_as_few_steps_as_can_be():
     seen = []
 
     def good(found, uncached):
-        seen.append((found, uncached))
+        seen.append(type(found["x"]))
+        found, uncached = found["x"], uncached["x"]
         return float((found - uncached).norm() / uncached.norm()) < 0.02
 
-    (other,) = tune(transformer(depth=3), sample, quality=good, cut=Blocks(), **QUICK).frontier
-    assert seen and other.computed < STEPS
+    def wrapped(model, run):
+        return Result(x=sample(model, run))
+
+    (other,) = tune(transformer(depth=3), wrapped, quality=good, cut=Blocks(), **QUICK).frontier
+    assert set(seen) == {torch.Tensor} and other.computed < STEPS
     unreachable = tune(transformer(depth=3), sample, quality=149.0, cut=Blocks(), **QUICK)
     assert "no number of computed steps" in unreachable.notes[-1]
     assert unreachable.frontier[0].computed == STEPS - 1

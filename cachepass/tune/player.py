@@ -166,11 +166,13 @@ class Played:
     """One run of the loop.
 
     Attributes:
-        result: What the loop returned, as numbers.
+        returned: What the loop returned.
+        result: The same as numbers.
         share: FLOPs of the run, as a share of an uncached one's; None: unknown.
         recording: If it was asked for.
     """
 
+    returned: Any
     result: torch.Tensor
     share: float | None
     recording: Recording | None = None
@@ -215,10 +217,11 @@ class Player:
             if recorder is not None:
                 token = WATCHER.set(recorder)
                 stack.callback(WATCHER.reset, token)
-            result = as_tensor(self.sample(target, run))
+            returned = self.sample(target, run)
+            result = as_tensor(returned)
         recording = None if recorder is None else recorder.recording()
         reset(self.compiled)
-        return Played(result, self._share(), recording)
+        return Played(returned, result, self._share(), recording)
 
     def _share(self) -> float | None:
         found = self.summary()
@@ -262,12 +265,13 @@ def decibels(found: torch.Tensor, expected: torch.Tensor) -> float:
             where="tune",
             hint="sample(model, run) must do the same for the same run",
         )
-    low, high = expected.min(), expected.max()
+    peak = float(expected.max() - expected.min())
     samples = zip(found, expected, strict=True) if expected.ndim >= 4 else [(found, expected)]
     values = []
     for sample, original in samples:
         error = float((sample.double() - original.double()).square().mean())
-        peak = float(high - low)
+        if not math.isfinite(error):
+            return -math.inf
         values.append(_MOST_DECIBELS if error == 0 or peak == 0 else 10 * math.log10(peak**2 / error))
     return sum(min(value, _MOST_DECIBELS) for value in values) / len(values)
 

@@ -26,6 +26,7 @@ from .schedules import step_lengths
 from .search import Found, Scored, Search
 from .tuning import Tuned, Tuning
 
+_MOST_STEPS = 250
 _FIXED_RUNS, _SEARCHED_RUNS = 45, 25  # of each budget, about
 
 
@@ -40,7 +41,7 @@ class _Validated:
     fixed_psnr: float | None
 
 
-def mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
@@ -106,14 +107,24 @@ class Work:
                 failed = error
                 self.notes.append(f"the model has no cut {cut}: {str(error).splitlines()[0]}")
                 continue
-            if chosen is None or look.is_better_than(chosen):
+            slot = look.recording.slot_bytes
+            if chosen is not None and self.max_bytes is not None and slot > self.max_bytes:
+                self.notes.append(f"the cut {cut} would keep more than max_bytes: {human_bytes(slot)} an output")
+            elif chosen is None or look.is_better_than(chosen):
                 chosen = look
+            player.close()  # its memory: the next cut needs it, too
         if chosen is None:
             assert failed is not None
             raise failed
         return chosen
 
     def _check_length(self, steps: int) -> None:
+        if steps > _MOST_STEPS:
+            raise OptionError(
+                f"a run has {steps} steps, more than the {_MOST_STEPS} that can be searched",
+                where="tune",
+                hint="tune with a run of fewer steps: in longer ones the same timesteps are computed",
+            )
         if self.num_inference_steps is not None and steps != self.num_inference_steps:
             raise OptionError(
                 f"a run has {steps} steps, and num_inference_steps is {self.num_inference_steps}",
@@ -130,14 +141,12 @@ class Work:
         budgets = budgets_of(budgets, steps)
         each = _FIXED_RUNS + _SEARCHED_RUNS + self.tries
         images = sum(each * count / steps for count in budgets) + self.validate * (1 + 2 * sum(budgets) / steps)
-        self.bar.update(self.task, total=max(images, 1.0), completed=0)
+        self.bar.update(self.task, total=images if budgets else None, completed=0)
         kept = recording_bytes(recording.numbers, steps, recording.trajectories)
         if not self.bar.disable:
-            self.bar.console.print(
-                f"{steps} steps, cut: {player.cut}; recording keeps {human_bytes(kept)}; about as long as {images:.0f} "
-                "uncached runs",
-                soft_wrap=True,
-            )
+            cost = f"; about as long as {images:.0f} uncached runs" if budgets else ""
+            told = f"{steps} steps, cut: {player.cut}; recording keeps {human_bytes(kept)}{cost}"
+            self.bar.console.print(told, soft_wrap=True)
 
     def score(self, candidate: Candidate, run: int) -> float:
         """What a search asks: the decibels of one calibration run."""
@@ -183,7 +192,7 @@ class Work:
             return scored.mean >= quality
         _, player = self._recorded
         played = [player.play(scored.candidate.weights, run) for run in range(self.count)]
-        return all(quality(p.result, self.references[run].result) for run, p in enumerate(played))
+        return all(quality(p.returned, self.references[run].returned) for run, p in enumerate(played))
 
     def _stays_good(self, count: int, quality: float | Callable[[Any, Any], bool]) -> bool:
         """Also in the runs that it was not tuned with."""
@@ -210,7 +219,7 @@ class Work:
         assert best is not None
         if share is None:
             share = player.play(best.candidate.weights, 0).share
-        self.validated[count] = _Validated(best, share, *(mean(values[name]) for name in ("best", "fixed")))
+        self.validated[count] = _Validated(best, share, *(_mean(values[name]) for name in ("best", "fixed")))
 
     # ---- what was found -----------------------------------------------------------------------------------------
 
