@@ -13,8 +13,11 @@ from decisions import STEPS, Decisions, decisions
 from shapes import SHAPES, build, step_inputs, timestep_of
 
 import cachepass
-from cachepass.forecast import Taylor
+from cachepass.cut import Blocks
+from cachepass.forecast import Fit, Fitted, Taylor
 from cachepass.run.live import programs_of
+from cachepass.schedule import KeySteps
+from cachepass.tune.fitting import kept_at
 
 TAYLOR: dict[str, Any] = {"cache_interval": 4, "disable_cache_before_step": 2, "max_order": 1}
 PAB: dict[str, Any] = {"spatial_attention_block_skip_range": 3}
@@ -93,8 +96,8 @@ def _faster_phase(step: int) -> str:
 
 
 _PHASES: dict[str, Callable[[int], str]] = {
-    "taylorseer": taylor_phase, "pab": _pab_phase, "taylorseer-blocks": taylor_phase, "fastercache": _faster_phase,
-    "invariant": lambda _: "compute",
+    "taylorseer": taylor_phase, "pab": _pab_phase, "taylorseer-blocks": taylor_phase, "tuned": taylor_phase,
+    "fastercache": _faster_phase, "invariant": lambda _: "compute",
 }  # fmt: skip
 # What a phase of ours is called in the tables.
 _NAMES = {"compute": "compute", "predict": "predict", "both": "compute", "half": "skip", "half/predict": "predict"}
@@ -175,7 +178,7 @@ def _options(case: Case) -> dict[str, Any]:
     return {"cache": _cache(case), "timestep_scale": SHAPES[case.shape].unit, "num_inference_steps": STEPS}
 
 
-def _cache(case: Case) -> dict[str, Any]:
+def _cache(case: Case) -> Any:
     shape = SHAPES[case.shape]
     if case.method in ("taylorseer", "taylorseer-blocks"):
         identifier = shape.attention if case.method == "taylorseer" else shape.blocks
@@ -188,7 +191,23 @@ def _cache(case: Case) -> dict[str, Any]:
         return {"method": "first_block_cache", "threshold": case.decisions.threshold}
     if case.method == "dbcache":
         return {"method": "dbcache", **_deciding(case), "calibrator": Taylor(TAYLOR["max_order"], since=3)}
+    if case.method == "tuned":
+        return _tuned()
     return {"method": case.method}
+
+
+def _tuned() -> cachepass.TunedConfig:
+    """The shape of what ``cachepass.tune`` finds; the weights' values cost nothing."""
+    computed = [step for step in range(STEPS) if taylor_phase(step) == "compute"]
+    timesteps = tuple(timestep_of(step, STEPS) for step in range(STEPS))
+    table = tuple(
+        Fit(step, kept, (1.5, *(0.5 / (1 - len(kept)) for _ in kept[1:])))
+        for step, kept in kept_at(computed, STEPS, 3)
+        if len(kept) > 1
+    )
+    return cachepass.TunedConfig(
+        cut=Blocks(), schedule=KeySteps(computed, timesteps), forecast=Fitted(3, timesteps, table)
+    )
 
 
 def _deciding(case: Case) -> dict[str, Any]:
@@ -336,6 +355,7 @@ SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "first-block": [plain, ours("specialize"), OURS_BY_COND, *_HOOKS],
     "dbcache": [plain, ours("specialize"), OURS_BY_COND, by_blocks(cache_dit)],
     "invariant": [plain, ours("specialize")],
+    "tuned": [plain, ours("specialize")],
     "compile time": [plain, by_blocks(plain_regional), ours("specialize"), OURS_BY_COND, by_blocks(ours_regional),
                      *_HOOKS],
 }  # fmt: skip

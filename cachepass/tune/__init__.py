@@ -1,12 +1,16 @@
 """Tune: recipes from measurements.
 
-    recording     one uncached run of a few samples -> Gram matrices of what the cuts were worth in each step
-    gram          values of steps -> their inner products, of a sketch of bounded size
-    fitting       Gram matrix and computed steps -> weights, and the error that they leave
+    tune          the user's door: a budget in, a Tuning out
+    work          one call of it: record, search, validate
+    cuts          a first look at each cut -> the one to search with
+    player        the user's loop with any schedule and weights, from one capture; what its steps kept -> a Gram matrix
+    search        candidates -> the best for each budget, by runs of the loop
+    candidates    fixed methods, and what the Gram matrix says
     schedules     Gram matrix and a number -> which steps are computed
-    candidates    what is tried: fixed methods, found schedules, and their neighbours
-    search        candidates -> the best for each budget, by runs of the user's own loop
-    tuning        the results, as values and as a file
+    fitting       Gram matrix and computed steps -> weights, and the error that they leave
+    gram          values of steps -> inner products, of sketches of bounded size
+    tuning        what was found, as values, a table and a file
+    calibration   numbers that MagCache and TeaCache need
 
-All but ``player`` and ``tune`` are functions of numbers: they know no model and no graph.
+``schedules``, ``fitting`` and ``gram`` are functions of numbers, and know no model.
 """

@@ -10,6 +10,7 @@ need for a checkpoint is measured first, in runs with other noise.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import COLOURS, MARKERS, STYLE, accuracy, command, known_points, noise_and_labels, progress_bar, write_json
+from curves import (
+    COLOURS,
+    DOCS,
+    MARKERS,
+    STYLE,
+    accuracy,
+    command,
+    known_points,
+    noise_and_labels,
+    progress_bar,
+    write_json,
+)
 from demo import psnr, sample
 from models import load_dit
 from rich.box import SIMPLE
@@ -25,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cachepass
+from cachepass.config import MethodConfig
 from cachepass.cut import Blocks, ModuleOutput
 from cachepass.forecast import DMD, Chebyshev, ForecastRule, Hermite, Lagrange, Linear, Reuse, Taylor
 from cachepass.schedule import Every, Final, MagnitudeBudget, Preset, Threshold, WarmUp
@@ -108,6 +121,15 @@ def teacache_line(value: float, known: Calibration) -> cachepass.CacheConfig:
     )
 
 
+def tuned(count: int, _: Calibration) -> cachepass.TunedConfig:
+    """What ``tuned.py`` found, with pictures of other noise."""
+    saved = json.loads((DOCS / "data" / "tuned.json").read_text())["tuning"]["tuning"]["frontier"]
+    config = next(point["config"] for point in saved if point["computed"] == count)
+    found = MethodConfig.from_dict(config)
+    assert isinstance(found, cachepass.TunedConfig)
+    return found
+
+
 _DISTANCES = (0.05, 0.07, 0.1, 0.2, 0.35)
 _SIGNAL = (0.04, 0.06, 0.1, 0.2, 0.4)
 _TEA = (0.016, 0.025, 0.04, 0.08, 0.16)
@@ -139,6 +161,7 @@ CURVES: dict[str, tuple[str, tuple[Any, ...], _Make]] = {
     "TeaCache, not fitted": ("rel_l1_thresh", (0.1, 0.2, 0.4),
                              lambda v, _: cachepass.TeaCacheConfig(rel_l1_thresh=v)),
     "Every(n) + Linear": ("n", (3,), every(Linear())[2]),
+    "tuned": ("steps", (8, 10, 13, 16, 20, 25), tuned),
 }  # fmt: skip
 
 _RULES = ("Every(n)", "Every(n), last step", "presets", "FirstBlockCache", "DBCache", "TeaCache", "MagCache",
