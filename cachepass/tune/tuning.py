@@ -116,7 +116,7 @@ class Tuning:
         try:
             frontier = tuple(_tuned(point) for point in tuning["frontier"])
             return Tuning(tuning["model"], tuning["steps"], frontier, tuple(tuning["notes"]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise ConfigError(f"it is not whole: {error!r}", where=where, hint="tune again, and save it") from None
 
     def to_html(self, path: str | Path | None = None) -> str:
