@@ -342,6 +342,17 @@ def test_budgets_that_make_no_sense(given, words):
         tune(transformer(), sample, **{"cut": Blocks(), **QUICK, **given})
 
 
+def test_a_loop_of_one_argument():
+    with pytest.raises(OptionError, match=r"number of a run[\s\S]*def sample\(model, run\)"):
+        tune(transformer(), lambda model: sample(model, 0), steps=5, **QUICK)  # pyright: ignore
+
+
+def test_a_loop_that_does_the_same_in_every_run_is_told():
+    with pytest.warns(cachepass.CachepassWarning, match="the same result for all runs"):
+        found = tune(transformer(), lambda model, _run: sample(model, 0), steps=5, cut=Blocks(), **QUICK)
+    assert sum("the same result" in note for note in found.notes) == 1
+
+
 def test_a_model_that_is_compiled():
     wrapped = torch.compile(transformer(), backend="eager")
     assert tune(wrapped, sample, steps=5, cut=Blocks(), runs=1, validate=0, **QUICK).config().steps == STEPS

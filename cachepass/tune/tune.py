@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -63,8 +64,7 @@ def tune(
         CachepassError: The model cannot be cached at all.
     """
     budgets = _budgets(steps, quality)
-    if runs < 1 or validate < 0:
-        raise OptionError(f"{runs} runs, and {validate} to validate", where="tune", hint="one run at least")
+    _check_loop(sample, runs, validate)
     work = Work(model, sample, runs, validate, dict(options or {}), forecasts, max_bytes, tries, num_inference_steps)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress, transient=True) as bar, _interruptible(work):
@@ -76,6 +76,21 @@ def tune(
         for count in budgets:
             work.search(count)
     return work.tuning()
+
+
+def _check_loop(sample: Callable[..., Any], runs: int, validate: int) -> None:
+    if runs < 1 or validate < 0:
+        raise OptionError(f"{runs} runs, and {validate} to validate", where="tune", hint="one run at least")
+    try:
+        inspect.signature(sample).bind(None, 0)
+    except TypeError as error:
+        raise OptionError(
+            f"sample cannot be called with a model and the number of a run: {error}",
+            where="tune.sample",
+            hint="def sample(model, run): ..., where run says which seed or prompt",
+        ) from None
+    except ValueError:  # of something built in nobody knows
+        return
 
 
 def _budgets(steps: int | Sequence[int] | None, quality: object) -> list[int]:

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from .. import _torch
 from ..config import TunedConfig
 from ..config.tuned import Origin
-from ..errors import CachepassError, CachepassWarning, OptionError
+from ..errors import CachepassError, CachepassWarning, OptionError, warn
 from ..inspect.tables import human_bytes
 from ..recipe.cut import Cut
 from ..recipe.forecast import ForecastRule
@@ -21,7 +21,7 @@ from ..run.live import denoiser_of, original_of
 from .candidates import DEPTHS, FORECASTS, Candidate, fixed_methods, step_errors, table_of
 from .cuts import Look, budgets_of, look_at
 from .gram import recording_bytes
-from .player import Played, Player, Recording, decibels
+from .player import Played, Player, Recording, are_alike, decibels
 from .schedules import step_lengths
 from .search import Found, Scored, Search
 from .tuning import Tuned, Tuning
@@ -86,6 +86,7 @@ class Work:
                 )
             total.gram += played.recording.gram
             self.references[run] = played
+            self._check_different(run)
         self.recording = total
         self._check_length(len(total.gram))
 
@@ -117,6 +118,16 @@ class Work:
             assert failed is not None
             raise failed
         return chosen
+
+    def _check_different(self, run: int) -> None:
+        """Runs that are alike measure nothing but the first."""
+        note = (
+            "sample gives the same result for all runs, so the decibels of other runs are those of the calibration: "
+            "choose the seed or the prompt by its second argument"
+        )
+        if note not in self.notes and are_alike(self.references[0].result, self.references[run].result):
+            self.notes.append(note)
+            warn(note)
 
     def _check_length(self, steps: int) -> None:
         if steps > _MOST_STEPS:
@@ -208,6 +219,7 @@ class Work:
         for run in range(self.count, self.count + self.validate):
             if run not in self.references:
                 self.references[run] = player.play((), run)
+                self._check_different(run)
                 self.bar.advance(self.task)
             for name, scored in (("fixed", found.fixed), ("best", found.best)):
                 if scored is not None:
