@@ -111,6 +111,15 @@ def test_the_pictures_of_decisions_and_forecasts_are_drawn_from_the_data(tmp_pat
     _drawn("adaptive", ["adaptive-methods", "adaptive-forecasts"], tmp_path)
 
 
+def test_the_picture_of_tuning_is_drawn_from_the_data(tmp_path):
+    known = json.loads((DOCS / "data" / "tuned.json").read_text())
+    assert [row["budget"] for row in known["rows"]] == [8, 10, 13, 16, 20, 25]
+    _drawn("tuned", ["tuned"], tmp_path)
+    for count in (10, 16):  # the configs of the demo are those of the data
+        shipped = ROOT / "examples" / "digits" / f"tuned-{count}.json"
+        assert (tmp_path / f"tuned-{count}.json").read_text() == shipped.read_text()
+
+
 def _drawn(script, pictures, folder):
     (folder / "data").mkdir()
     shutil.copy(DOCS / "data" / f"{script}.json", folder / "data")

@@ -196,12 +196,25 @@ def test_elsewhere_what_is_damped_is_damped_alike():
         Fit(step, kept, Lagrange(2).weights(kept, step)[: len(kept)]) for step, kept in kept_at((0, 1, 4, 6), STEPS, 3)
     )
     rule = Fitted(3, TIMES, exact)
-    for nodes, at in (((930.0, 860.0, 700.0), 650.0), ((610.0, 455.0, 200.0), 130.0), ((990.0, 880.0), 700.0)):
+    for nodes, at in (((620.0, 880.0, 990.0), 480.0), ((410.0, 590.0, 880.0), 310.0), ((910.0, 990.0), 830.0)):
         expected = Lagrange(2).weights(nodes, at)
         assert rule.weights(nodes, at) == pytest.approx(expected, abs=1e-6)
     damped = Fitted(2, TIMES, (Fit(5, (4, 1), (1 + 0.5 / 3, -0.5 / 3)),))  # half of a line
     assert damped.weights((700.0, 800.0), 500.0) == pytest.approx((2.0, -1.0))
     assert damped.weights((700.0,), 500.0) == (1.0, 0.0)
+
+
+def test_a_step_that_was_computed_beside_changes_nothing():
+    rule = tuned().bind(STEPS)
+    entry = next(entry for entry in rule.table if entry.kept == (1, 0))
+    alone = rule.weights(entry.kept, entry.step)
+    assert rule.weights((1, 0.5, 0), entry.step) == (alone[0], 0.0, alone[1])
+    last = next(entry for entry in rule.table if entry.kept == (6, 4, 1))
+    lost = rule.weights((6, 4, 2), last.step)  # step 2 is kept instead of 1: nearly the same
+    assert lost == pytest.approx(rule.weights((6, 4, 1), last.step), abs=0.3) and sum(lost) == pytest.approx(1.0)
+
+
+def test_an_empty_table_is_a_line():
     assert Fitted(2, TIMES, ()).weights((700.0, 800.0), 500.0) == pytest.approx((3.0, -2.0))  # a line
 
 

@@ -46,7 +46,7 @@ class Fitted(ForecastRule):
     """A table of weights by step and kept steps, such as ``cachepass.tune`` finds.
 
     A run that leaves the table gets the weights of the nearest entry, carried over to what it has kept; where the table
-    has none for so many outputs, the line through the last two.
+    is empty, the line through the last two.
 
     Attributes:
         depth: Outputs kept.
@@ -98,40 +98,38 @@ class Fitted(ForecastRule):
         return dataclasses.replace(self, spacing=spacing)
 
     def derive(self, nodes: tuple[float, ...], at: float) -> Sequence[float]:
-        fitting = self._fitting(len(nodes))
-        if not fitting:
+        ways = [self._way(entry, nodes, at) for entry in self.table if len(entry.kept) <= len(nodes)]
+        if not ways:
             return _line(nodes, at)
-        entry = min(fitting, key=lambda e: self._distance(e, nodes, at))
-        if self._distance(entry, nodes, at) < _NEAR:
-            return entry.weights
-        if self._position(entry.kept[0]) == self._position(entry.step):
-            return _line(nodes, at)
-        own = [self._position(step) for step in entry.kept]
-        factors = _factors(entry.weights, own, self._position(entry.step))
-        return _newton(nodes, at, factors)
+        distance, entry, chosen = min(ways, key=lambda way: (way[0], -len(way[2])))
+        weights: Sequence[float] = entry.weights
+        if distance >= _NEAR:
+            own = [self._position(step) for step in entry.kept]
+            factors = _factors(entry.weights, own, self._position(entry.step))
+            weights = _newton([nodes[i] for i in chosen], at, factors)
+        spelled = [0.0] * len(nodes)
+        for i, weight in zip(chosen, weights, strict=True):
+            spelled[i] = weight
+        return spelled
 
-    def _fitting(self, count: int) -> tuple[Fit, ...]:
-        """Entries for so many outputs."""
-        return _by_count(self).get(count, ())
+    def _way(self, entry: Fit, nodes: Sequence[float], at: float) -> tuple[float, Fit, tuple[int, ...]]:
+        """How far an entry is from what is asked for, in steps, what is newer counting more; with those of the outputs
+        kept that are nearest to its own: a step that was computed beside them changes nothing."""
+        mine = [self._position(step) for step in entry.kept]
 
-    def _distance(self, entry: Fit, nodes: Sequence[float], at: float) -> float:
-        """How far an entry's positions are from those asked for, in steps; what is newer counts more."""
-        mine = [self._position(step) for step in (entry.step, *entry.kept)]
-        asked = [at, *nodes]
-        unit = _unit(self)
-        return sum(abs(a - b) / unit / (1 + i) for i, (a, b) in enumerate(zip(mine, asked, strict=True)))
+        def distance(chosen: tuple[int, ...]) -> float:
+            pairs = zip(mine, (nodes[i] for i in chosen), strict=True)
+            return sum(abs(a - b) / (2 + i) for i, (a, b) in enumerate(pairs))
+
+        chosen = min(itertools.combinations(range(len(nodes)), len(mine)), key=distance)
+        away = abs(self._position(entry.step) - at) + distance(chosen)
+        return away / _unit(self), entry, chosen
 
     def _position(self, step: int) -> float:
         return float(step) if self.spacing == "step" else self.timesteps[step]
 
     def __str__(self) -> str:
         return f"fitted weights of the last {self.depth}"
-
-
-@functools.lru_cache(maxsize=64)
-def _by_count(rule: Fitted) -> dict[int, tuple[Fit, ...]]:
-    counts = {len(entry.kept) for entry in rule.table}
-    return {count: tuple(entry for entry in rule.table if len(entry.kept) == count) for count in counts}
 
 
 @functools.lru_cache(maxsize=64)
