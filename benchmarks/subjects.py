@@ -17,7 +17,7 @@ from cachepass.cut import Blocks
 from cachepass.forecast import Fit, Fitted, Taylor
 from cachepass.run.live import programs_of
 from cachepass.schedule import KeySteps
-from cachepass.tune.fitting import kept_at
+from cachepass.tuning.fitting import kept_at
 
 TAYLOR: dict[str, Any] = {"cache_interval": 4, "disable_cache_before_step": 2, "max_order": 1}
 PAB: dict[str, Any] = {"spatial_attention_block_skip_range": 3}

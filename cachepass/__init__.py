@@ -42,9 +42,9 @@ from .recipe.guidance import Guidance
 from .recipe.recipe import Group, Part, Recipe
 from .run.context import cache_context
 from .run.live import recompile, reset
-from .tune.calibration import TeaCacheFit, fit_teacache, mag_ratios
-from .tune.tune import tune
-from .tune.tuning import Tuned, Tuning
+from .tuning.calibration import TeaCacheFit, fit_teacache, mag_ratios
+from .tuning.tune import tune
+from .tuning.tuning import Tuned, Tuning
 from .warmup import warmup
 
 __version__ = "0.2.0"

@@ -250,7 +250,7 @@ def tune(
     generation number RUN with the model that it is given, and returns a tensor or images. Ctrl-C ends the search, and
     what was found until then is written.
     """
-    from .tune.tune import tune as find
+    from .tuning.tune import tune as find
 
     example = "return model, sample, where sample(model, run) makes one generation and returns a tensor or images"
     with _told():

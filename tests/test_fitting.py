@@ -11,11 +11,11 @@ import torch
 from cachepass import ConfigError
 from cachepass.forecast import Fit, Fitted, Lagrange, Taylor
 from cachepass.schedule import KeySteps, Mask, Past, Step
-from cachepass.tune.candidates import fitted, fixed_methods, step_errors, table_of
-from cachepass.tune.cuts import as_many_flops
-from cachepass.tune.fitting import fit_jointly, kept_at, squared_error
-from cachepass.tune.gram import gram, recording_bytes, sketch
-from cachepass.tune.schedules import descend, grown, neighbours, shortest_paths, spread_evenly, step_lengths
+from cachepass.tuning.candidates import fitted, fixed_methods, step_errors, table_of
+from cachepass.tuning.cuts import as_many_flops
+from cachepass.tuning.fitting import fit_jointly, kept_at, squared_error
+from cachepass.tuning.gram import gram, recording_bytes, sketch
+from cachepass.tuning.schedules import descend, grown, neighbours, shortest_paths, spread_evenly, step_lengths
 
 STEPS = 9
 TIMES = tuple(1000.0 - 100 * i for i in range(STEPS))

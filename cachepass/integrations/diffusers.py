@@ -29,8 +29,8 @@ from ..errors import ConfigError, NotCompiledError
 from ..options import parse_options
 from ..run.context import telling
 from ..run.live import ENABLED, denoisers_of, forget
-from ..tune.tune import tune as tune_model
-from ..tune.tuning import Tuning
+from ..tuning.tune import tune as tune_model
+from ..tuning.tuning import Tuning
 
 
 def enable_cache(

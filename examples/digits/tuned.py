@@ -33,8 +33,8 @@ import cachepass
 from cachepass.cut import Blocks
 from cachepass.forecast import Hermite, Reuse, Taylor
 from cachepass.schedule import Mask
-from cachepass.tune.candidates import fixed_methods
-from cachepass.tune.schedules import spread_evenly
+from cachepass.tuning.candidates import fixed_methods
+from cachepass.tuning.schedules import spread_evenly
 
 BUDGETS = (8, 10, 13, 16, 20, 25)
 STEPS, GUIDANCE = 50, 2.0

@@ -70,6 +70,11 @@ class Fitted(ForecastRule):
         object.__setattr__(self, "table", tuple(self.table))
         for entry in self.table:
             self._check(entry)
+        # Weights are remembered by rule and positions, and asked for at every step: the table is hashed once.
+        object.__setattr__(self, "_hash", hash((self.depth, self.timesteps, self.table, self.spacing)))
+
+    def __hash__(self) -> int:
+        return self.__dict__["_hash"]
 
     def _check(self, entry: object) -> None:
         where = "Fitted.table"

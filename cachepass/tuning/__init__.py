@@ -1,4 +1,4 @@
-"""Tune: recipes from measurements.
+"""Tuning: recipes from measurements.
 
     tune          the user's door: a budget in, a Tuning out
     work          one call of it: record, search, validate
