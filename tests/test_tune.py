@@ -402,6 +402,12 @@ def test_control_c_keeps_what_was_found():
 # ---- looking --------------------------------------------------------------------------------------------------------
 
 
+def test_a_config_says_what_it_is_for(tuning):
+    text = str(tuning.config(steps=4))
+    assert text.startswith("tuned(4 of 12), for Transformer (3 blocks, 3 attentions, 3 MLPs), ")
+    assert "dB\ncut: blocks; key steps 0, " in text and "of 12; fitted weights of the last" in text
+
+
 def test_the_table(tuning):
     text = str(tuning)
     assert "4 of 12" in text and "best fixed method" in text and "Transformer, runs of 12 steps" in text

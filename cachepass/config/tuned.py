@@ -85,6 +85,13 @@ class TunedConfig(MethodConfig):
     def label(self) -> str:
         return f"tuned({len(self.schedule.computed)} of {self.steps})"
 
+    def __str__(self) -> str:
+        quality = "" if self.origin.psnr is None else f", {self.origin.psnr:.1f} dB"
+        return (
+            f"{self.label}, for {self.origin.model} ({self.origin.parts}){quality}\n"
+            f"cut: {self.cut}; {self.schedule}; {self.forecast}"
+        )
+
     def recipe(self, num_inference_steps: int | None) -> Recipe:
         group = Group("tuned", self.schedule, (Part(self.cut, self.forecast),))
         other = None if num_inference_steps is None else self.why_other(num_inference_steps)
