@@ -15,18 +15,18 @@ from cachepass.cli import main
 
 @pytest.mark.skipif(not ALL, reason="`.ci/newcomer` runs the demo and looks at its files")
 def test_demo_writes_the_table_and_the_contact_sheet(tmp_path):
-    arguments = ["demo", "--images", "5", "--steps", "24", "--lowering", "eager", "--out", str(tmp_path), "--json"]
+    arguments = ["demo", "--images", "5", "--steps", "50", "--lowering", "eager", "--out", str(tmp_path), "--json"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert json.loads(result.stdout) == json.loads((tmp_path / "digits.json").read_text())
     rows = {row["method"]: row for row in json.loads(result.stdout)}
     assert (tmp_path / "digits.png").stat().st_size > 2000
     uncached = rows.pop("uncached")
-    assert (uncached["computed"], uncached["predicted"], uncached["cache_bytes"]) == (24, 0, 0)
+    assert (uncached["computed"], uncached["predicted"], uncached["cache_bytes"]) == (50, 0, 0)
     assert uncached["accuracy_percent"] >= 80
     assert len(rows) == 4
     for row in rows.values():
-        assert row["computed"] + row["predicted"] == 24
+        assert row["computed"] + row["predicted"] == 50
         assert row["predicted"] >= 4
         assert row["psnr_db"] > 10
         assert row["cache_bytes"] > 0
