@@ -18,7 +18,7 @@ from .. import _torch
 from ..config.base import RecipeConfig
 from ..config.tuned import parts_of
 from ..errors import OptionError
-from ..inspect.results import as_tensor
+from ..inspect.results import as_tensor, relative_error
 from ..inspect.summary import Summary, summary
 from ..program.progress import shown_elsewhere
 from ..recipe.cut import Cut
@@ -278,7 +278,4 @@ def decibels(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Two uncached results of one run: the loop is deterministic."""
-    if one.shape != other.shape:
-        return False
-    norm = one.double().norm().clamp_min(1e-300)
-    return float((one.double() - other.double()).norm() / norm) <= _ALIKE
+    return one.shape == other.shape and relative_error(other, one) <= _ALIKE

@@ -8,7 +8,6 @@ errors are not the error of the picture.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -173,8 +172,3 @@ class Search:
             middle = (low + high) // 2
             low, high = (low, middle) if good(self.quick(middle)) else (middle + 1, high)
         return low
-
-
-def renamed(scored: Scored, name: str) -> Scored:
-    """The same under another name."""
-    return dataclasses.replace(scored, candidate=dataclasses.replace(scored.candidate, name=name))
