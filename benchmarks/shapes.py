@@ -1,6 +1,7 @@
 """Models of benchmark size: the shapes of five diffusers transformers, random weights, one latent each.
 
-``flux-dev`` and ``wan-1.3b`` have the sizes of the published models and want a GPU, ``flux-dev-9`` and ``wan-1.3b-6``
+``flux-6``, ``flux-18``, ``flux-57`` and ``wan-30`` are as deep as the name says, for compile times. ``flux-dev`` and
+``wan-1.3b`` have the sizes of the published models and want a GPU, ``flux-dev-9`` and ``wan-1.3b-6``
 the same with fewer blocks; the others run on two CPU cores.
 """
 
@@ -179,14 +180,24 @@ def _wan_large(layers: int, about: str, *, large: bool = False) -> Shape:
     return Shape(model, _wan_inputs(21, 60, 104, 512, 4096), 1.0, *_WAN, f"1536 wide, {about}", large)
 
 
+def _flux_deep(layers: int, single: int) -> Shape:
+    model, inputs = _flux(num_layers=layers, num_single_layers=single), _flux_inputs(16, 28, 64, 256, 64)
+    about = f"512 wide, {layers}+{single} blocks, 512 tokens"
+    return Shape(model, inputs, 1000.0, _FLUX_ATTENTION, _FLUX_BLOCKS, about)
+
+
 SHAPES = {
-    "flux": Shape(_flux(), _flux_inputs(16, 28, 64, 256, 64), 1000.0, _FLUX_ATTENTION, _FLUX_BLOCKS,
-                  "512 wide, 3+6 blocks, 512 tokens"),
+    "flux": _flux_deep(3, 6),
+    "flux-6": _flux_deep(2, 4),
+    "flux-18": _flux_deep(6, 12),
+    "flux-57": _flux_deep(19, 38),
     "cogvideox": Shape(_cogvideox, _cogvideox_inputs, 1.0, _BLOCK_ATTENTION, _BLOCKS, "512 wide, 9 blocks, 514 tokens"),
     "dit": Shape(_dit, _dit_inputs, 1.0, _BLOCK_ATTENTION, _BLOCKS, "512 wide, 9 blocks, 529 tokens"),
     "pixart": Shape(_pixart, _pixart_inputs, 1.0, r"transformer_blocks\.\d+\.attn[12]", _BLOCKS,
                     "512 wide, 9 blocks, 484 tokens, 120 of text"),
     "wan": Shape(_wan(), _wan_inputs(2, 30, 32, 512, 256), 1.0, *_WAN, "512 wide, 8 blocks, 480 tokens, 512 of text"),
+    "wan-30": Shape(_wan(num_layers=30), _wan_inputs(2, 30, 32, 512, 256), 1.0, *_WAN,
+                    "512 wide, 30 blocks, 480 tokens, 512 of text"),
     "flux-dev": _flux_dev(19, 38, "19+38 blocks, 4608 tokens, 12 B parameters", large=True),
     "flux-dev-9": _flux_dev(3, 6, "9 of FLUX.1-dev's 57 blocks, 4608 tokens"),
     "wan-1.3b": _wan_large(30, "30 blocks, 32760 tokens, 512 of text", large=True),

@@ -135,11 +135,11 @@ def ours_regional(case: Case) -> Subject:
     )
 
 
-def ours(lowering: str) -> Callable[[Case], Subject]:
-    """cachepass with the case's method."""
+def ours(lowering: str, **more: Any) -> Callable[[Case], Subject]:
+    """cachepass with the case's method; ``more``: further options, which the name says."""
 
     def make(case: Case) -> Subject:
-        options = _options(case) | {"lowering": lowering}
+        options = _options(case) | {"lowering": lowering} | more
         compiled = torch.compile(case.build(), backend="cached_inductor", fullgraph=True, options=options)
 
         def cache_bytes() -> int:
@@ -151,8 +151,9 @@ def ours(lowering: str) -> Callable[[Case], Subject]:
             timesteps = [timestep_of_inputs(case.inputs(step)) for step in range(STEPS)]
             return cachepass.warmup(compiled, **case.inputs(0), timesteps=timesteps, progress=False)
 
+        said = "".join(f", {name}={value}" for name, value in more.items())
         return Subject(
-            f"cachepass ({lowering})",
+            f"cachepass ({lowering}{said})",
             compiled,
             lambda: cachepass.reset(compiled),
             True,
@@ -356,7 +357,10 @@ SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "dbcache": [plain, ours("specialize"), OURS_BY_COND, by_blocks(cache_dit)],
     "invariant": [plain, ours("specialize")],
     "tuned": [plain, ours("specialize")],
-    "compile time": [plain, by_blocks(plain_regional), ours("specialize"), OURS_BY_COND, by_blocks(ours_regional),
-                     *_HOOKS],
+    "compile time": [plain, by_blocks(plain_regional), ours("specialize"), by_blocks(ours_regional)],
+    "compile time, all": [plain, by_blocks(plain_regional), ours("specialize"), ours("specialize", share_blocks=False),
+                          OURS_BY_COND, by_blocks(ours_regional), *_HOOKS],
+    "compile time, hooks": [*_HOOKS, by_blocks(cache_dit)],
+    "sharing": [ours("specialize"), ours("specialize", share_blocks=False)],
 }  # fmt: skip
 METHODS = [*_PHASES, *DECIDING]

@@ -102,13 +102,18 @@ def pay_once(device: str) -> None:
     torch.compile(lambda x: x.sin() + 1)(torch.ones(64, 64, device=device))
 
 
-def worker(pipe: Connection, make: _Maker, case: Case, folder: str) -> None:
-    """Answers "first" with the seconds and counts of all compilations, a number with that step, "last" with more."""
+def quiet() -> None:
+    """Set up a process: no chatter, and a limit of recompiles that hooks do not reach."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     # At the default limit of 8 Dynamo gives hooks up; this is in their favour.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.accumulated_recompile_limit = 1024
+
+
+def worker(pipe: Connection, make: _Maker, case: Case, folder: str) -> None:
+    """Answers "first" with the seconds and counts of all compilations, a number with that step, "last" with more."""
+    quiet()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     with torch.no_grad():
         pay_once(case.device)

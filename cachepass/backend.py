@@ -211,7 +211,8 @@ def build(
     )
     for cut in plan.cuts:
         logger.debug("cut %s (%s, %s)%s", cut.name, cut.group, cut.forecast, "" if cut.live else ": dead, no slot")
-    program = Program(full, None if half is None else planned, plan, options.lowering, progress=options.progress)
+    halved = None if half is None else planned
+    program = Program(full, halved, plan, options.lowering, shares=options.shares, progress=options.progress)
     return Built(program, run, None if half is None else HalfRun(half.run, half.call))
 
 

@@ -45,6 +45,8 @@ class CompileOptions:
         process_group: Ranks that run one model together (tensor or context parallel): a method that decides by what it
             measures gets the distance over all of them, so all decide alike. A ``ProcessGroup``; ``"world"``: the
             default one.
+        share_blocks: Compile blocks that are the same once, and call that for each: what compiling takes does not grow
+            with the depth of the model. Not for ``lowering="cond"`` and Inductor's ``cpp_wrapper``, which has no calls.
         progress: Show on a terminal what is being compiled.
         inductor: Everything else, as Inductor config patches.
     """
@@ -60,8 +62,14 @@ class CompileOptions:
     max_cache_bytes: int | None = None
     invariant_bytes: int | None = 2**30
     process_group: Any = None
+    share_blocks: bool = True
     progress: bool = True
     inductor: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> bool:
+        """Programs call blocks that are the same."""
+        return self.share_blocks and self.lowering != "cond" and not self.inductor.get("cpp_wrapper")
 
 
 def is_declared(name: str, given: str) -> bool:
@@ -161,6 +169,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "timestep_scale": (_is_scale, "a positive number or None"),
     "invariants": (lambda v: isinstance(v, bool), "a bool"),
     "progress": (lambda v: isinstance(v, bool), "a bool"),
+    "share_blocks": (lambda v: isinstance(v, bool), "a bool"),
     "invariant_inputs": (_are_names, "a list of names of model inputs"),
     "varying_inputs": (_are_names, "a list of names of model inputs"),
     "max_cache_bytes": (lambda v: v is None or _is_int(v, 1), "a number of bytes or None"),

@@ -26,6 +26,7 @@ from .dynamo import (
 from .inductor import (
     COND,
     FORCE_STRIDES,
+    INVOKE_SUBGRAPH,
     SavedContext,
     cache_folder,
     compile_once,
@@ -41,6 +42,7 @@ from .inductor import (
     inductor_keys,
     inductor_modes,
     input_index,
+    is_wrapper,
     kernels_side_by_side,
     number_of,
     plain_inductor,

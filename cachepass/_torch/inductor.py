@@ -15,6 +15,7 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor  # pyright: igno
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.cond import cond_op
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import config as inductor_config
 from torch._inductor import inductor_prims, list_mode_options
 from torch._inductor.async_compile import AsyncCompile
@@ -29,11 +30,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 COND = cond_op
+INVOKE_SUBGRAPH = invoke_subgraph
 FORCE_STRIDES = inductor_prims.force_stride_order
 
 
@@ -123,8 +126,9 @@ def kernels_side_by_side() -> Iterator[None]:
             wait(compiler, scope)
 
 
-def graph_module(owner: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A graph with the owner's attributes; its Python code is written when it is first called, if ever."""
+def graph_module(owner: torch.nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A graph with the owner's attributes, or those of a dict; its Python code is written when it is first called, if
+    ever."""
     return _LazyGraphModule(owner, graph)
 
 
@@ -204,6 +208,11 @@ def emit_number(
     known = {symbol: fx.Proxy(node, tracer) for symbol, node in symbols.items()}
     result: Any = sympy_interp(PythonReferenceAnalysis, known, number.node.expr)  # pyright: ignore[reportArgumentType]
     return result.node
+
+
+def is_wrapper(value: torch.Tensor) -> bool:
+    """A tensor of a class of its own around others, which AOTAutograd takes apart."""
+    return is_traceable_wrapper_subclass(value)
 
 
 def storage_of(value: torch.Tensor) -> int:

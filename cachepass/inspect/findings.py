@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import fx
@@ -15,6 +15,7 @@ from ..program.flops import count_flops
 from ..program.hoist import Hoisted
 from ..program.phases import Phase, phase_name
 from ..program.plan import CachePlan, PlannedCut
+from ..program.share import Shared, share
 from ..program.show import diff, readable
 from ..program.variants import Program
 from ..recipe.vocabulary import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
@@ -115,6 +116,11 @@ class Findings:
             self._variants[phase] = self._program.specialized(self._phase(phase)).gm
         return self._variants[phase]
 
+    def shared(self, phase: str = "predict") -> tuple[Shared, ...]:
+        """What a phase's program calls for blocks that are the same, the most often repeated first; without
+        ``share_blocks`` nothing."""
+        return share(self.variant(phase))[1] if self.options.shares else ()
+
     def flops(self, phase: str = "predict") -> int | None:
         """FLOPs of one call in a phase, a multiply-add counted as two; also of ``"plain"``, and of ``"once"`` (at half
         batch ``"half/once"``): what is computed once per run. None: unknown, because sizes depend on data."""
@@ -187,6 +193,7 @@ class Findings:
             "cuts": cuts,
             "operations": {phase: self.nodes(phase) for phase in self.phases},
             "flops": {phase: self.flops(phase) for phase in self.phases},
+            "shared": {phase: [asdict(shared) for shared in self.shared(phase)] for phase in self.phases},
             "not_cut": {skip.region: skip.reason for skip in self.skips},
             "cache_bytes": self.cache_bytes,
             "notes": list(self.notes),
@@ -228,8 +235,13 @@ class Findings:
         text = ""
         if rows:
             text = table(("region", "out", "group", "forecast", "value", "slots", "bytes"), rows, title="cuts") + "\n"
-        phases = [(phase, self.nodes(phase), human_flops(self.flops(phase))) for phase in self.phases]
-        text += table(("phase", "operations", "FLOPs"), phases, title="phases")
+        phases = [
+            (phase, self.nodes(phase), human_flops(self.flops(phase)), Shared.told(self.shared(phase)))
+            for phase in self.phases
+        ]
+        columns = ("phase", "operations", "FLOPs", "compiled once")
+        shown = len(columns) if any(once for *_, once in phases) else 3
+        text += table(columns[:shown], [row[:shown] for row in phases], title="phases")
         if self.skips:
             text += "\n" + table(("region", "reason"), [(s.region, s.reason) for s in self.skips], title="not cut")
         unknown = any(cut.sized_by_data for cut in plan.live_cuts)

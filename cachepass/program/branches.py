@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,30 +25,32 @@ def _exclusive(cuts: Sequence[fx.Node], barrier: set[fx.Node]) -> list[fx.Node]:
     A getitem whose list is made outside stays outside too: a branch takes tensors, not lists. So does the wait for a
     collective that begins outside.
     """
-    graph = cuts[0].graph
     cone: set[fx.Node] = set(cuts)
-    bases = {base_of(cut) for cut in cuts}  # read in either branch
-    for node in reversed(list(graph.nodes)):
-        if (
-            node in cone
-            or node in bases
-            or node in barrier
-            or not node.users
-            or node.op != "call_function"
-            or is_impure(node)
-        ):
-            continue
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            continue
-        if all(user in cone for user in node.users):
-            cone.add(node)
-    inner = [n for n in graph.nodes if n in cone and n not in cuts]
+    stop = barrier.union(base for cut in cuts if (base := base_of(cut)) is not None)  # a base is read in either branch
+    readers: Counter[fx.Node] = Counter()  # in the cone, of each node
+    pending = list(cuts)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            readers[source] += 1
+            read_elsewhere = readers[source] < len(source.users)
+            if not read_elsewhere and source not in cone and source not in stop and _may_branch(source):
+                cone.add(source)
+                pending.append(source)
+    inner = sorted(cone - set(cuts))
     kept: dict[fx.Node, None] = {}
     for node in inner:
         is_part = node.target is operator.getitem or _torch.is_wait(node)
         if not is_part or node.args[0] in kept:
             kept[node] = None
     return list(kept)
+
+
+def _may_branch(node: fx.Node) -> bool:
+    return (
+        node.op == "call_function"
+        and not is_impure(node)
+        and not isinstance(node.target, torch._ops.HigherOrderOperator)
+    )
 
 
 def make_cond(

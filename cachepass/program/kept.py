@@ -4,7 +4,8 @@
 
 Kept are values behind real work: matrix products, attentions, convolutions, and long enough reductions and
 transcendental functions. Everything light is left where it is: views, casts and sums cost no more than reading what
-they would be read from. Of a chain of light operations the smallest point is kept.
+they would be read from. Of a chain of light operations the smallest point is kept. A reduction of a value that is kept
+too, such as its norm, is light: reading one costs as much as reading the other.
 
 A value that is made of parameters alone is kept only where it is no larger than they are. Who stores weights in 4 bits,
 or an adapter as two thin matrices, wants the memory more than the time; the whole weight would be kept beside them.
@@ -104,8 +105,28 @@ def choose(graph: fx.Graph, same: set[fx.Node], parameters: Collection[fx.Node],
         for end in ends
         if candidates.is_larger(end)
     ]
-    kept, over = _within([node for node in graph.nodes if node in found], budget)
+    kept, over = _within(_far_from_others([node for node in graph.nodes if node in found]), budget)
     return Choice(tuple(kept), (*larger, *over))
+
+
+def _far_from_others(kept: Sequence[fx.Node]) -> list[fx.Node]:
+    """Without those that light work and reductions make of others that are kept, which are no larger."""
+    left = set(kept)
+    for node in kept:
+        read: set[fx.Node] = set()
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            if current is not node and (current in left or current.op != "call_function"):
+                read.add(current)
+            elif _is_work_beside(current, bytes_of_value(node)):
+                break
+            else:
+                pending.extend(current.all_input_nodes)
+        else:
+            if read & left and sum(map(bytes_of_value, read)) <= 1.01 * bytes_of_value(node):
+                left.discard(node)
+    return [node for node in kept if node in left]
 
 
 def _made_of(graph: fx.Graph, same: set[fx.Node], parameters: Collection[fx.Node]) -> dict[fx.Node, frozenset[fx.Node]]:
@@ -164,7 +185,12 @@ def _keepable(value: Any) -> bool:
 
 def bytes_of_value(node: fx.Node) -> int:
     """Sizes that are symbols count as those that the graph was captured with."""
-    tensors = [v for v in _leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+    return bytes_of(node.meta.get("val"))
+
+
+def bytes_of(value: object) -> int:
+    """Of a (fake) tensor, or of several."""
+    tensors = [v for v in _leaves(value) if isinstance(v, torch.Tensor)]
     return sum(math.prod(map(_torch.hint, v.shape)) * v.dtype.itemsize for v in tensors)
 
 
@@ -173,7 +199,7 @@ def is_heavy(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = node.target.overloadpacket.__name__
-    if name in _PRODUCTS or "scaled_dot_product" in name or "conv" in name.split("_"):
+    if _is_product(name):
         return True
     if not node.all_input_nodes or alias_root(node) is not node or name in _MOVES:
         return False
@@ -184,6 +210,18 @@ def is_heavy(node: fx.Node) -> bool:
         math.prod(map(_torch.hint, v.shape)) for value in read for v in _leaves(value) if isinstance(v, torch.Tensor)
     ]
     return max(sizes, default=0) >= _HEAVY_NUMEL
+
+
+def _is_product(name: str) -> bool:
+    return name in _PRODUCTS or "scaled_dot_product" in name or "conv" in name.split("_")
+
+
+def _is_work_beside(node: fx.Node, size: int) -> bool:
+    """More work than reading so many bytes: a product, or a transcendental function of as much."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name = node.target.overloadpacket.__name__
+    return _is_product(name) or (name in _TRANSCENDENTAL and 16 * bytes_of_value(node) > size)
 
 
 def _leaves(value: Any) -> Iterable[Any]:

@@ -16,6 +16,7 @@ from .. import _torch
 from .._torch import SavedContext
 from .emit import EMITTED
 from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
+from .share import Shared, share
 from .sizes import SymbolBinder
 from .specialize import Variant
 
@@ -27,7 +28,7 @@ class LoweredVariant:
     ``invariants``, ``scalars``, ``probes``, ``slots``, ``outputs`` and ``carried`` are the inputs in their parts: what
     is kept for a run; predicates, weights and other numbers; what the probe compares with; the cuts' slots; the slots
     of the model's output; what the program up to the decision computed. ``kept``: what the last of its results are;
-    the others are the model's.
+    the others are the model's. ``shared``: what it calls several times.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LoweredVariant:
     kept: tuple[Role, ...]
     compile_seconds: float
     nodes: int
+    shared: tuple[Shared, ...]
 
     @property
     def inputs(self) -> tuple[Role, ...]:
@@ -53,9 +55,13 @@ _PARTS: tuple[tuple[type[Role], ...], ...] = (
 _MOVING = (*_PARTS[1], *_PARTS[5])  # another tensor at every call
 
 
-def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: SavedContext) -> LoweredVariant:
-    """Compile a variant. ``own_inputs`` are the example inputs that AOTAutograd gave for the model's placeholders."""
+def lower(
+    variant: Variant, own_inputs: Sequence[Any], lowering: str, context: SavedContext, *, shares: bool = True
+) -> LoweredVariant:
+    """Compile a variant. ``own_inputs`` are the example inputs that AOTAutograd gave for the model's placeholders;
+    ``shares``: blocks that are the same are compiled once."""
     start = time.perf_counter()
+    shared: tuple[Shared, ...] = ()
     nodes = sum(node.op not in ("placeholder", "output") for node in variant.gm.graph.nodes)
     if lowering == "eager":
         run = _eager(variant.gm)
@@ -69,11 +75,13 @@ def lower(variant: Variant, own_inputs: Sequence[Any], lowering: str, context: S
             if not isinstance(role, _MOVING) and not _torch.depends_on_data(inputs[i])
         ]
         gm, numbers = _given_numbers(variant.gm)
+        if shares:
+            gm, shared = share(gm)
         with _no_advice_on_complex_numbers(gm):
             compiled = context.compile(gm, [*inputs, *numbers], static, cudagraphs=variant.repeated)
         run = _giving_numbers(compiled, inputs, numbers) if numbers else compiled
     parts = [tuple(role for role in variant.inputs if isinstance(role, kinds)) for kinds in _PARTS]
-    lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes)  # pyright: ignore
+    lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes, shared)  # pyright: ignore
     assert lowered.inputs == variant.inputs, "what is added stands in this order"
     return lowered
 

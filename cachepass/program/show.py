@@ -21,7 +21,22 @@ _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", t
 
 def readable(graph: fx.Graph, names: dict[str, str] | None = None) -> str:
     """One line per node: ``add: f32[2, 8] = aten.add.Tensor(x, attn)``; inputs by the names given."""
-    return "\n".join(_lines(graph, names or {}, "")) + "\n"
+    return "\n".join([*_lines(graph, names or {}, ""), *_bodies(graph)]) + "\n"
+
+
+def _bodies(graph: fx.Graph) -> Iterator[str]:
+    """What the graph calls, once each."""
+    owner = graph.owning_module
+    for node in graph.find_nodes(op="get_attr"):
+        if owner is not None and _is_body(node):
+            inner = owner.get_submodule(str(node.target))
+            assert isinstance(inner, fx.GraphModule)
+            yield f"{node.target}({', '.join(n.name for n in inner.graph.find_nodes(op='placeholder'))}):"
+            yield from _lines(inner.graph, {}, "  ", inputs=False)
+
+
+def _is_body(node: fx.Node) -> bool:
+    return node.op == "get_attr" and any(user.target is _torch.INVOKE_SUBGRAPH for user in node.users)
 
 
 def _lines(graph: fx.Graph, names: dict[str, str], indent: str, *, inputs: bool = True) -> Iterator[str]:
@@ -39,6 +54,11 @@ def _lines(graph: fx.Graph, names: dict[str, str], indent: str, *, inputs: bool 
             yield f"{indent}return {_text(node.args[0], name)}"
         elif node.op == "get_attr" and any(user.target is _torch.COND for user in node.users):
             continue  # printed where it is used
+        elif _is_body(node):
+            continue  # printed at the end
+        elif node.target is _torch.INVOKE_SUBGRAPH:
+            callee, _, *given = node.args
+            yield f"{indent}{node.name} = {callee.target}({', '.join(map(name, given))})"
         elif node.target is _torch.COND and owner is not None:
             predicate, predict, compute, operands = node.args
             assert isinstance(predicate, fx.Node)

@@ -17,6 +17,7 @@ from ..capture.inputs import read_inputs
 from ..options import CompileOptions, is_declared
 from ..recipe.vocabulary import Skip
 from .dump import dump
+from .fold import Folded, fold, unfold
 from .hoist import Hoisted, hoist, invariant_regions
 from .kept import LeftOut
 
@@ -58,6 +59,12 @@ def trace(
 
     def inner(aten: fx.GraphModule, own_inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
         context = _torch.save_context(own_inputs, options.inductor, kwargs)
+        if folded.bodies:
+            unfolded = unfold(aten, folded.bodies)
+            if unfolded is None:
+                logger.info("calls of blocks are gone from the graph: it is traced again, block by block")
+                return runner
+            aten = unfolded
         known = [_torch.input_index(node) for node in aten.graph.find_nodes(op="placeholder")]
         found = {
             kind: frozenset(i for i, index in enumerate(known) if index is not None and roles[index] is kind)
@@ -80,7 +87,11 @@ def trace(
         )
         return runner
 
-    run = _torch.compile_once(gm, inputs, inner, options.inductor)
+    folded = fold(gm) if options.shares else Folded(gm, ())
+    run = _torch.compile_once(folded.gm, inputs, inner, options.inductor)
+    if not traced:
+        folded = Folded(gm, ())
+        run = _torch.compile_once(gm, inputs, inner, options.inductor)
     return traced[-1], run
 
 

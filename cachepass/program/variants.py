@@ -45,9 +45,16 @@ class Program:
     """The variants of one model: of its graph and, where steps may skip half of the batch, of its half-batch graph."""
 
     def __init__(
-        self, full: Traced, half: Traced | None, plan: CachePlan, lowering: str, *, progress: bool = False
+        self,
+        full: Traced,
+        half: Traced | None,
+        plan: CachePlan,
+        lowering: str,
+        *,
+        shares: bool = False,
+        progress: bool = False,
     ) -> None:
-        self.full, self.half, self.plan, self.lowering = full, half, plan, lowering
+        self.full, self.half, self.plan, self.lowering, self.shares = full, half, plan, lowering, shares
         self._progress = progress and lowering != "eager"
         self.on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in full.inputs)
         self.variants: dict[str, LoweredVariant] = {}
@@ -152,7 +159,7 @@ class Program:
             added = variant.gm.graph.find_nodes(op="placeholder")[len(traced.inputs) :]
             roles = {node.name: role for node, role in zip(added, variant.inputs, strict=True)}
             dump(variant.name, variant.gm.graph, {**traced.names, **role_names(roles, self.plan)})
-            lowered = lower(variant, traced.inputs, self.lowering, traced.context)
+            lowered = lower(variant, traced.inputs, self.lowering, traced.context, shares=self.shares)
             lowered = dataclasses.replace(lowered, compile_seconds=time.perf_counter() - start)
             logger.info("variant %s: %d nodes, %.2f s", lowered.name, lowered.nodes, lowered.compile_seconds)
             self.variants[variant.name] = lowered
