@@ -4,6 +4,7 @@ compiled = torch.compile(model, backend="cached_inductor", fullgraph=True,
                          options={"cache": cachepass.TaylorSeerCacheConfig(cache_interval=5, max_order=1)})
 """
 
+from . import cut, forecast, schedule
 from .config import (
     FLUX_MAG_RATIOS,
     CacheConfig,
@@ -90,12 +91,15 @@ __all__ = [
     "Tuning",
     "cache_context",
     "compare",
+    "cut",
     "explain",
     "fit_teacache",
+    "forecast",
     "mag_ratios",
     "memory",
     "recompile",
     "reset",
+    "schedule",
     "summary",
     "tune",
     "warmup",

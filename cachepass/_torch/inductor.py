@@ -89,15 +89,25 @@ class SavedContext:
             yield
 
     def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], static: Sequence[int] = (), *, cudagraphs: bool = True
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        static: Sequence[int] = (),
+        *,
+        read: Sequence[int] | None = None,
+        cudagraphs: bool = True,
     ) -> Callable[[list[Any]], Any]:
         """``compile_fx_inner`` over a variant; the result takes its inputs as one list (boxed).
 
-        ``static`` are indices of inputs whose memory stays where it is. ``cudagraphs=False``: none for this program,
-        also where the options ask for them.
+        ``static`` are indices of inputs whose memory stays where it is; ``read`` of those that the graph has, None: all
+        of them. ``cudagraphs=False``: none for this program, also where the options ask for them.
         """
         kwargs = dict(self.inner_kwargs)
-        kwargs["static_input_idxs"] = (*kwargs.get("static_input_idxs", ()), *static)
+        read = range(len(inputs)) if read is None else read
+        position = {index: i for i, index in enumerate(read)}
+        unmoved = (*kwargs.get("static_input_idxs", ()), *static)
+        kwargs["static_input_idxs"] = tuple(position[index] for index in unmoved if index in position)
+        inputs = [inputs[index] for index in read]
         asked = kwargs.get("cudagraphs")
         if asked is not None:  # a box, which Inductor clears where a graph cannot have them: each program has its own
             kwargs["cudagraphs"] = type(asked)(bool(asked) and cudagraphs)

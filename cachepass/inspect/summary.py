@@ -239,7 +239,7 @@ def _flops(found: Iterable[tuple[Dispatcher, Instance]]) -> tuple[int | None, in
     plain: int | None = 0
     for dispatcher, instance in found:
         program = dispatcher.program
-        if program is not None:
+        if program is not None and instance.phases:
             whole = add_known(program.flops(Phase(route=PLAIN)), program.flops_once())
             for phase, calls in instance.phases.items():
                 taken = add_known(taken, _times(calls, program.flops(phase)))

@@ -52,6 +52,7 @@ class LoweredVariant:
 _PARTS: tuple[tuple[type[Role], ...], ...] = (
     (Invariant,), (Predicate, Weights, Parameters, Limit), (ProbeSlot,), (History, Next), (Output,), (Carried,),
 )  # fmt: skip
+_MANY_UNREAD = 64
 _MOVING = (*_PARTS[1], *_PARTS[5])  # another tensor at every call
 
 
@@ -77,8 +78,10 @@ def lower(
         gm, numbers = _given_numbers(variant.gm)
         if shares:
             gm, shared = share(gm)
+        gm, read = _without_unread(gm, is_own=gm is not variant.gm)
         with _no_advice_on_complex_numbers(gm):
-            compiled = context.compile(gm, [*inputs, *numbers], static, cudagraphs=variant.repeated)
+            compiled = context.compile(gm, [*inputs, *numbers], static, read=read, cudagraphs=variant.repeated)
+        compiled = compiled if read is None else _picking(compiled, read)
         run = _giving_numbers(compiled, inputs, numbers) if numbers else compiled
     parts = [tuple(role for role in variant.inputs if isinstance(role, kinds)) for kinds in _PARTS]
     lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes, shared)  # pyright: ignore
@@ -103,6 +106,41 @@ def _given_numbers(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.SymIn
         for number in reversed(numbers):
             graph.placeholder(f"number_{number}").meta["val"] = number
     return _torch.graph_module(gm, graph), numbers
+
+
+def _without_unread(gm: fx.GraphModule, *, is_own: bool) -> tuple[fx.GraphModule, list[int] | None]:
+    """The graph without the inputs that nothing in it reads, and the indices of the others. Each costs compile time, so
+    this is worth a list of them at every call where they are many; else None, and the graph as it is. ``is_own``: the
+    graph may be changed. Inputs that sizes are told by are read."""
+    given = gm.graph.find_nodes(op="placeholder")
+    read = [i for i, node in enumerate(given) if node.users or not _has_fixed_sizes(node.meta.get("val"))]
+    if len(given) - len(read) < _MANY_UNREAD:
+        return gm, None
+    if is_own:
+        graph = gm.graph
+    else:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {})).meta = dict(gm.graph.output_node().meta)
+    kept = set(read)
+    for i, node in enumerate(graph.find_nodes(op="placeholder")):
+        if i not in kept:
+            graph.erase_node(node)
+    return _torch.graph_module(gm, graph), read
+
+
+def _has_fixed_sizes(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+
+
+def _picking(run: Callable[[list[Any]], Any], read: Sequence[int]) -> Callable[[list[Any]], Any]:
+    """Give some of the inputs, and let go of the others."""
+
+    def run_with_some(given: list[Any]) -> Any:
+        some = [given[i] for i in read]
+        given.clear()
+        return run(some)
+
+    return run_with_some
 
 
 def _giving_numbers(
