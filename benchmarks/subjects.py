@@ -361,6 +361,7 @@ SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "compile time, all": [plain, by_blocks(plain_regional), ours("specialize"), ours("specialize", share_blocks=False),
                           OURS_BY_COND, by_blocks(ours_regional), *_HOOKS],
     "compile time, hooks": [*_HOOKS, by_blocks(cache_dit)],
+    "growth": [plain, ours("specialize")],
     "sharing": [ours("specialize"), ours("specialize", share_blocks=False)],
 }  # fmt: skip
 METHODS = [*_PHASES, *DECIDING]
