@@ -185,10 +185,10 @@ def _keepable(value: Any) -> bool:
 
 def bytes_of_value(node: fx.Node) -> int:
     """Sizes that are symbols count as those that the graph was captured with."""
-    return bytes_of(node.meta.get("val"))
+    return bytes_in(node.meta.get("val"))
 
 
-def bytes_of(value: object) -> int:
+def bytes_in(value: object) -> int:
     """Of a (fake) tensor, or of several."""
     tensors = [v for v in _leaves(value) if isinstance(v, torch.Tensor)]
     return sum(math.prod(map(_torch.hint, v.shape)) * v.dtype.itemsize for v in tensors)

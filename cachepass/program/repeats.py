@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from .kept import bytes_of
+from .kept import bytes_in
 
 _PERIODS = 16  # periods tried: those at which most nodes recur
 LEAST_SAVED = 24  # nodes that a repeat need not compile again, below which a call is not worth it
@@ -112,7 +112,7 @@ class _Line:
         """Bytes made from index ``since`` on that are read from index ``at`` on."""
         made = [node for node, root in zip(self.nodes[since:at], self.root[since:at], strict=True) if node is root]
         values = [self.reading.value(node) for node in made if self.last_use.get(node, 0) >= at]
-        return sum(bytes_of(value) if isinstance(value, torch.Tensor) else _UNABLE for value in values)
+        return sum(bytes_in(value) if isinstance(value, torch.Tensor) else _UNABLE for value in values)
 
 
 def _word(node: fx.Node, reading: Reading) -> Hashable:
