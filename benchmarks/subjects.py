@@ -360,7 +360,6 @@ SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "compile time": [plain, by_blocks(plain_regional), ours("specialize"), by_blocks(ours_regional)],
     "compile time, all": [plain, by_blocks(plain_regional), ours("specialize"), ours("specialize", share_blocks=False),
                           OURS_BY_COND, by_blocks(ours_regional), *_HOOKS],
-    "compile time, hooks": [*_HOOKS, by_blocks(cache_dit)],
     "growth": [plain, ours("specialize")],
     "sharing": [ours("specialize"), ours("specialize", share_blocks=False)],
 }  # fmt: skip

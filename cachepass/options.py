@@ -45,7 +45,7 @@ class CompileOptions:
         process_group: Ranks that run one model together (tensor or context parallel): a method that decides by what it
             measures gets the distance over all of them, so all decide alike. A ``ProcessGroup``; ``"world"``: the
             default one.
-        share_blocks: Compile blocks that are the same once, and call that for each: what compiling takes does not grow
+        share_blocks: Compile blocks that are the same once, and call that for each: what compiling takes grows far less
             with the depth of the model. Not for ``lowering="cond"`` and Inductor's ``cpp_wrapper``, which has no calls.
         progress: Show on a terminal what is being compiled.
         inductor: Everything else, as Inductor config patches.

@@ -15,7 +15,7 @@ from ..program.flops import count_flops
 from ..program.hoist import Hoisted
 from ..program.phases import Phase, phase_name
 from ..program.plan import CachePlan, PlannedCut
-from ..program.share import Shared, share
+from ..program.share import Shared, repeated_blocks
 from ..program.show import diff, readable
 from ..program.variants import Program
 from ..recipe.vocabulary import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
@@ -117,9 +117,9 @@ class Findings:
         return self._variants[phase]
 
     def shared(self, phase: str = "predict") -> tuple[Shared, ...]:
-        """What a phase's program calls for blocks that are the same, the most often repeated first; without
+        """What a phase's program calls for blocks that are the same, those that save most first; without
         ``share_blocks`` nothing."""
-        return share(self.variant(phase))[1] if self.options.shares else ()
+        return Shared.of(repeated_blocks(self.variant(phase).graph)) if self.options.shares else ()
 
     def flops(self, phase: str = "predict") -> int | None:
         """FLOPs of one call in a phase, a multiply-add counted as two; also of ``"plain"``, and of ``"once"`` (at half

@@ -39,10 +39,6 @@ class Folded:
     gm: fx.GraphModule
     bodies: tuple[Body, ...]
 
-    @property
-    def calls(self) -> int:
-        return sum(len(body.repeat.stretches) for body in self.bodies)
-
 
 class Dynamo:
     """How a Dynamo graph is read: memory is told by the storages of its fake values."""

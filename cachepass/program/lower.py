@@ -57,7 +57,7 @@ _MOVING = (*_PARTS[1], *_PARTS[5])  # another tensor at every call
 
 
 def lower(
-    variant: Variant, own_inputs: Sequence[Any], lowering: str, context: SavedContext, *, shares: bool = True
+    variant: Variant, own_inputs: Sequence[Any], lowering: str, context: SavedContext, *, shares: bool
 ) -> LoweredVariant:
     """Compile a variant. ``own_inputs`` are the example inputs that AOTAutograd gave for the model's placeholders;
     ``shares``: blocks that are the same are compiled once."""

@@ -140,9 +140,7 @@ def outline(
         str(node.target): operator.attrgetter(str(node.target))(gm) for node in gm.graph.find_nodes(op="get_attr")
     }
     for body in bodies:
-        inner = body.graph(key)
-        own = {str(node.target): operator.attrgetter(str(node.target))(gm) for node in inner.find_nodes(op="get_attr")}
-        attributes[body.name] = _torch.graph_module(own, inner)
+        attributes[body.name] = _torch.graph_module({}, body.graph(key))  # attributes are given to it, as all inputs
     return _torch.graph_module(attributes, graph), bodies
 
 

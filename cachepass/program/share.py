@@ -35,6 +35,11 @@ class Shared:
     operations: int
 
     @staticmethod
+    def of(repeats: Sequence[Repeat]) -> tuple[Shared, ...]:
+        """For each repeat its body."""
+        return tuple(Shared(len(repeat.stretches), len(repeat.stretches[0])) for repeat in repeats)
+
+    @staticmethod
     def told(shared: Sequence[Shared]) -> str:
         """For people."""
         if not shared:
@@ -87,12 +92,16 @@ def _reads_a_number(node: fx.Node) -> bool:
 
 def share(gm: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Shared, ...]]:
     """The graph with each repeat as calls of one body; ``gm`` is left as it is, and returned where nothing repeats."""
-    reading = Aten()
-    repeats = [r for r in find_repeats(gm.graph, reading) if any(map(is_heavy, r.stretches[0]))]
+    repeats = repeated_blocks(gm.graph)
     if not repeats:
         return gm, ()
-    outlined, _ = outline(gm, repeats, reading, "val", [set(_common(repeat)) for repeat in repeats])
-    return outlined, tuple(Shared(len(r.stretches), len(r.stretches[0])) for r in repeats)
+    outlined, _ = outline(gm, repeats, Aten(), "val", [set(_common(repeat)) for repeat in repeats])
+    return outlined, Shared.of(repeats)
+
+
+def repeated_blocks(graph: fx.Graph) -> list[Repeat]:
+    """The repeats of a program's graph that are worth a call: there is real work in them."""
+    return [repeat for repeat in find_repeats(graph, Aten()) if any(map(is_heavy, repeat.stretches[0]))]
 
 
 def _common(repeat: Repeat) -> Iterator[int]:
