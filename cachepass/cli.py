@@ -138,6 +138,7 @@ def _told() -> Iterator[None]:
 @click.option("--steps", type=click.IntRange(1), help="Steps of a run (num_inference_steps).  [default: 28]")
 @_timestep_scale
 @click.option("--context", "contexts", multiple=True, help='Of a call in a step: "cond". Several times for all.')
+@click.option("--target", help="A GPU, which need not be there (h100, a100, ...): estimate its launches, memory, time.")
 def explain(
     source: Callable[[], Any],
     cache: Any,
@@ -147,8 +148,9 @@ def explain(
     steps: int | None,
     timestep_scale: float | None,
     contexts: tuple[str, ...],
+    target: str | None,
 ) -> None:
-    """Show what a cache would do to a model, without compiling or running it.
+    """Show what a cache would do to a model, without running it, and how long it would take on a GPU.
 
     FUNCTION, in the file MODEL.py, returns the model and a dict of the keyword arguments of one call.
     """
@@ -159,7 +161,7 @@ def explain(
     with _told():
         model, inputs = _made_for_a_call(source)
         with cache_context(contexts[0]) if contexts else contextlib.nullcontext():
-            plan = explain_model(model, cache=cache, options=options, **inputs)
+            plan = explain_model(model, cache=cache, options=options, target=target, **inputs)
         if page is not None:
             plan.to_html(page, contexts=contexts or None)
             text = f"wrote {page}"

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from covering import covering
+from hypothesis import HealthCheck, settings
 from zoo import ALL
 
 # Workers inherit these: memory that tracing frees is kept for the next test, which took an eighth of the time.
@@ -19,6 +20,8 @@ os.environ |= {
 os.environ["MALLOC_ARENA_MAX"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would only wait for each other
     torch.set_num_threads(1)
+settings.register_profile("cachepass", suppress_health_check=[HealthCheck.too_slow])  # machines differ in speed
+settings.load_profile("cachepass")
 gc.set_threshold(50_000, 20, 50)  # tracing makes many objects; collecting among them took a twentieth of the time
 
 

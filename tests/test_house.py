@@ -11,7 +11,7 @@ PACKAGE = Path(cachepass.__file__).parent
 # From the ground up. A room imports rooms in front of it; files that stand by themselves are rooms of their own. The
 # doors (``cachepass.cut`` and its like) hand names on to users, and no room goes through them.
 SPINE = (
-    "_torch errors", "recipe", "config", "method", "options", "capture", "program", "run", "backend", "inspect",
+    "_torch errors", "recipe", "config", "method", "options", "capture", "program", "gpu", "run", "backend", "inspect",
     "tuning", "cli integrations warmup testing", "cut forecast schedule", "__init__",
 )  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(SPINE) for room in rooms.split()}

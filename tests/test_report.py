@@ -203,8 +203,9 @@ def test_flops_are_printed_and_told(explanation):
     assert told == {phase: explanation.flops(phase) for phase in explanation.phases}
     assert told["compute"] > told["predict:mlp"] > told["predict"] > 0
     rows = [line.split() for line in str(explanation).splitlines()]
-    assert ["phase", "operations", "FLOPs"] in rows
-    assert ["predict", str(explanation.nodes("predict")), *human_flops(told["predict"]).split()] in rows
+    assert ["phase", "operations", "FLOPs", "compiled", "once"] in rows
+    operations = str(explanation.nodes("compute"))
+    assert ["compute", operations, *human_flops(told["compute"]).split(), "3", "blocks,", "1", "program"] in rows
 
 
 def test_the_command_line_writes_the_page(tmp_path):

@@ -241,7 +241,7 @@ def test_blocks_that_write_into_what_they_are_given_cannot_be_left_out():
 
 def program(model: nn.Module, config: object):
     explanation = cachepass.explain(model, X, T, cache=config, options=OPTIONS)
-    return explanation._program, explanation.plan
+    return explanation.program, explanation.plan
 
 
 def called(graph) -> list[str]:

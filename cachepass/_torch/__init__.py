@@ -1,6 +1,7 @@
 """The only door to private torch APIs: one function per need, each present in torch 2.11, 2.13 and 2.15 or guarded.
 
 Nothing here knows what caching is. Whatever a new torch release renames is renamed in this package and nowhere else.
+``offline`` and ``playing``, for GPUs that are not at hand, are imported where they are needed.
 """
 
 from .collectives import any_of_ranks, default_group, is_collective, is_process_group, is_wait, sum_over, world_size
@@ -38,12 +39,14 @@ from .inductor import (
     flatten,
     flops,
     graph_module,
+    has_triton,
     hint,
     inductor_keys,
     inductor_modes,
     input_index,
     is_wrapper,
     kernels_side_by_side,
+    map_tensors,
     number_of,
     plain_inductor,
     save_context,

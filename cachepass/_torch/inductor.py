@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ def inductor_keys() -> set[str]:
 def inductor_modes() -> dict[str, dict[str, Any]]:
     """The config patches of every ``mode`` of torch.compile."""
     return dict(list_mode_options())
+
+
+def has_triton() -> bool:
+    """Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def cache_folder() -> str:
@@ -233,6 +239,11 @@ def storage_of(value: torch.Tensor) -> int:
 
 
 # ---- tracing --------------------------------------------------------------------------------------------------------
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Nested lists, tuples and dicts with the function's result for each tensor in them."""
+    return pytree.tree_map_only(torch.Tensor, function, value)
 
 
 def flatten(value: Any) -> tuple[list[Any], Any]:

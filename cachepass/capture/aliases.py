@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from .. import _torch
-from .nodes import target_name
+from .nodes import nodes_in, target_name
 
 _OPERATORS = ("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift",
               "isub", "itruediv", "ixor", "setitem", "delitem")  # fmt: skip
@@ -82,7 +82,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     if node.op == "call_method":
         name = target_name(node)
         in_place = name in _DUNDER or (name.endswith("_") and not name.endswith("__"))
-        return [*(_nodes_in(node.args[:1]) if in_place else ()), *_nodes_in(node.kwargs.get("out"))]
+        return [*(nodes_in(node.args[:1]) if in_place else ()), *nodes_in(node.kwargs.get("out"))]
     if node.op != "call_function":
         return []
     target: Any = node.target
@@ -102,15 +102,15 @@ def _written_by_schema(node: fx.Node, target: torch._ops.OpOverload | torch._ops
         for i, argument in enumerate(overload._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 positional = node.args[i] if not argument.kwarg_only and i < len(node.args) else None
-                found.update(dict.fromkeys(_nodes_in((positional, node.kwargs.get(argument.name)))))
+                found.update(dict.fromkeys(nodes_in((positional, node.kwargs.get(argument.name)))))
     return list(found)
 
 
 def _written_by_function(node: fx.Node, target: Callable[..., Any]) -> list[fx.Node]:
-    name, given = target_name(node), _nodes_in(node.kwargs.get("out"))
+    name, given = target_name(node), nodes_in(node.kwargs.get("out"))
     first = node.args[:1] or (node.kwargs.get("input"), node.kwargs.get("self"))
     if target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or _is_in_place(node, target):
-        return [*given, *_nodes_in(first)]
+        return [*given, *nodes_in(first)]
     module = getattr(target, "__module__", None) or "builtins"
     if module.split(".")[0] in _KNOWN or not callable(target):
         return list(given)
@@ -163,12 +163,6 @@ def _written_by_nested(node: fx.Node) -> list[fx.Node]:
             aliases = Aliases(graph_module)
             writes |= any(map(aliases.is_written, graph_module.graph.find_nodes(op="placeholder")))
     return [n for n in node.all_input_nodes if storage_of(n) is not None] if writes else []
-
-
-def _nodes_in(argument: Any) -> Iterator[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(argument, found.append)
-    return iter(found)
 
 
 __all__ = ["Aliases", "storage_of", "written_arguments"]

@@ -12,6 +12,25 @@ def target_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
+def nodes_in(argument: Any) -> list[fx.Node]:
+    """The nodes in an argument, however nested, in order, each as often as it stands there."""
+    found: list[fx.Node] = []
+    fx.map_arg(argument, found.append)
+    return found
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """What a node reads, in order, each as often as it is read."""
+    return nodes_in((node.args, node.kwargs))
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A graph with the same nodes, and what is known of them."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {})).meta = dict(graph.output_node().meta)
+    return copy
+
+
 def operand(node: fx.Node, index: int = 0) -> fx.Node:
     """An argument of a node that is a node itself."""
     value = node.args[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -23,6 +23,9 @@ from ..run.clock import scaled
 from .tables import human_bytes, human_flops, table
 from .timeline import Lane, SimulatedCall, default_contexts, even_timesteps, lanes, simulate_calls
 
+if TYPE_CHECKING:
+    from ..gpu.estimate import GpuEstimate
+
 _STEPS = 28  # of a run whose length nobody gave: what pipelines of this kind of model take by default
 
 
@@ -40,6 +43,7 @@ class Findings:
         model: The class of the model.
         method: The schedule.
         options: What the model was explained with.
+        target: What it would be on the GPU that was asked for, if one was.
     """
 
     targets: tuple[Target, ...]
@@ -51,7 +55,8 @@ class Findings:
     model: str
     method: Method = field(repr=False)
     options: CompileOptions = field(repr=False)
-    _program: Program = field(repr=False)
+    program: Program = field(repr=False)
+    target: GpuEstimate | None = field(default=None, repr=False)
     _variants: dict[str, fx.GraphModule] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -67,7 +72,7 @@ class Findings:
     def fx_graph(self, phase: str) -> fx.Graph:
         """The graph of a phase, or of one of those that are no phase's (``"plain"``, ``"canonical"``)."""
         if phase in self._routes:
-            return self._program.canonical(self._routes[phase]).gm.graph
+            return self.program.canonical(self._routes[phase]).gm.graph
         return self.variant(phase).graph
 
     def graph(self, phase: str = "canonical") -> str:
@@ -77,12 +82,12 @@ class Findings:
         plain form too: ``"plain:half"``.
         """
         route = self._routes.get(phase) or self._phase(phase).route
-        return readable(self.fx_graph(phase), self._program.names(route))
+        return readable(self.fx_graph(phase), self.program.names(route))
 
     @property
     def hoisted(self) -> Hoisted | None:
         """What is computed once per run, if anything."""
-        return self._program.full.hoisted
+        return self.program.full.hoisted
 
     @property
     def _routes(self) -> dict[str, Route]:
@@ -113,7 +118,7 @@ class Findings:
     def variant(self, phase: str) -> fx.GraphModule:
         """The program of a phase as it is lowered."""
         if phase not in self._variants:
-            self._variants[phase] = self._program.specialized(self._phase(phase)).gm
+            self._variants[phase] = self.program.specialized(self._phase(phase)).gm
         return self._variants[phase]
 
     def shared(self, phase: str = "predict") -> tuple[Shared, ...]:
@@ -125,7 +130,7 @@ class Findings:
         """FLOPs of one call in a phase, a multiply-add counted as two; also of ``"plain"``, and of ``"once"`` (at half
         batch ``"half/once"``): what is computed once per run. None: unknown, because sizes depend on data."""
         if phase in ("once", "half/once"):
-            traced = self._program.full if phase == "once" else self._program.half
+            traced = self.program.full if phase == "once" else self.program.half
             hoisted = None if traced is None else traced.hoisted
             return 0 if hoisted is None else count_flops(hoisted.once.graph)
         return count_flops(self.fx_graph(phase))

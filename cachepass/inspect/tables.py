@@ -30,6 +30,11 @@ def human_flops(count: int | None) -> str:
     return "unknown" if count is None else _human(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"))
 
 
+def human_seconds(seconds: float) -> str:
+    """``0.00123`` -> ``"1.23 ms"``; three digits."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
 def _human(count: int, base: int, units: Sequence[str]) -> str:
     value = float(count)
     for unit in units[:-1]:

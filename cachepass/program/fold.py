@@ -13,6 +13,7 @@ The markers of cuts name their regions, which differ from block to block: in a b
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from .outline import Body, outline
 from .repeats import find_repeats
 
 _MARKERS = (CUT, ENTER)
+_NUMBERS = itertools.count()
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout")
 
 
@@ -98,7 +100,8 @@ def fold(gm: fx.GraphModule) -> Folded:
     repeats = find_repeats(gm.graph, reading)
     if not repeats:
         return Folded(gm, ())
-    outlined, bodies = outline(gm, repeats, reading, "example_value")
+    # AOTAutograd remembers bodies by their names, and may trace several graphs of one model.
+    outlined, bodies = outline(gm, repeats, reading, "example_value", name=f"folded_{next(_NUMBERS)}")
     outlined.meta = dict(gm.meta)
     return Folded(outlined, tuple(bodies))
 

@@ -23,6 +23,7 @@ from torch import fx
 from .. import _torch
 from ..capture.annotate import CUT, OUTPUT
 from ..capture.markers import reach_back
+from ..capture.nodes import copied
 from .emit import Emitter, aten
 from .kept import LeftOut, choose, is_heavy
 from .liveness import is_impure
@@ -138,8 +139,7 @@ def hoist(
 ) -> Split:
     """Split a graph, whose values are of ``fake_mode``; ``gm`` is left as it is. Cuts of ``regions`` are dropped,
     others count as varying. ``parameters`` are indices of placeholders; ``budget``: bytes of all that is kept."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {})).meta = dict(gm.graph.output_node().meta)
+    graph = copied(gm.graph)
     emit = Emitter(graph, fake_mode)
     values: dict[str, list[fx.Node]] = {}
     for marker in graph.find_nodes(op="call_function", target=CUT):

@@ -14,6 +14,7 @@ from torch import fx
 
 from .. import _torch
 from .._torch import SavedContext
+from ..capture.nodes import copied
 from .emit import EMITTED
 from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
 from .share import Shared, share
@@ -67,26 +68,58 @@ def lower(
     if lowering == "eager":
         run = _eager(variant.gm)
     else:
-        placeholders = variant.gm.graph.find_nodes(op="placeholder")
-        inputs = [*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :])]
-        # Slots stay where they are: a CUDA graph reads and writes them in place, and may write to nothing else.
-        static = [
-            i
-            for i, role in enumerate(variant.inputs, len(own_inputs))
-            if not isinstance(role, _MOVING) and not _torch.depends_on_data(inputs[i])
-        ]
-        gm, numbers = _given_numbers(variant.gm)
-        if shares:
-            gm, shared = share(gm)
-        gm, read = _without_unread(gm, is_own=gm is not variant.gm)
-        with _no_advice_on_complex_numbers(gm):
-            compiled = context.compile(gm, [*inputs, *numbers], static, read=read, cudagraphs=variant.repeated)
-        compiled = compiled if read is None else _picking(compiled, read)
-        run = _giving_numbers(compiled, inputs, numbers) if numbers else compiled
+        ready = make_ready(variant, own_inputs, shares=shares)
+        shared = ready.shared
+        with _no_advice_on_complex_numbers(ready.gm):
+            compiled = ready.compile(context, cudagraphs=variant.repeated)
+        compiled = compiled if ready.read is None else _picking(compiled, ready.read)
+        run = _giving_numbers(compiled, ready.inputs, ready.numbers) if ready.numbers else compiled
     parts = [tuple(role for role in variant.inputs if isinstance(role, kinds)) for kinds in _PARTS]
     lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes, shared)  # pyright: ignore
     assert lowered.inputs == variant.inputs, "what is added stands in this order"
     return lowered
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A variant's graph as Inductor takes it.
+
+    Attributes:
+        gm: The graph, with calls of what is shared.
+        inputs: Of the variant, as (fake) tensors and numbers; behind them ``numbers``.
+        static: Indices of those that stay where they are.
+        read: Indices of those that the graph has, None: all of them.
+        numbers: Inputs that are no inputs of the variant: numbers that only running it tells.
+        shared: What it calls several times.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[Any, ...]
+    static: tuple[int, ...]
+    read: tuple[int, ...] | None
+    numbers: tuple[torch.SymInt, ...]
+    shared: tuple[Shared, ...]
+
+    def compile(self, context: SavedContext, *, cudagraphs: bool) -> Callable[[list[Any]], Any]:
+        """Through Inductor; the result takes those of the inputs that are read, and the numbers."""
+        given = [*self.inputs, *self.numbers]
+        return context.compile(self.gm, given, self.static, read=self.read, cudagraphs=cudagraphs)
+
+
+def make_ready(variant: Variant, own_inputs: Sequence[Any], *, shares: bool) -> Ready:
+    """The graph of a variant as it is given to Inductor; the arguments are those of ``lower``."""
+    placeholders = variant.gm.graph.find_nodes(op="placeholder")
+    inputs = (*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :]))
+    # Slots stay where they are: a CUDA graph reads and writes them in place, and may write to nothing else.
+    static = [
+        i
+        for i, role in enumerate(variant.inputs, len(own_inputs))
+        if not isinstance(role, _MOVING) and not _torch.depends_on_data(inputs[i])
+    ]
+    gm, numbers = _given_numbers(variant.gm)
+    gm, shared = share(gm) if shares else (gm, ())
+    gm, read = _without_unread(gm, is_own=gm is not variant.gm)
+    return Ready(gm, inputs, tuple(static), None if read is None else tuple(read), tuple(numbers), shared)
 
 
 def _given_numbers(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.SymInt]]:
@@ -97,9 +130,7 @@ def _given_numbers(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.SymIn
     made = {symbol: size for size in sizes if isinstance(size, torch.SymInt) for symbol in _torch.data_symbols(size)}
     if not made:
         return gm, []
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, env)).meta = dict(gm.graph.output_node().meta)
+    graph = copied(gm.graph)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     numbers = [_torch.number_of(symbol, size) for symbol, size in made.items()]
     with graph.inserting_after(last):
@@ -116,11 +147,7 @@ def _without_unread(gm: fx.GraphModule, *, is_own: bool) -> tuple[fx.GraphModule
     read = [i for i, node in enumerate(given) if node.users or not _has_fixed_sizes(node.meta.get("val"))]
     if len(given) - len(read) < _MANY_UNREAD:
         return gm, None
-    if is_own:
-        graph = gm.graph
-    else:
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(gm.graph, {})).meta = dict(gm.graph.output_node().meta)
+    graph = gm.graph if is_own else copied(gm.graph)
     kept = set(read)
     for i, node in enumerate(graph.find_nodes(op="placeholder")):
         if i not in kept:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from .. import _torch
-from .repeats import Reading, Repeat, operands
+from ..capture.nodes import operands
+from .repeats import Reading, Repeat
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +129,18 @@ class Body:
 
 
 def outline(
-    gm: fx.GraphModule, repeats: Sequence[Repeat], reading: Reading, key: str, common: Sequence[Collection[int]] = ()
+    gm: fx.GraphModule,
+    repeats: Sequence[Repeat],
+    reading: Reading,
+    key: str,
+    common: Sequence[Collection[int]] = (),
+    *,
+    name: str = "shared",
 ) -> tuple[fx.GraphModule, list[Body]]:
     """The graph with calls; ``gm`` is left as it is. ``key``: of the values in ``meta``; ``common``: for each repeat
-    the positions of what is computed once."""
+    the positions of what is computed once; ``name``: how the names of bodies begin."""
     bodies = [
-        Body(f"shared_{n}", repeat, frozenset(common[n] if common else ()), reading) for n, repeat in enumerate(repeats)
+        Body(f"{name}_{n}", repeat, frozenset(common[n] if common else ()), reading) for n, repeat in enumerate(repeats)
     ]
     graph = _Caller(gm.graph, bodies, key).graph
     attributes: dict[str, object] = {

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import fx
 
+from ..capture.nodes import operands
 from .kept import bytes_in
 
 _PERIODS = 16  # periods tried: those at which most nodes recur
@@ -81,13 +82,6 @@ def find_repeats(graph: fx.Graph, reading: Reading) -> list[Repeat]:
             if repeat.saved >= LEAST_SAVED:
                 found.append(repeat)
     return sorted(found, key=lambda repeat: repeat.saved, reverse=True)
-
-
-def operands(node: fx.Node) -> list[fx.Node]:
-    """What a node reads, in order, each as often as it is read."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
-    return found
 
 
 # ---- a graph as a line of words -------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch import fx
 from .. import _torch
 from ..capture.half import halved_dimension
 from ..capture.markers import base_of, cut_nodes, output_nodes
-from ..capture.nodes import operand, returned_by
+from ..capture.nodes import copied, operand, returned_by
 from ..recipe.vocabulary import WHOLE, Route
 from .branches import make_cond
 from .emit import EMITTED, Emitter, alias_root, aten
@@ -59,9 +59,7 @@ def rewrite(
     Where the route allows no prediction, regions stay as they are; where it keeps nothing, no slot is written.
     ``invariants``: placeholders that ``gm`` has behind the model's own already.
     """
-    graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, {})
-    graph.output(output).meta = dict(gm.graph.output_node().meta)
+    graph = copied(gm.graph)
     result = _torch.graph_module(gm, graph)
     markers, ends = cut_nodes(graph), output_nodes(graph)
     assert len(markers) == len(plan.cuts)

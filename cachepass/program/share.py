@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ..capture.nodes import operands
 from .emit import alias_root
 from .kept import bytes_of_value, is_heavy
 from .liveness import is_impure
 from .outline import outline
-from .repeats import Repeat, find_repeats, operands
+from .repeats import Repeat, find_repeats
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def share_of(part: int | None, whole: int | None) -> float | None:
 def run_costs(explanation: Findings, calls: Sequence[SimulatedCall]) -> tuple[StepCost, ...]:
     """What every step of a run costs. What is computed once per run is paid by the first call that reads it in each
     context; without a cache every call pays for it."""
-    phases = {phase for call in calls for phase in (call.phase, _least(call, explanation))}
+    phases = {phase for call in calls for phase in (call.phase, least_phase(call, explanation))}
     flops = {phase: explanation.flops(phase_name(phase, explanation.plan.groups)) for phase in phases}
     once = {
         half: explanation.flops("half/once" if half else "once") for half in {call.phase.route.half for call in calls}
@@ -65,12 +65,12 @@ def run_costs(explanation: Findings, calls: Sequence[SimulatedCall]) -> tuple[St
             add_known(before.flops, own),
             add_known(before.once, first),
             add_known(before.uncached, uncached),
-            add_known(before.least, flops[_least(call, explanation)]),
+            add_known(before.least, flops[least_phase(call, explanation)]),
         )
     return tuple(costs.values())
 
 
-def _least(call: SimulatedCall, explanation: Findings) -> Phase:
+def least_phase(call: SimulatedCall, explanation: Findings) -> Phase:
     """The phase of a call if all that the data decide in it is predicted."""
     decided = {group for group, state in call.states.items() if state == "decided"}
     chosen = decided.union(call.phase.predicted)

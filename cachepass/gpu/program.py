@@ -1,0 +1,274 @@
+"""A program for a GPU: compiled without it, and played with tensors that have no memory, to see what it launches.
+
+    compile_for : Variant, its inputs, Gpu -> GpuProgram
+
+Inductor writes its code as on a machine that has the GPU, and Triton makes machine code of the kernels. Playing it
+tells every launch with what it reads and writes, and what is allocated when. Nothing is measured; block sizes are the
+first of those among which Inductor would choose by measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import _torch
+from .._torch import offline, playing
+from .._torch.machine_code import MachineCode, assemble
+from .._torch.offline import Kernel, Site, Written
+from ..capture.regions import dotted
+from ..program.lower import Ready, make_ready
+from ..program.roles import Invariant, Role
+from ..program.share import Shared
+from ..program.specialize import Variant
+from .retarget import CUDA, retarget
+from .table import Gpu
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of Inductor's, or an operation of torch's, that a program starts.
+
+    Attributes:
+        name: Of the kernel, or of the operation (``aten.addmm``).
+        module: Path of the module that it computes a part of; in a block that is compiled once for all, the first's.
+        bytes_read, bytes_written: Of memory; every element once.
+        flops: Of matrix products, convolutions and attention, by formula; 0 for all else, which memory bounds.
+        dtype: Of what it multiplies, which decides on the peak rate.
+        shapes: Of an operation's arguments.
+        fused: It is a kernel that Inductor wrote.
+    """
+
+    name: str
+    module: str
+    bytes_read: int
+    bytes_written: int
+    flops: int = 0
+    dtype: torch.dtype | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
+    fused: bool = False
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.bytes_read + self.bytes_written
+
+    def seconds(self, gpu: Gpu) -> float:
+        """The roofline: moving its bytes at full bandwidth, or its FLOPs at the peak rate, whichever takes longer."""
+        return max(self.bytes_moved / gpu.bandwidth, self.flops / gpu.peak(self.dtype) if self.flops else 0.0)
+
+
+@dataclass(frozen=True)
+class GpuProgram:
+    """A program compiled for a GPU.
+
+    Attributes:
+        name: Of the variant.
+        gpu: The GPU.
+        launches: In the order of the program.
+        kernels: Machine code by name; None where it was not asked for.
+        activation_bytes: The most that is allocated at a time, results included.
+        input_bytes: Bytes of its inputs by kind: ``"weights"`` (parameters and buffers), ``"once"`` (kept for a run),
+            ``"slots"``, ``"given"`` (all else).
+        no_graph: Why CUDA graphs cannot run it, in Inductor's words; None: they can.
+        shared: What it calls several times.
+        written: The code.
+    """
+
+    name: str
+    gpu: Gpu
+    launches: tuple[Launch, ...]
+    kernels: dict[str, MachineCode | None] = field(repr=False)
+    activation_bytes: int
+    input_bytes: dict[str, int]
+    no_graph: str | None
+    shared: tuple[Shared, ...]
+    written: Written = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """The estimate: the roofline of each launch, and the gaps between them."""
+        return sum(launch.seconds(self.gpu) for launch in self.launches) + self.gpu.launch_seconds * len(self.launches)
+
+    @property
+    def bytes_moved(self) -> int:
+        return sum(launch.bytes_moved for launch in self.launches)
+
+    @property
+    def flops(self) -> int:
+        return sum(launch.flops for launch in self.launches)
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A program as Inductor wrote it for a GPU, and (fake) inputs for it."""
+
+    written: Written
+    inputs: tuple[Any, ...]
+    kinds: tuple[str, ...]
+    context: _torch.SavedContext
+    ready: Ready
+    no_graph: str | None
+
+
+def write_for(
+    variant: Variant,
+    own_inputs: Sequence[Any],
+    context: _torch.SavedContext,
+    *,
+    shares: bool,
+    parameters: Iterable[int] = (),
+) -> Compiled:
+    """Inductor's code for a variant, on the GPU that torch is ``pretending`` to have; ``parameters``: indices of the
+    own inputs that are the model's."""
+    moved, inputs, target = retarget(variant, own_inputs, context)
+    ready = make_ready(moved, inputs, shares=shares)
+    with offline.recording() as made:
+        compiled = ready.compile(target, cudagraphs=variant.repeated)
+    own = set(parameters)
+    kinds = ["weights" if i in own else "given" for i in range(len(inputs))] + list(map(_kind, variant.inputs))
+    kinds += ["weights"] * (len(ready.inputs) - len(kinds)) + ["given"] * len(ready.numbers)
+    given = (*ready.inputs, *ready.numbers)
+    read = range(len(given)) if ready.read is None else ready.read
+    reason = offline.no_cudagraph(compiled)
+    return Compiled(
+        made.programs[-1], tuple(given[i] for i in read), tuple(kinds[i] for i in read), target, ready, reason
+    )
+
+
+def _kind(role: Role) -> str:
+    name = type(role).__name__
+    return "once" if isinstance(role, Invariant) else "slots" if name in _SLOTS else "given"
+
+
+_SLOTS = ("History", "Next", "Output", "ProbeSlot")
+
+
+def compile_for(
+    gpu: Gpu,
+    variant: Variant,
+    own_inputs: Sequence[Any],
+    context: _torch.SavedContext,
+    *,
+    shares: bool,
+    parameters: Iterable[int] = (),
+    machine_code: dict[str, MachineCode] | None = None,
+) -> GpuProgram:
+    """Compile a variant for a GPU, and see what it launches. ``machine_code``: of kernels by their source, where it is
+    kept, for programs have many in common; None: no machine code is made."""
+    with offline.pretending(gpu.title, gpu.properties):
+        made = write_for(variant, own_inputs, context, shares=shares, parameters=parameters)
+        watching = _Watching()
+        with made.context.fake_mode:
+            playing.play(made.written, made.inputs, watching, CUDA)
+        kernels: dict[str, MachineCode | None] = {}
+        for name, kernel in made.written.kernels.items():
+            kernels[name] = None if machine_code is None else _machine_code(kernel, machine_code)
+    return GpuProgram(
+        variant.name,
+        gpu,
+        tuple(watching.launches),
+        kernels,
+        watching.peak,
+        _input_bytes(made),
+        made.no_graph,
+        made.ready.shared,
+        made.written,
+    )
+
+
+def _machine_code(kernel: Kernel, known: dict[str, MachineCode]) -> MachineCode:
+    source = kernel.source.replace(kernel.name, "")
+    if source not in known:
+        known[source] = assemble(kernel)
+    return known[source]
+
+
+def _input_bytes(made: Compiled) -> dict[str, int]:
+    """Bytes by kind; memory that several inputs share counts once."""
+    total: dict[str, int] = {"weights": 0, "once": 0, "slots": 0, "given": 0}
+    seen: set[int] = set()
+    for kind, value in zip(made.kinds, made.inputs, strict=True):
+        if isinstance(value, torch.Tensor) and _torch.storage_of(value) not in seen:
+            seen.add(_torch.storage_of(value))
+            total[kind] += _bytes(value)
+    return total
+
+
+# ---- playing ---------------------------------------------------------------------------------------------------------
+
+
+class _Watching:
+    """Writes down what a program launches and allocates."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self.peak = self._allocated = 0
+
+    def kernel(self, kernel: Kernel, site: Site | None, args: Sequence[Any], frame: FrameType) -> None:  # noqa: ARG002
+        assert site is not None and site.bytes_read is not None and site.bytes_written is not None, kernel.name
+        self.launches.append(Launch(kernel.name, _module(site), site.bytes_read, site.bytes_written, fused=True))
+
+    def operation(self, target: Any, site: Site | None, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+        result = kwargs["out"] if "out" in kwargs else run()
+        read, written = playing.touched(target, args, kwargs, result)
+        if not written:
+            return result
+        if "out" not in kwargs:
+            for value in written:
+                self.allocated(value)
+        given = {name: value for name, value in kwargs.items() if name != "out"}
+        flops = _torch.flops(target, args, given, result) or 0
+        floats = [value.dtype for value in read if value.is_floating_point()]
+        self.launches.append(
+            Launch(
+                str(target.overloadpacket),
+                _module(site),
+                sum(map(_bytes, read)),
+                sum(map(_bytes, written)),
+                flops,
+                floats[0] if flops and floats else None,
+                tuple(tuple(map(_torch.hint, value.shape)) for value in read),
+            )
+        )
+        return result
+
+    def allocated(self, value: torch.Tensor) -> None:
+        size = _torch.hint(value.untyped_storage().nbytes())
+        self._allocated += size
+        self.peak = max(self.peak, self._allocated)
+
+        def free() -> None:
+            self._allocated -= size
+
+        playing.when_freed(value, free)
+
+
+def _bytes(value: torch.Tensor) -> int:
+    """Of the elements of a (fake) tensor; those that it has several times count once."""
+    sizes = [_torch.hint(size) for size, stride in zip(value.shape, value.stride(), strict=True) if stride != 0]
+    total = value.dtype.itemsize
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _module(site: Site | None) -> str:
+    """The module of most of what is computed; of an operation, that of the node itself, which stands first."""
+    paths: dict[str, int] = {}
+    nodes = () if site is None else site.nodes if site.bytes_read is not None else site.nodes[:1]
+    for node in nodes:
+        path = module_of(node)
+        if path:
+            paths[path] = paths.get(path, 0) + 1
+    return max(paths, key=lambda path: (paths[path], path.count("."))) if paths else ""
+
+
+def module_of(node: fx.Node) -> str:
+    """Path of the innermost module call of a node."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return dotted(stack[-1][0]) if stack else ""
