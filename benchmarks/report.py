@@ -60,11 +60,19 @@ def publish(
         write(results, device, dtype, out)
 
 
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name().lower().replace(" ", "-") if device == "cuda" else "cpu"
+
+
+def results_path(device: str, what: str = "") -> Path:
+    """Where today's results for the device at hand are kept; ``what`` they are of, if not of steps."""
+    return RESULTS / f"{device_name(device)}-{datetime.date.today().isoformat()}{what}.json"
+
+
 def write(results: dict[str, Any], device: str, dtype: str, out: Path | None, **about: Any) -> Path:
     """The results as JSON, with what they were measured on."""
-    name = torch.cuda.get_device_name().lower().replace(" ", "-") if device == "cuda" else "cpu"
-    today = datetime.date.today().isoformat()
-    path = out or RESULTS / f"{name}-{today}.json"
+    name, today = device_name(device), datetime.date.today().isoformat()
+    path = out or results_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     about |= {
         "date": today,

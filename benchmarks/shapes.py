@@ -1,7 +1,7 @@
 """Models of benchmark size: the shapes of five diffusers transformers, random weights, one latent each.
 
-``flux-6``, ``flux-18``, ``flux-57`` and ``wan-30`` are as deep as the name says, for compile times. ``flux-dev`` and
-``wan-1.3b`` have the sizes of the published models and want a GPU, ``flux-dev-9`` and ``wan-1.3b-6``
+``flux-6``, ``flux-18``, ``flux-57`` and ``wan-30`` are as deep as the name says, for compile times. ``flux-dev``,
+``wan-1.3b`` and ``wan-14b`` have the sizes of the published models and want a GPU, ``flux-dev-9`` and ``wan-1.3b-6``
 the same with fewer blocks; the others run on two CPU cores.
 """
 
@@ -187,6 +187,11 @@ def _flux_deep(layers: int, single: int) -> Shape:
 
 
 SHAPES = {
+    "toy": Shape(
+        _flux(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+              pooled_projection_dim=16, axes_dims_rope=(4, 6, 6)),
+        _flux_inputs(4, 4, 8, 32, 16), 1000.0, _FLUX_ATTENTION, _FLUX_BLOCKS, "32 wide, 1+1 blocks, 24 tokens",
+    ),
     "flux": _flux_deep(3, 6),
     "flux-6": _flux_deep(2, 4),
     "flux-18": _flux_deep(6, 12),
@@ -201,6 +206,10 @@ SHAPES = {
     "flux-dev": _flux_dev(19, 38, "19+38 blocks, 4608 tokens, 12 B parameters", large=True),
     "flux-dev-9": _flux_dev(3, 6, "9 of FLUX.1-dev's 57 blocks, 4608 tokens"),
     "wan-1.3b": _wan_large(30, "30 blocks, 32760 tokens, 512 of text", large=True),
+    "wan-14b": Shape(
+        _wan(num_attention_heads=40, ffn_dim=13824, num_layers=40, text_dim=4096), _wan_inputs(21, 60, 104, 512, 4096),
+        1.0, *_WAN, "5120 wide, 40 blocks, 32760 tokens, 512 of text", large=True,
+    ),
     "wan-1.3b-6": _wan_large(6, "6 of Wan-1.3B's 30 blocks, 32760 tokens, 512 of text"),
 }  # fmt: skip
 SMALL = ("flux", "cogvideox", "dit", "pixart", "wan")
@@ -216,7 +225,7 @@ def build(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
             model = SHAPES[name].build().eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    for parameter in model.parameters():
+    for parameter in model.parameters() if device != "meta" else ():
         if not parameter.any():
             parameter.normal_(std=0.02)
     return model.to(device, dtype)

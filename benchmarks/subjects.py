@@ -20,6 +20,12 @@ from cachepass.schedule import KeySteps
 from cachepass.tuning.fitting import kept_at
 
 TAYLOR: dict[str, Any] = {"cache_interval": 4, "disable_cache_before_step": 2, "max_order": 1}
+USUAL: dict[str, Any] = {
+    "cache_interval": 5,
+    "disable_cache_before_step": 10,
+    "max_order": 1,
+}  # in papers and pipelines
+TAYLORS = {"taylorseer": TAYLOR, "taylorseer-blocks": TAYLOR, "taylorseer-usual": USUAL, "tuned": TAYLOR}
 PAB: dict[str, Any] = {"spatial_attention_block_skip_range": 3}
 ALWAYS = (-1, 1001)
 FASTER: dict[str, Any] = {
@@ -77,8 +83,8 @@ class Subject:
     costs: Callable[[], dict[str, Cost]] = dict
 
 
-def taylor_phase(step: int) -> str:
-    before, interval = TAYLOR["disable_cache_before_step"], TAYLOR["cache_interval"]
+def taylor_phase(step: int, settings: dict[str, Any] = TAYLOR) -> str:
+    before, interval = settings["disable_cache_before_step"], settings["cache_interval"]
     return "compute" if step < before or (step - before - 1) % interval == 0 else "predict"
 
 
@@ -96,7 +102,8 @@ def _faster_phase(step: int) -> str:
 
 
 _PHASES: dict[str, Callable[[int], str]] = {
-    "taylorseer": taylor_phase, "pab": _pab_phase, "taylorseer-blocks": taylor_phase, "tuned": taylor_phase,
+    "taylorseer": taylor_phase, "taylorseer-usual": lambda step: taylor_phase(step, USUAL), "pab": _pab_phase,
+    "taylorseer-blocks": taylor_phase, "tuned": taylor_phase,
     "fastercache": _faster_phase, "invariant": lambda _: "compute",
 }  # fmt: skip
 # What a phase of ours is called in the tables.
@@ -106,6 +113,11 @@ _NAMES = {"compute": "compute", "predict": "predict", "both": "compute", "half":
 def plain(case: Case) -> Subject:
     """torch.compile with Inductor, no cache."""
     return Subject("plain Inductor", torch.compile(case.build(), fullgraph=True), phased=False)
+
+
+def as_it_is(case: Case) -> Subject:
+    """Nothing compiled, no cache."""
+    return Subject("eager", case.build(), phased=False)
 
 
 def plain_regional(case: Case) -> Subject:
@@ -176,14 +188,12 @@ def _costs(compiled: torch.nn.Module) -> Iterator[tuple[str, Cost]]:
 
 
 def _options(case: Case) -> dict[str, Any]:
-    return {"cache": _cache(case), "timestep_scale": SHAPES[case.shape].unit, "num_inference_steps": STEPS}
+    return {"cache": our_cache(case), "timestep_scale": SHAPES[case.shape].unit, "num_inference_steps": STEPS}
 
 
-def _cache(case: Case) -> Any:
-    shape = SHAPES[case.shape]
-    if case.method in ("taylorseer", "taylorseer-blocks"):
-        identifier = shape.attention if case.method == "taylorseer" else shape.blocks
-        return {"method": "taylorseer", **TAYLOR, "cache_identifiers": [identifier], "taylor_factors_dtype": case.dtype}
+def our_cache(case: Case) -> Any:
+    if case.method.startswith("taylorseer"):
+        return {"method": "taylorseer", **_taylor(case)}
     if case.method == "pab":
         return {"method": "pab", **PAB}
     if case.method == "fastercache":
@@ -195,6 +205,13 @@ def _cache(case: Case) -> Any:
     if case.method == "tuned":
         return _tuned()
     return {"method": case.method}
+
+
+def _taylor(case: Case) -> dict[str, Any]:
+    """Of TaylorSeer, as diffusers and we call it."""
+    shape = SHAPES[case.shape]
+    identifier = shape.blocks if case.method == "taylorseer-blocks" else shape.attention
+    return {**TAYLORS[case.method], "cache_identifiers": [identifier], "taylor_factors_dtype": case.dtype}
 
 
 def _tuned() -> cachepass.TunedConfig:
@@ -252,13 +269,7 @@ def hooks(how: str) -> Callable[[Case], Subject]:
             config = diffusers.PyramidAttentionBroadcastConfig(**PAB, current_timestep_callback=clock)
             apply_pyramid_attention_broadcast(model, config)
         else:
-            identifier = shape.attention if case.method == "taylorseer" else shape.blocks
-            apply_taylorseer_cache(
-                model,
-                diffusers.TaylorSeerCacheConfig(
-                    **TAYLOR, cache_identifiers=[identifier], taylor_factors_dtype=case.dtype
-                ),
-            )
+            apply_taylorseer_cache(model, diffusers.TaylorSeerCacheConfig(**_taylor(case)))
         function: Any = torch.compile(model) if how == "torch.compile" else model
         if how == "compile_repeated_blocks":
             model.compile_repeated_blocks()  # pyright: ignore[reportCallIssue]
@@ -324,7 +335,8 @@ def cache_dit(case: Case) -> Subject | None:
             "steps_computation_policy": "static",
         }
     config = package.DBCacheConfig(num_inference_steps=STEPS, enable_separate_cfg=False, **settings)
-    calibrator = package.TaylorSeerCalibratorConfig(taylorseer_order=TAYLOR["max_order"])
+    order = TAYLORS.get(case.method, TAYLOR)["max_order"]
+    calibrator = package.TaylorSeerCalibratorConfig(taylorseer_order=order)
     package.enable_cache(model, cache_config=config, calibrator_config=calibrator)
     model.compile_repeated_blocks()  # pyright: ignore[reportCallIssue]
 
@@ -346,6 +358,7 @@ def by_blocks(make: Callable[[Case], Subject | None]) -> Callable[[Case], Subjec
 
 
 OURS_BY_COND = ours("cond")
+OURS_AS_CUDA_GRAPHS = ours("specialize", **{"triton.cudagraphs": True})
 _HOOKS = [hooks("torch.compile"), by_blocks(hooks("compile_repeated_blocks"))]
 SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "taylorseer": [plain, ours("specialize"), OURS_BY_COND, *_HOOKS],
@@ -361,6 +374,10 @@ SUBJECTS: dict[str, list[Callable[[Case], Subject | None]]] = {
     "compile time, all": [plain, by_blocks(plain_regional), ours("specialize"), ours("specialize", share_blocks=False),
                           OURS_BY_COND, by_blocks(ours_regional), *_HOOKS],
     "growth": [plain, ours("specialize")],
+    "gpu": [plain, ours("specialize"), OURS_AS_CUDA_GRAPHS, *_HOOKS, by_blocks(cache_dit)],
+    "whole": [by_blocks(plain_regional), ours("specialize"), OURS_AS_CUDA_GRAPHS,
+              by_blocks(hooks("compile_repeated_blocks"))],
+    "toy": [as_it_is, ours("eager")],
     "sharing": [ours("specialize"), ours("specialize", share_blocks=False)],
 }  # fmt: skip
 METHODS = [*_PHASES, *DECIDING]

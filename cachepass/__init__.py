@@ -34,6 +34,7 @@ from .errors import (
     TimestepError,
     TrainingError,
 )
+from .gpu.table import Gpu
 from .inspect.compare import Compared, Comparison, compare
 from .inspect.explain import Explanation, explain
 from .inspect.memory import Memory, memory
@@ -66,6 +67,7 @@ __all__ = [
     "Explanation",
     "FasterCacheConfig",
     "FirstBlockCacheConfig",
+    "Gpu",
     "Group",
     "Guidance",
     "InvariantConfig",

@@ -21,7 +21,7 @@ class MachineCode:
     Attributes:
         cubin: The machine code.
         registers: Of a thread.
-        spilled: Bytes of a thread's stack: what its registers do not hold.
+        stack: Bytes of a thread's stack: what its registers do not hold, and the table that sines of large angles need.
         shared: Bytes of shared memory of a block.
         warps: Of a block, 32 threads each.
         blocks: Elements of a block in each direction, by Triton's names (``XBLOCK``, ...).
@@ -29,7 +29,7 @@ class MachineCode:
 
     cubin: bytes
     registers: int
-    spilled: int
+    stack: int
     shared: int
     warps: int
     blocks: dict[str, int]
@@ -61,7 +61,7 @@ def assemble(kernel: Kernel) -> MachineCode:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread and bytes of its stack, where it keeps what its registers do not hold."""
+    """Registers of a thread and bytes of its stack."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

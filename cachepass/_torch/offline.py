@@ -30,10 +30,9 @@ from torch._inductor.dependencies import MemoryDep, StarDep
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
-from torch._prims import TensorMeta
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 
-from .inductor import FORCE_STRIDES, SavedContext
+from .inductor import SavedContext
 
 _LOCK = threading.RLock()
 _SITE = "# cachepass site "
@@ -108,12 +107,15 @@ def _told(device: SimpleNamespace) -> dict[Any, dict[str, Any]]:
         device_interface.CudaInterface: interface,
         device_interface.CudaInterface.Worker: worker,
         triton_helpers: {"set_driver_to_gpu": nothing},
-        FORCE_STRIDES: {"prim_meta_impl": _strided_alike},  # torch's own copies, which needs the device
+        torch.Tensor: {"copy_": _copy},
     }
 
 
-def _strided_alike(value: torch.Tensor, stride: Sequence[int]) -> Any:
-    return TensorMeta(value, shape=value.shape, strides=list(stride), dtype=value.dtype, device=value.device)
+def _copy(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """``Tensor.copy_``, whose binding wakes the device up first, also for fake tensors."""
+    if isinstance(self, FakeTensor):
+        return torch.ops.aten.copy_.default(self, source, non_blocking)
+    return torch._C.TensorBase.copy_(self, source, non_blocking)
 
 
 _MISSING = object()

@@ -73,7 +73,6 @@ def _namespace(program: Written, player: Player, device: torch.device) -> Iterat
     ours |= {
         "empty_strided_cuda": empty,
         "reinterpret_tensor": reinterpret,
-        "assert_size_stride": lambda *_: None,
         "assert_alignment": lambda *_: None,
         "copy_if_misaligned": lambda value: value,
     }

@@ -71,7 +71,12 @@ class Explanation(Findings):
         from .report.page import render  # only here: who wants no page need not load the template engine
 
         calls = self._calls(num_inference_steps, timesteps, contexts)
-        page = render(self, calls, assumed=timesteps is None, ran=ran)
+        gpu = None
+        if self.target is not None:
+            from .target import as_page
+
+            gpu = as_page(self, calls)
+        page = render(self, calls, assumed=timesteps is None, ran=ran, gpu=gpu)
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page

@@ -91,7 +91,7 @@ KERNEL_COLUMNS = (
     "written",
     "FLOPs",
     "registers",
-    "spilled",
+    "stack",
     "module",
 )
 
@@ -108,7 +108,7 @@ def kernel_row(row: Kernels) -> tuple[str, ...]:
         human_bytes(launch.bytes_written),
         human_flops(launch.flops) if launch.flops else "",
         "" if code is None else str(code.registers),
-        "" if code is None else f"{code.spilled} B" if code.spilled else "0",
+        "" if code is None else str(code.stack),
         launch.module,
     )
 
@@ -166,4 +166,21 @@ def as_dict(explanation: Findings, calls: Sequence[SimulatedCall]) -> dict[str, 
         "weight_bytes": target.weight_bytes,
         "activation_bytes": target.activation_bytes,
         "run": {"seconds": run.cached, "least_seconds": run.least, "plain_seconds": run.plain},
+    }
+
+
+def as_page(explanation: Findings, calls: Sequence[SimulatedCall]) -> dict[str, Any]:
+    """The estimate as the HTML page shows it."""
+    target = _target(explanation)
+    reasons = {row[0]: [program.no_graph for program in target.of(row[0])] for row in phase_rows(target)}
+    return {
+        "title": target.gpu.title,
+        "bandwidth": f"{target.gpu.bandwidth / 1e9:.0f}",
+        "gap": f"{1e6 * target.gpu.launch_seconds:.0f}",
+        "run": str(run_seconds(explanation, calls)),
+        "memory": memory_words(explanation),
+        "phase_columns": PHASE_COLUMNS,
+        "phases": [(row, "; ".join(filter(None, reasons[row[0]]))) for row in phase_rows(target)],
+        "kernel_columns": KERNEL_COLUMNS,
+        "kernels": [(name, list(map(kernel_row, target.kernels(name)))) for name in ("plain", *target.calls)],
     }

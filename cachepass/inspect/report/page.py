@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,16 @@ def environment() -> jinja2.Environment:
     )
 
 
-def render(explanation: Findings, calls: Sequence[SimulatedCall], *, assumed: bool, ran: Summary | None = None) -> str:
-    """The page. ``assumed``: nobody gave the timesteps of the run; ``ran``: what the compiled model did."""
+def render(
+    explanation: Findings,
+    calls: Sequence[SimulatedCall],
+    *,
+    assumed: bool,
+    ran: Summary | None = None,
+    gpu: Mapping[str, Any] | None = None,
+) -> str:
+    """The page. ``assumed``: nobody gave the timesteps of the run; ``ran``: what the compiled model did; ``gpu``: what
+    it would be on a GPU."""
     costs = run_costs(explanation, calls)
     least = _least(explanation)
     tree = module_tree(explanation, explanation.fx_graph(explanation.baseline(least)), explanation.fx_graph(least))
@@ -72,6 +80,7 @@ def render(explanation: Findings, calls: Sequence[SimulatedCall], *, assumed: bo
             per=_per(explanation),
             dead=_dead(explanation),
             phases=list(_phases(explanation)),
+            gpu=gpu,
             data=_graphs(explanation, least),
         )
     )

@@ -1,0 +1,100 @@
+"""The CUDA path without a GPU: machine code of all programs, their kernels run by Triton's interpreter, what by
+construction holds on CUDA.
+
+Needs ``triton``. Every method and every model is in some case; with ``CACHEPASS_ZOO=1`` all of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from offline_models import METHODS, MODELS, explained, variants
+from zoo import sweep_over
+
+import cachepass
+
+pytest.importorskip("triton")
+
+from cachepass._torch.machine_code import MachineCode
+from cachepass.gpu.program import GpuProgram, compile_for
+from cachepass.gpu.table import GPUS
+
+HERE = Path(__file__).parent
+CASES = sweep_over(
+    [(model, method) for model in MODELS for method in METHODS],
+    [
+        ("FluxTransformer2DModel", "taylorseer"),
+        ("WanTransformer3DModel", "pab"),
+        ("DiTTransformer2DModel", "fastercache"),
+        ("DiTTransformer2DModel", "first_block"),
+        ("DiTTransformer2DModel", "dbcache"),
+    ],
+)
+GOLDEN = json.loads((HERE / "launches.json").read_text())
+ROUNDING = 0.1  # of bf16, over a model's depth: eager torch rounds after every operation, a kernel once
+
+
+def programs(explanation: cachepass.Explanation, gpu: str, codes: dict[str, MachineCode]) -> dict[str, GpuProgram]:
+    return {
+        variant.name: compile_for(
+            GPUS[gpu], variant, traced.inputs, traced.context,
+            shares=True, parameters=traced.parameters, machine_code=codes,
+        )
+        for variant, traced in variants(explanation)
+    }  # fmt: skip
+
+
+# ---- machine code and counts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_every_program_compiles(name, method):
+    """For sm_80 and sm_90, without spills; launches are those of the table, so that a lost fusion shows."""
+    explanation = explained(name, method)
+    for gpu in ("a100", "h100"):
+        codes: dict[str, MachineCode] = {}
+        made = programs(explanation, gpu, codes)
+        assert codes and all(code.cubin[:4] == b"\x7fELF" for code in codes.values())
+        stacks = {source: code.stack for source, code in codes.items() if code.stack}
+        assert all(stack <= 48 and re.search(r"\b(sin|cos)\(", source) for source, stack in stacks.items()), stacks
+        assert all(program.launches for program in made.values())
+    counted = {p: [len(made[p].launches), sum(launch.fused for launch in made[p].launches)] for p in made}
+    if os.environ.get("CACHEPASS_ACCEPT"):
+        GOLDEN.update(json.loads((HERE / "launches.json").read_text()))  # another process may have written its own
+        GOLDEN.setdefault(name, {})[method] = counted
+        (HERE / "launches.json").write_text(json.dumps(GOLDEN, indent=1, sort_keys=True) + "\n")
+    if torch.__version__.startswith("2.13."):  # others fuse otherwise
+        assert counted == GOLDEN[name][method]
+
+
+# ---- what kernels compute --------------------------------------------------------------------------------------------
+
+
+def interpreted(name: str, method: str, *flags: str) -> dict[str, dict[str, float]]:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run(
+        [sys.executable, str(HERE / "interpreter.py"), name, method, "bfloat16", *flags],
+        env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_kernels_give_what_eager_gives(name, method, record_property):
+    told = interpreted(name, method)
+    record_property("interpreted", told)
+    assert len(told) > 1 and sum(program["launched"] for program in told.values()) > 10
+    assert {p: round(t["difference"], 4) for p, t in told.items() if not t["difference"] <= ROUNDING} == {}
+
+
+def test_a_broken_kernel_is_caught():
+    told = interpreted("DiTTransformer2DModel", "taylorseer", "--break-a-kernel")
+    assert max(program["difference"] for program in told.values()) > 3 * ROUNDING
