@@ -85,6 +85,11 @@ class SavedContext:
     patches: dict[str, Any]
     inner_kwargs: dict[str, Any]
 
+    @property
+    def cudagraphs(self) -> bool:
+        """CUDA graphs were asked for."""
+        return bool(self.inner_kwargs.get("cudagraphs"))
+
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:

@@ -126,7 +126,7 @@ def write_for(
     """Inductor's code for a variant, on the GPU that torch is ``pretending`` to have; ``parameters``: indices of the
     own inputs that are the model's."""
     moved, inputs, target = retarget(variant, own_inputs, context)
-    ready = make_ready(moved, inputs, shares=shares)
+    ready = make_ready(moved, inputs, shares=shares, adopts=not context.cudagraphs)
     with offline.recording() as made:
         compiled = ready.compile(target, cudagraphs=variant.repeated)
     own = set(parameters)

@@ -199,7 +199,7 @@ def is_heavy(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = node.target.overloadpacket.__name__
-    if _is_product(name):
+    if is_product(node.target):
         return True
     if not node.all_input_nodes or alias_root(node) is not node or name in _MOVES:
         return False
@@ -212,7 +212,9 @@ def is_heavy(node: fx.Node) -> bool:
     return max(sizes, default=0) >= _HEAVY_NUMEL
 
 
-def _is_product(name: str) -> bool:
+def is_product(operation: torch._ops.OpOverload) -> bool:
+    """A matrix product, a convolution or an attention."""
+    name = operation.overloadpacket.__name__
     return name in _PRODUCTS or "scaled_dot_product" in name or "conv" in name.split("_")
 
 
@@ -221,7 +223,7 @@ def _is_work_beside(node: fx.Node, size: int) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = node.target.overloadpacket.__name__
-    return _is_product(name) or (name in _TRANSCENDENTAL and 16 * bytes_of_value(node) > size)
+    return is_product(node.target) or (name in _TRANSCENDENTAL and 16 * bytes_of_value(node) > size)
 
 
 def _leaves(value: Any) -> Iterable[Any]:

@@ -15,6 +15,7 @@ from torch import fx
 from .. import _torch
 from .._torch import SavedContext
 from ..capture.nodes import copied
+from .adopt import Adoption, adopt, adopting
 from .emit import EMITTED
 from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
 from .share import Shared, share
@@ -68,12 +69,13 @@ def lower(
     if lowering == "eager":
         run = _eager(variant.gm)
     else:
-        ready = make_ready(variant, own_inputs, shares=shares)
+        ready = make_ready(variant, own_inputs, shares=shares, adopts=not context.cudagraphs)
         shared = ready.shared
         with _no_advice_on_complex_numbers(ready.gm):
             compiled = ready.compile(context, cudagraphs=variant.repeated)
         compiled = compiled if ready.read is None else _picking(compiled, ready.read)
         run = _giving_numbers(compiled, ready.inputs, ready.numbers) if ready.numbers else compiled
+        run = adopting(run, ready.adopting) if ready.adopting else run
     parts = [tuple(role for role in variant.inputs if isinstance(role, kinds)) for kinds in _PARTS]
     lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes, shared)  # pyright: ignore
     assert lowered.inputs == variant.inputs, "what is added stands in this order"
@@ -91,6 +93,7 @@ class Ready:
         read: Indices of those that the graph has, None: all of them.
         numbers: Inputs that are no inputs of the variant: numbers that only running it tells.
         shared: What it calls several times.
+        adopting: Indices of slots among the inputs that take over its last results.
     """
 
     gm: fx.GraphModule
@@ -99,6 +102,7 @@ class Ready:
     read: tuple[int, ...] | None
     numbers: tuple[torch.SymInt, ...]
     shared: tuple[Shared, ...]
+    adopting: tuple[int, ...]
 
     def compile(self, context: SavedContext, *, cudagraphs: bool) -> Callable[[list[Any]], Any]:
         """Through Inductor; the result takes those of the inputs that are read, and the numbers."""
@@ -106,8 +110,9 @@ class Ready:
         return context.compile(self.gm, given, self.static, read=self.read, cudagraphs=cudagraphs)
 
 
-def make_ready(variant: Variant, own_inputs: Sequence[Any], *, shares: bool) -> Ready:
-    """The graph of a variant as it is given to Inductor; the arguments are those of ``lower``."""
+def make_ready(variant: Variant, own_inputs: Sequence[Any], *, shares: bool, adopts: bool) -> Ready:
+    """The graph of a variant as it is given to Inductor. ``adopts``: slots may take over the memory of values; the
+    other arguments are those of ``lower``."""
     placeholders = variant.gm.graph.find_nodes(op="placeholder")
     inputs = (*own_inputs, *(node.meta["val"] for node in placeholders[len(own_inputs) :]))
     # Slots stay where they are: a CUDA graph reads and writes them in place, and may write to nothing else.
@@ -116,10 +121,12 @@ def make_ready(variant: Variant, own_inputs: Sequence[Any], *, shares: bool) -> 
         for i, role in enumerate(variant.inputs, len(own_inputs))
         if not isinstance(role, _MOVING) and not _torch.depends_on_data(inputs[i])
     ]
-    gm, numbers = _given_numbers(variant.gm)
+    adoption = adopt(variant.gm, variant.inputs, len(own_inputs)) if adopts else Adoption(variant.gm, ())
+    gm, numbers = _given_numbers(adoption.gm)
     gm, shared = share(gm) if shares else (gm, ())
-    gm, read = _without_unread(gm, is_own=gm is not variant.gm)
-    return Ready(gm, inputs, tuple(static), None if read is None else tuple(read), tuple(numbers), shared)
+    gm, read = _without_unread(gm, is_own=gm is not variant.gm, few=bool(adoption.slots))
+    read = None if read is None else tuple(read)
+    return Ready(gm, inputs, tuple(static), read, tuple(numbers), shared, adoption.slots)
 
 
 def _given_numbers(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.SymInt]]:
@@ -139,13 +146,13 @@ def _given_numbers(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.SymIn
     return _torch.graph_module(gm, graph), numbers
 
 
-def _without_unread(gm: fx.GraphModule, *, is_own: bool) -> tuple[fx.GraphModule, list[int] | None]:
+def _without_unread(gm: fx.GraphModule, *, is_own: bool, few: bool) -> tuple[fx.GraphModule, list[int] | None]:
     """The graph without the inputs that nothing in it reads, and the indices of the others. Each costs compile time, so
     this is worth a list of them at every call where they are many; else None, and the graph as it is. ``is_own``: the
-    graph may be changed. Inputs that sizes are told by are read."""
+    graph may be changed; ``few``: also where they are few. Inputs that sizes are told by are read."""
     given = gm.graph.find_nodes(op="placeholder")
     read = [i for i, node in enumerate(given) if node.users or not _has_fixed_sizes(node.meta.get("val"))]
-    if len(given) - len(read) < _MANY_UNREAD:
+    if len(given) - len(read) < _MANY_UNREAD and not few:
         return gm, None
     graph = gm.graph if is_own else copied(gm.graph)
     kept = set(read)
