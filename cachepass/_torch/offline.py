@@ -333,18 +333,15 @@ def _triton_site(schedule: Sequence[Any], kernel: Any) -> Site:
     for scheduled in schedule:
         if not hasattr(scheduled, "read_writes"):  # a mark where a reduction begins or ends
             continue
-        for dep in scheduled.read_writes.reads:
-            if dep.name not in written_here and dep.name not in kernel.removed_buffers:
-                read.setdefault(dep.name, {})[_index(dep)] = dep.numbytes_hint()
+        for dep in scheduled.read_writes.reads:  # others say what must come first, such as the write of a slot
+            is_read = isinstance(dep, MemoryDep) and dep.name not in written_here
+            if is_read and dep.name not in kernel.removed_buffers:
+                read.setdefault(dep.name, {})[dep.index] = dep.numbytes_hint()
         for dep in scheduled.read_writes.writes:
             written_here.add(dep.name)
             if dep.name not in kernel.removed_buffers and dep.name not in V.graph.removed_buffers:
-                written.setdefault(dep.name, {})[_index(dep)] = dep.numbytes_hint()
+                written.setdefault(dep.name, {})[getattr(dep, "index", None)] = dep.numbytes_hint()
     return Site(_origins(schedule), _sum(read), _sum(written))
-
-
-def _index(dep: Any) -> Any:
-    return dep.index if isinstance(dep, MemoryDep) else None
 
 
 def _sum(touched: Mapping[str, Mapping[Any, int]]) -> int:

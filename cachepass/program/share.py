@@ -49,6 +49,9 @@ class Shared:
         return f"{sum(body.calls for body in shared)} blocks, {bodies}"
 
 
+_SMALL = 2**16  # bytes that are sooner read than a kernel is started
+
+
 class Aten:
     """How an ATen graph is read."""
 
@@ -108,8 +111,8 @@ def repeated_blocks(graph: fx.Graph) -> list[Repeat]:
 def _common(repeat: Repeat) -> Iterator[int]:
     """Positions of what has the same value in all stretches: it is made of nothing but what all of them read alike.
 
-    Views alone are as cheap inside, and what is larger than all that it is made of is cheaper to compute where it is
-    read.
+    Views alone are as cheap inside, and what is large, and larger than all that it is made of, is cheaper to compute
+    where it is read.
     """
     first = repeat.stretches[0]
     inside = {node: i for i, node in enumerate(first)}
@@ -117,7 +120,8 @@ def _common(repeat: Repeat) -> Iterator[int]:
     for i, node in enumerate(first):
         groups = list(zip(*(operands(stretch[i]) for stretch in repeat.stretches), strict=True))
         alike = all(inside[g[0]] in same if g[0] in inside else len(set(g)) == 1 for g in groups)
-        if groups and alike and (is_heavy(node) or bytes_of_value(node) <= sum(bytes_of_value(g[0]) for g in groups)):
+        small = bytes_of_value(node) <= max(_SMALL, sum(bytes_of_value(g[0]) for g in groups))
+        if groups and alike and (is_heavy(node) or small):
             same.add(i)
     outside: set[int] = set()
     for i in sorted(same, reverse=True):

@@ -23,6 +23,7 @@ from .liveness import is_impure
 from .narrow import narrow
 from .phases import Phase, phase_name
 from .plan import CachePlan
+from .rejoin import rejoin
 from .rewrite import Canonical, drop_unread
 from .roles import Next, Role
 from .split import hold_strides, prefix, suffix
@@ -59,6 +60,7 @@ def specialize_rest(canonical: Canonical, plan: CachePlan, phase: Phase) -> Vari
 def up_to_decision(canonical: Canonical, name: str) -> Variant:
     """The program that runs before the host decides."""
     graph, roles, returned = prefix(canonical)
+    rejoin(graph)
     narrow(graph)
     return Variant(name, _torch.graph_module(canonical.gm, graph), roles, kept=returned)
 
@@ -66,6 +68,7 @@ def up_to_decision(canonical: Canonical, name: str) -> Variant:
 def _finish(
     canonical: Canonical, name: str, graph: fx.Graph, roles: dict[str, Role], kept: tuple[Role, ...]
 ) -> Variant:
+    rejoin(graph)
     narrow(graph)
     read = drop_unread(graph, roles)
     graph.lint()
