@@ -2,9 +2,9 @@
 
     TRITON_INTERPRET=1 python interpreter.py MODEL METHOD DTYPE [--break]
 
-Prints JSON: for each program, and with ``--break`` for the first one with an addition turned into a subtraction, its launches and the largest relative difference of what it returns and writes from what
-the graph gives that Inductor was given, run by eager torch. A process of its own, because Triton reads the variable
-when it is imported.
+Prints JSON: for each program its launches and the largest relative difference of what it returns and writes from what
+the graph gives that Inductor was given, run by eager torch; with ``--break`` also for the first one with an addition
+turned into a subtraction. A process of its own, because Triton reads the variable when it is imported.
 """
 
 from __future__ import annotations
