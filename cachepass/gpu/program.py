@@ -71,7 +71,8 @@ class GpuProgram:
         gpu: The GPU.
         launches: In the order of the program.
         kernels: Machine code by name; None where it was not asked for.
-        activation_bytes: The most that is allocated at a time, results included.
+        activation_bytes: The most that is allocated at a time, results included, but what slots take over, which give
+            back as much before.
         input_bytes: Bytes of its inputs by kind: ``"weights"`` (parameters and buffers), ``"once"`` (kept for a run),
             ``"slots"``, ``"given"`` (all else).
         no_graph: Why CUDA graphs cannot run it, in Inductor's words; None: they can.
@@ -173,7 +174,7 @@ def compile_for(
         gpu,
         tuple(watching.launches),
         kernels,
-        watching.peak,
+        max(0, watching.peak - sum(_bytes(made.ready.inputs[i]) for i in made.ready.adopting)),
         _input_bytes(made),
         made.no_graph,
         made.ready.shared,

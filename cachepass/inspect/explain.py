@@ -98,7 +98,8 @@ def explain(
     Args:
         model: The model. It may be without memory (made under ``torch.device("meta")``), and so may its inputs: a model
             that fits into no memory at hand can be explained.
-        args, kwargs: Those of one call of it.
+        args: Those of one call of it.
+        kwargs: Its keyword arguments.
         cache: As in ``options``.
         options: Those of the backend.
         target: A GPU, which need not be there: every program is compiled for it too, and its launches, memory and time

@@ -3,8 +3,8 @@
     TRITON_INTERPRET=1 python interpreter.py MODEL METHOD DTYPE [--break]
 
 Prints JSON: for each program its launches and the largest relative difference of what it returns and writes from what
-the graph gives that Inductor was given, run by eager torch; with ``--break`` also for the first one with an addition
-turned into a subtraction. A process of its own, because Triton reads the variable when it is imported.
+the graph gives that Inductor was given, run by eager torch; with ``--break`` also for the first one with the additions
+of one kernel turned into subtractions. A process of its own, because Triton reads the variable when it is imported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Interpreter:
         if kernel.name not in self._tuners:
             source = kernel.source.replace(_LIBRARY, "import math as tl_math\nfrom interpreted_math import libdevice")
             if self._broken:
-                source, count = re.subn(r"(tmp\d+ = tmp\d+) \+ (tmp\d+)", r"\1 - \2", source, count=1)
+                source, count = re.subn(r"(tmp\d+ = tmp\d+) \+ (tmp\d+)", r"\1 - \2", source)
                 self._broken = not count
             self._tuners[kernel.name] = heuristics(offline.Kernel(kernel.name, source))
         self._tuners[kernel.name].run(*args, stream=0)

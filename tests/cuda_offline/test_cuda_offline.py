@@ -98,4 +98,4 @@ def test_kernels_give_what_eager_gives(name, method):
     broken = told.pop("broken")
     assert len(told) > 1 and sum(program["launched"] for program in told.values()) > 10
     assert {p: round(t["difference"], 4) for p, t in told.items() if not t["difference"] <= ROUNDING} == {}
-    assert broken["difference"] > 3 * ROUNDING
+    assert not broken["difference"] <= ROUNDING
