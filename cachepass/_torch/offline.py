@@ -30,7 +30,7 @@ from torch._inductor.dependencies import MemoryDep, StarDep
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
 
 from .inductor import SavedContext
 
@@ -108,6 +108,7 @@ def _told(device: SimpleNamespace) -> dict[Any, dict[str, Any]]:
         device_interface.CudaInterface.Worker: worker,
         triton_helpers: {"set_driver_to_gpu": nothing},
         torch.Tensor: {"copy_": _copy},
+        fake_tensor: {"init_gpu_context": nothing},  # fake tensors wake the device up, where torch was built for it
     }
 
 
