@@ -44,6 +44,7 @@ from .inductor import (
     inductor_keys,
     inductor_modes,
     input_index,
+    is_view,
     is_wrapper,
     kernels_side_by_side,
     map_tensors,

@@ -231,6 +231,11 @@ def emit_number(
     return result.node
 
 
+def is_view(operation: torch._ops.OpOverload) -> bool:
+    """What an operation returns lies in its argument's memory, which it does not write."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in operation._schema.returns)
+
+
 def is_wrapper(value: torch.Tensor) -> bool:
     """A tensor of a class of its own around others, which AOTAutograd takes apart."""
     return is_traceable_wrapper_subclass(value)

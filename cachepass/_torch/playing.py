@@ -10,21 +10,21 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .inductor import is_view
 from .offline import Kernel, Site, Written
 
 
 class Player(Protocol):
     """What is told while a program runs."""
 
-    def kernel(self, kernel: Kernel, site: Site | None, args: Sequence[Any], frame: FrameType) -> None:
-        """A Triton kernel is launched; ``frame`` is the program's."""
+    def kernel(self, kernel: Kernel, site: Site | None, args: Sequence[Any]) -> None:
+        """A Triton kernel is launched."""
         ...
 
     def operation(self, target: Any, site: Site | None, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
@@ -52,8 +52,7 @@ class _Launcher:
         self._kernel, self._program, self._player = kernel, program, player
 
     def run(self, *args: Any, stream: Any = None) -> None:  # noqa: ARG002
-        frame = sys._getframe(1)
-        self._player.kernel(self._kernel, self._program.site_at(frame), args, frame)
+        self._player.kernel(self._kernel, self._program.site_at(sys._getframe(1)), args)
 
 
 @contextlib.contextmanager
@@ -95,7 +94,7 @@ class _Seen(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs and kwargs["device"] is not None:
             kwargs["device"] = self._device
-        if func.namespace == "prim" or _is_view(func) or func.overloadpacket.__name__.startswith("empty"):
+        if func.namespace == "prim" or is_view(func) or func.overloadpacket.__name__.startswith("empty"):
             return func(*args, **kwargs)
         site = self._program.site_at(sys._getframe(1))
         return self._player.operation(func, site, args, kwargs, lambda: func(*args, **kwargs))
@@ -104,11 +103,6 @@ class _Seen(TorchDispatchMode):
 def when_freed(value: torch.Tensor, call: Callable[[], None]) -> None:
     """Call something when the memory of a tensor is given back."""
     weakref.finalize(value.untyped_storage(), call)
-
-
-def _is_view(target: Any) -> bool:
-    returns = target._schema.returns
-    return bool(returns) and any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def touched(target: Any, args: Any, kwargs: Any, result: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -5,13 +5,12 @@ estimate : Gpu, Program, the plain graph -> GpuEstimate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .._torch.machine_code import MachineCode
-from ..program.hoist import Hoisted
 from ..program.phases import phase_name
-from ..program.specialize import Variant, up_to_decision
+from ..program.specialize import Variant
 from ..program.trace import Traced
 from ..program.variants import Program
 from .program import GpuProgram, Launch, compile_for
@@ -88,7 +87,7 @@ class GpuEstimate:
     def kernels(self, phase: str) -> tuple[Kernels, ...]:
         """What a call in a phase launches, those that take longest first."""
         grouped: dict[tuple[object, ...], list[Launch]] = {}
-        codes: dict[str, MachineCode | None] = {}
+        codes: dict[str, MachineCode] = {}
         for program in self.of(phase):
             codes |= program.kernels
             for launch in program.launches:
@@ -101,45 +100,30 @@ class GpuEstimate:
         return tuple(sorted(rows, key=lambda row: -row.seconds))
 
 
-def estimate(
-    gpu: Gpu,
-    program: Program,
-    plain: Traced,
-    *,
-    machine_code: bool = True,
-    told: Callable[[str], None] | None = None,
-) -> GpuEstimate:
-    """Compile all programs for a GPU. ``plain``: the model's graph without caching; ``machine_code``: make it, too, for
-    registers and spills; ``told``: is given the name of each program before it is compiled."""
-    known: dict[str, MachineCode] | None = {} if machine_code else None
-    programs: dict[str, GpuProgram] = {}
-    calls: dict[str, tuple[str, ...]] = {}
-
-    def add(name: str, variant: Variant, traced: Traced) -> str:
-        if name not in programs:
-            if told is not None:
-                told(name)
-            programs[name] = compile_for(
-                gpu, variant, traced.inputs, traced.context,
-                shares=program.shares, parameters=traced.parameters, machine_code=known,
-            )  # fmt: skip
-        return name
-
-    add("plain", Variant("plain", plain.gm, ()), plain)
+def variants_of(program: Program) -> Iterator[tuple[str, Variant, Traced]]:
+    """All that is compiled for a model with a cache, with the graphs that it is made of, and the phase that runs it; of
+    what is computed once the phase is empty. What runs up to a decision comes once for each of its phases."""
     for phase in program.plan.phases:
         name, traced = phase_name(phase, program.plan.groups), program.traced(phase.route)
-        variant = program.variant(phase)
-        runs = [add(variant.name, variant, traced)]
         if program.splits(phase.route):
-            decide = "/".join(part for part in (phase.route.name, "decide") if part)
-            runs.insert(0, add(decide, up_to_decision(program.canonical(phase.route), decide), traced))
-        calls[name] = tuple(runs)
-    for name, once, traced in _once(program):
-        add(name, Variant(name, once.once, tuple(once.roles.values()), repeated=False), traced)
-    return GpuEstimate(gpu, programs, calls)
-
-
-def _once(program: Program) -> Iterable[tuple[str, Hoisted, Traced]]:
-    for name, traced in (("once", program.full), ("half/once", program.half)):
+            yield name, program.decision(phase.route), traced
+        yield name, program.variant(phase), traced
+    for traced in (program.full, program.half):
         if traced is not None and traced.hoisted is not None:
-            yield name, traced.hoisted, traced
+            yield "", program.once(traced), traced
+
+
+def estimate(gpu: Gpu, program: Program, plain: Traced) -> GpuEstimate:
+    """Compile all programs for a GPU. ``plain``: the model's graph without caching."""
+    codes: dict[str, MachineCode] = {}
+    programs: dict[str, GpuProgram] = {}
+    calls: dict[str, tuple[str, ...]] = {}
+    for phase, variant, traced in (("", Variant("plain", plain.gm, ()), plain), *variants_of(program)):
+        if variant.name not in programs:
+            programs[variant.name] = compile_for(
+                gpu, variant, traced.inputs, traced.context,
+                shares=program.shares, parameters=traced.parameters, machine_code=codes,
+            )  # fmt: skip
+        if phase:
+            calls[phase] = (*calls.get(phase, ()), variant.name)
+    return GpuEstimate(gpu, programs, calls)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ class GpuProgram:
         name: Of the variant.
         gpu: The GPU.
         launches: In the order of the program.
-        kernels: Machine code by name; None where it was not asked for.
+        kernels: Machine code by name.
         activation_bytes: The most that is allocated at a time, results included, but what slots take over, which give
             back as much before.
         input_bytes: Bytes of its inputs by kind: ``"weights"`` (parameters and buffers), ``"once"`` (kept for a run),
@@ -83,7 +82,7 @@ class GpuProgram:
     name: str
     gpu: Gpu
     launches: tuple[Launch, ...]
-    kernels: dict[str, MachineCode | None] = field(repr=False)
+    kernels: dict[str, MachineCode] = field(repr=False)
     activation_bytes: int
     input_bytes: dict[str, int]
     no_graph: str | None
@@ -157,18 +156,16 @@ def compile_for(
     *,
     shares: bool,
     parameters: Iterable[int] = (),
-    machine_code: dict[str, MachineCode] | None = None,
+    machine_code: dict[str, MachineCode],
 ) -> GpuProgram:
     """Compile a variant for a GPU, and see what it launches. ``machine_code``: of kernels by their source, where it is
-    kept, for programs have many in common; None: no machine code is made."""
+    kept, for programs have many in common."""
     with offline.pretending(gpu.title, gpu.properties):
         made = write_for(variant, own_inputs, context, shares=shares, parameters=parameters)
         watching = _Watching()
         with made.context.fake_mode:
             playing.play(made.written, made.inputs, watching, CUDA)
-        kernels: dict[str, MachineCode | None] = {}
-        for name, kernel in made.written.kernels.items():
-            kernels[name] = None if machine_code is None else _machine_code(kernel, machine_code)
+        kernels = {name: _machine_code(kernel, machine_code) for name, kernel in made.written.kernels.items()}
     return GpuProgram(
         variant.name,
         gpu,
@@ -210,7 +207,7 @@ class _Watching:
         self.launches: list[Launch] = []
         self.peak = self._allocated = 0
 
-    def kernel(self, kernel: Kernel, site: Site | None, args: Sequence[Any], frame: FrameType) -> None:  # noqa: ARG002
+    def kernel(self, kernel: Kernel, site: Site | None, args: Sequence[Any]) -> None:  # noqa: ARG002
         assert site is not None and site.bytes_read is not None and site.bytes_written is not None, kernel.name
         self.launches.append(Launch(kernel.name, _module(site), site.bytes_read, site.bytes_written, fused=True))
 

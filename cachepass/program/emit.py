@@ -160,7 +160,7 @@ def alias_root(node: fx.Node) -> fx.Node:
     """The node whose memory ``node`` is a view of (itself, if it owns its memory)."""
     while node.op == "call_function":
         if node.target is operator.getitem or (
-            isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target)
+            isinstance(node.target, torch._ops.OpOverload) and _torch.is_view(node.target)
         ):
             source = node.args[0]
         else:
@@ -171,13 +171,8 @@ def alias_root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _is_view(op: torch._ops.OpOverload) -> bool:
-    returns = op._schema.returns
-    return bool(returns) and any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-
-
 def _views_list(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target)
+    return isinstance(node.target, torch._ops.OpOverload) and _torch.is_view(node.target)
 
 
 def operands_of(nodes: Sequence[fx.Node]) -> Iterator[fx.Node]:

@@ -95,10 +95,10 @@ class Program:
 
     def compile_decision(self, route: Route) -> LoweredVariant:
         """The program up to the decision of a route, compiled once."""
-        name = "/".join(part for part in (route.name, "decide") if part)
+        name = _decide(route)
         with self._lock:
             if name not in self.variants:
-                self._lower(up_to_decision(self.canonical(route), name), self.traced(route))
+                self._lower(self.decision(route), self.traced(route))
             return self.variants[name]
 
     def compile_once(self, route: Route) -> Once | None:
@@ -108,8 +108,7 @@ class Program:
         with self._lock:
             if hoisted is None or traced in self._once:
                 return self._once.get(traced)
-            name = "half/once" if route.half else "once"
-            lowered = self._lower(Variant(name, hoisted.once, tuple(hoisted.roles.values()), repeated=False), traced)
+            lowered = self._lower(self.once(traced), traced)
             values = [node.meta.get("val") for node in traced.gm.graph.find_nodes(op="placeholder")]
             binder = SymbolBinder.of(values[: len(traced.inputs)], hoisted.sizes)
             self._once[traced] = once = Once(lowered.run, binder)
@@ -172,6 +171,16 @@ class Program:
         once = sum(traced.hoisted is not None for traced in (self.full, self.half) if traced is not None)
         return phases + once + sum(self.splits(route) for route in {phase.route for phase in self.plan.phases})
 
+    def decision(self, route: Route) -> Variant:
+        """The graph that runs before the host decides, on a route where it does."""
+        return up_to_decision(self.canonical(route), _decide(route))
+
+    def once(self, traced: Traced) -> Variant:
+        """The graph that computes what is kept for a run, of one that has such values."""
+        assert traced.hoisted is not None
+        name = "half/once" if traced is self.half else "once"
+        return Variant(name, traced.hoisted.once, tuple(traced.hoisted.roles.values()), repeated=False)
+
     def variant(self, phase: Phase) -> Variant:
         """The graph that runs in a phase, before it is lowered."""
         if self.lowering == "cond" and phase.route.predicts:
@@ -226,6 +235,10 @@ class Program:
                 self._weights.clear()
             self._weights[key] = tensor
         return tensor
+
+
+def _decide(route: Route) -> str:
+    return "/".join(part for part in (route.name, "decide") if part)
 
 
 __all__ = ["Once", "Program", "Traced"]

@@ -36,7 +36,7 @@ class Interpreter:
     def __init__(self, broken: bool) -> None:
         self.launched, self._tuners, self._broken = 0, {}, broken
 
-    def kernel(self, kernel, site, args, frame):
+    def kernel(self, kernel, site, args):
         self.launched += 1
         if kernel.name not in self._tuners:
             source = kernel.source.replace(_LIBRARY, "import math as tl_math\nfrom interpreted_math import libdevice")

@@ -8,8 +8,8 @@ import torch
 from zoo import build, guided_inputs_of, inputs_of, timestep_scale
 
 import cachepass
-from cachepass.program.phases import phase_name
-from cachepass.program.specialize import Variant, up_to_decision
+from cachepass.gpu.estimate import variants_of
+from cachepass.program.specialize import Variant
 from cachepass.program.trace import Traced
 
 METHODS = {
@@ -43,20 +43,12 @@ def explained(name: str, method: str, dtype: torch.dtype = torch.bfloat16, **kwa
 
 
 def variants(explanation: cachepass.Explanation) -> Iterator[tuple[Variant, Traced]]:
-    """All programs of a model, with the graphs that they are made of."""
-    program, seen = explanation.program, set()
-    for phase in program.plan.phases:
-        traced = program.traced(phase.route)
-        if program.splits(phase.route) and phase.route not in seen:
-            seen.add(phase.route)
-            yield up_to_decision(program.canonical(phase.route), f"{phase.route.name}decide"), traced
-        variant = program.variant(phase)
-        assert variant.name == phase_name(phase, program.plan.groups)
-        yield variant, traced
-    for traced in filter(None, (program.full, program.half)):
-        if traced.hoisted is not None:
-            once = traced.hoisted
-            yield Variant("once", once.once, tuple(once.roles.values()), repeated=False), traced
+    """All programs of a model, each once, with the graphs that they are made of."""
+    seen = set()
+    for _, variant, traced in variants_of(explanation.program):
+        if variant.name not in seen:
+            seen.add(variant.name)
+            yield variant, traced
 
 
 def values_for(variant: Variant, seed: int = 0) -> list[torch.Tensor]:
