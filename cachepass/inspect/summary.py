@@ -13,7 +13,7 @@ from ..errors import NotCompiledError
 from ..options import CompileOptions
 from ..program.flops import add_known
 from ..program.phases import Phase
-from ..program.variants import Program
+from ..program.runnable import Runnable
 from ..recipe.vocabulary import PLAIN
 from ..run.dispatch import LIVE, Dispatcher
 from ..run.instance import Instance
@@ -224,7 +224,7 @@ def _bytes(models: Sequence[Model], runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _compile_seconds(programs: Iterable[Program]) -> dict[str, float]:
+def _compile_seconds(programs: Iterable[Runnable]) -> dict[str, float]:
     """Compile seconds by phase, over all graphs."""
     seconds: dict[str, float] = {}
     for program in programs:

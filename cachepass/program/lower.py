@@ -17,45 +17,13 @@ from .._torch import SavedContext
 from ..capture.nodes import copied
 from .adopt import Adoption, adopt, adopting
 from .emit import EMITTED
-from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
+from .runnable import PARTS, LoweredVariant
 from .share import Shared, share
 from .sizes import SymbolBinder
 from .specialize import Variant
 
-
-@dataclass(frozen=True)
-class LoweredVariant:
-    """A variant that can run: takes its inputs as one list, the model's own first, then ``inputs`` in order.
-
-    ``invariants``, ``scalars``, ``probes``, ``slots``, ``outputs`` and ``carried`` are the inputs in their parts: what
-    is kept for a run; predicates, weights and other numbers; what the probe compares with; the cuts' slots; the slots
-    of the model's output; what the program up to the decision computed. ``kept``: what the last of its results are;
-    the others are the model's. ``shared``: what it calls several times.
-    """
-
-    name: str
-    run: Callable[[list[Any]], Any]
-    invariants: tuple[Invariant, ...]
-    scalars: tuple[Predicate | Weights | Parameters | Limit, ...]
-    probes: tuple[ProbeSlot, ...]
-    slots: tuple[History | Next, ...]
-    outputs: tuple[Output, ...]
-    carried: tuple[Carried, ...]
-    kept: tuple[Role, ...]
-    compile_seconds: float
-    nodes: int
-    shared: tuple[Shared, ...]
-
-    @property
-    def inputs(self) -> tuple[Role, ...]:
-        return (*self.invariants, *self.scalars, *self.probes, *self.slots, *self.outputs, *self.carried)
-
-
-_PARTS: tuple[tuple[type[Role], ...], ...] = (
-    (Invariant,), (Predicate, Weights, Parameters, Limit), (ProbeSlot,), (History, Next), (Output,), (Carried,),
-)  # fmt: skip
 _MANY_UNREAD = 64
-_MOVING = (*_PARTS[1], *_PARTS[5])  # another tensor at every call
+_MOVING = (*PARTS[1], *PARTS[5])  # another tensor at every call
 
 
 def lower(
@@ -76,10 +44,9 @@ def lower(
         compiled = compiled if ready.read is None else _picking(compiled, ready.read)
         run = _giving_numbers(compiled, ready.inputs, ready.numbers) if ready.numbers else compiled
         run = adopting(run, ready.adopting) if ready.adopting else run
-    parts = [tuple(role for role in variant.inputs if isinstance(role, kinds)) for kinds in _PARTS]
-    lowered = LoweredVariant(variant.name, run, *parts, variant.kept, time.perf_counter() - start, nodes, shared)  # pyright: ignore
-    assert lowered.inputs == variant.inputs, "what is added stands in this order"
-    return lowered
+    return LoweredVariant.of(
+        variant.name, run, variant.inputs, variant.kept, time.perf_counter() - start, nodes=nodes, shared=shared
+    )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from ..recipe.vocabulary import ProbeTarget
 from .emit import Emitter
 from .plan import CachePlan
 from .state_inputs import StateInputs
-from .verdict import is_predicted, verdict
+from .verdict import is_predicted, quotient, verdict
 
 # Tags of nodes: it runs before the decision; its value is read behind it.
 PREFIX, CARRIED = "cachepass_prefix", "cachepass_carried"
@@ -91,11 +91,6 @@ def relative_l1(probe: ProbeTarget, reduced: bool, value: torch.Tensor, kept: to
         return torch.stack([change, size])
     distance = change / size
     return distance.mean() if probe.per_sample else distance
-
-
-def quotient(means: torch.Tensor) -> torch.Tensor:
-    """The distance, of the two means: parts of equal size on all ranks leave it to sums of both."""
-    return (means[0] / means[1]).mean()
 
 
 def over_ranks(group: Any, means: torch.Tensor) -> torch.Tensor:

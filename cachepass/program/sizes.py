@@ -11,14 +11,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 
 from ..errors import CachepassError
 
-Bound = dict[sympy.Symbol, int]
+if TYPE_CHECKING:
+    import sympy
+
+    Bound = dict[sympy.Symbol, int]
 Read = Callable[[Sequence[Any]], int]
 
 
@@ -65,10 +67,10 @@ class SymbolBinder:
         others: list[tuple[Any, Read]] = []
         for size, read in _places(values):
             expr = size.node.expr
-            if isinstance(expr, sympy.Symbol):
+            if expr.is_Symbol:
                 plain.setdefault(expr, read)
             else:
-                others.append((sympy.expand(expr), read))
+                others.append((expr.expand(), read))
         solved = _solve(set(plain), others)
         unknown = needed - plain.keys() - {one.symbol for one in solved}
         if unknown:

@@ -7,11 +7,12 @@ import re
 import torch
 from torch import fx
 
-from ..recipe.frequency import OUTPUT_WEIGHTS, wide_dtype
+from ..recipe.frequency import OUTPUT_WEIGHTS
 from ..recipe.vocabulary import Route
 from .emit import Emitter
 from .plan import CachePlan, PlannedCut, ProbePlan
 from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
+from .runnable import weights_dtype
 from .slots import NamedSlot
 from .verdict import BOUND_NUMBERS
 
@@ -90,14 +91,6 @@ class StateInputs:
 
 def empty_slot(slot: PlannedCut | NamedSlot) -> torch.Tensor:
     return torch.empty_strided(slot.shape, slot.stride, dtype=slot.slot_dtype, device=slot.device)
-
-
-def weights_dtype(plan: CachePlan, group: str) -> torch.dtype:
-    """fp32; fp64 if a cut of the group (the model's output, for the guidance's group) is fp64."""
-    dtypes = {wide_dtype(cut.dtype) for cut in plan.live_cuts if cut.group == group and cut.history}
-    if plan.output is not None and group == plan.output.guidance.group:
-        dtypes |= {slot.slot_dtype for slot in plan.output.slots}
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def role_names(roles: dict[str, Role], plan: CachePlan) -> dict[str, str]:

@@ -10,38 +10,27 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ..errors import warn
 from ..recipe.vocabulary import WHOLE, Route
 from .dump import dump
 from .flops import count_flops
-from .lower import LoweredVariant, lower
+from .lower import lower
 from .phases import Phase
 from .plan import CachePlan
 from .progress import compiling
 from .rewrite import Canonical, rewrite
+from .runnable import Invariants, LoweredVariant, Once, Runnable
 from .sizes import SymbolBinder
 from .specialize import Variant, all_phases, specialize, specialize_rest, up_to_decision
-from .state_inputs import role_names, weights_dtype
+from .state_inputs import role_names
 from .trace import Traced
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Once:
-    """The program that computes what is kept for a run, and how the sizes of what it writes are found."""
-
-    run: Callable[[list[Any]], Any]
-    binder: SymbolBinder
-
-
-class Program:
+class Program(Runnable):
     """The variants of one model: of its graph and, where steps may skip half of the batch, of its half-batch graph."""
 
     def __init__(
@@ -54,32 +43,23 @@ class Program:
         shares: bool = False,
         progress: bool = False,
     ) -> None:
-        self.full, self.half, self.plan, self.lowering, self.shares = full, half, plan, lowering, shares
+        on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in full.inputs)
+        super().__init__(plan, on_cuda=on_cuda)
+        self.full, self.half, self.lowering, self.shares = full, half, lowering, shares
         self._progress = progress and lowering != "eager"
-        self.on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in full.inputs)
-        self.variants: dict[str, LoweredVariant] = {}
-        self.warnings: list[str] = []
-        self._restless: set[str] = set()  # inputs that were warned of
         self._canonical: dict[Route, Canonical] = {}
         self._flops: dict[Phase, int | None] = {}
         self._by_phase: dict[tuple[Route, tuple[str, ...]], LoweredVariant] = {}
-        self._weights: dict[tuple[object, ...], torch.Tensor] = {}
-        devices = {cut.group: cut.device for cut in plan.live_cuts if cut.history}
-        self.weights_at = {g: (weights_dtype(plan, g), devices[g]) for g in plan.groups if plan.weighted(g)}
-        if plan.output is not None:
-            group = plan.output.guidance.group
-            self.weights_at[group] = weights_dtype(plan, group), plan.output.slots[0].device
         self._once: dict[Traced, Once] = {}
+        self._invariants = {traced: _invariants(traced) for traced in (full, half) if traced is not None}
         self._lock = threading.RLock()
 
     def flops(self, phase: Phase) -> int | None:
-        """FLOPs of one call in a phase; None: unknown."""
         if phase not in self._flops:
             self._flops[phase] = count_flops(self.specialized(phase).gm.graph)
         return self._flops[phase]
 
     def flops_once(self, route: Route = WHOLE) -> int | None:
-        """FLOPs of what is computed once per run."""
         hoisted = self.traced(route).hoisted
         return 0 if hoisted is None else count_flops(hoisted.once.graph)
 
@@ -88,10 +68,6 @@ class Program:
         """Paths of the modules that would be cut, and are computed once per run."""
         regions = () if self.full.hoisted is None else self.full.hoisted.regions
         return [region.split("@")[0] for region in regions]
-
-    def splits(self, route: Route) -> bool:
-        """The host decides in the middle of a call on this route."""
-        return self.plan.probe is not None and not self.plan.returns and route.predicts
 
     def compile_decision(self, route: Route) -> LoweredVariant:
         """The program up to the decision of a route, compiled once."""
@@ -114,24 +90,13 @@ class Program:
             self._once[traced] = once = Once(lowered.run, binder)
             return once
 
-    def warn_restless(self, traced: Traced, index: int, *, varies: bool) -> None:
-        """An input is another tensor at every step; ``varies``: with other values."""
+    def invariants(self, route: Route) -> Invariants | None:
+        return self._invariants[self.traced(route)]
+
+    def input_name(self, route: Route, index: int) -> str:
+        traced = self.traced(route)
         placeholder = traced.gm.graph.find_nodes(op="placeholder")[index]
-        name = traced.names.get(str(placeholder.name), str(placeholder.name))
-        if name not in self._restless:
-            self._restless.add(name)
-            if varies:
-                advice = f'if it is meant to change, say so with options["varying_inputs"] = ["{name}"]'
-            else:
-                advice = (
-                    "its values were the same. Give the same tensor object in all steps of a run, or say that they "
-                    f'stay so, with options["invariant_inputs"] = ["{name}"]'
-                )
-            warn(
-                f"the input {name} is another tensor at every step, so what depends on it alone is computed each time: "
-                + advice,
-                self.warnings,
-            )
+        return traced.names.get(str(placeholder.name), str(placeholder.name))
 
     def compile(self, phase: Phase) -> LoweredVariant:
         """The lowered variant of a phase, compiled once. The cond lowering has one for all phases of a route."""
@@ -216,29 +181,24 @@ class Program:
         assert self.half is not None, "a half-batch route needs the half-batch graph"
         return self.half
 
-    def device_tensor(
-        self, name: str, numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """Numbers on the device, made once per set of values: a schedule that repeats copies nothing.
-
-        On an accelerator the copy starts from pinned memory and does not wait for the device.
-        """
-        key = (name, numbers)
-        tensor = self._weights.get(key)
-        if tensor is None:
-            with torch.inference_mode(False):
-                tensor = torch.tensor(numbers, dtype=dtype)
-                if device.type == "cuda":
-                    tensor = tensor.pin_memory()
-                tensor = tensor.to(device, non_blocking=True)
-            if len(self._weights) >= 4096:
-                self._weights.clear()
-            self._weights[key] = tensor
-        return tensor
-
 
 def _decide(route: Route) -> str:
     return "/".join(part for part in (route.name, "decide") if part)
 
 
-__all__ = ["Once", "Program", "Traced"]
+def _invariants(traced: Traced) -> Invariants | None:
+    hoisted = traced.hoisted
+    if hoisted is None:
+        return None
+    checked = tuple(index for index in hoisted.reads if index not in traced.declared)
+    placeholders = hoisted.once.graph.find_nodes(op="placeholder")
+    resized = frozenset(i for i in checked if _is_symbolic(placeholders[i].meta.get("val")))
+    return Invariants(hoisted.slots, checked, resized, hoisted.regions)
+
+
+def _is_symbolic(value: object) -> bool:
+    sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else ()
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+__all__ = ["Program", "Traced"]

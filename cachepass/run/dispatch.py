@@ -20,8 +20,8 @@ from ..errors import warn
 from ..method import Method
 from ..options import CompileOptions
 from ..program.phases import Phase
+from ..program.runnable import Runnable
 from ..program.sizes import SymbolBinder
-from ..program.variants import Program
 from ..program.verdict import numbers_of
 from ..recipe.schedule import Step
 from ..recipe.vocabulary import PLAIN, Route
@@ -57,7 +57,7 @@ class Dispatcher:
         self.method, self.options, self.layout = method, options, layout
         self.instances = Instances(method, options, layout.identity, root, siblings, captured_in)
         self.is_part = siblings is not None  # of its model
-        self.program: Program | None = None  # set by the backend while the graph is compiled; None: nothing is cached
+        self.program: Runnable | None = None  # set by the backend while the graph is compiled; None: nothing is cached
         self.idle_groups: tuple[str, ...] = ()  # the groups of a schedule that never predicts
         self.compiled: Callable[..., Any] | None = None
         self.half: HalfRun | None = None  # for guidance batches
@@ -323,14 +323,14 @@ class Dispatcher:
 
     def _invariants(self, model: Model, run: Run, route: Route) -> InvariantState | None:
         assert self.program is not None
-        traced = self.program.traced(route)
-        if traced.hoisted is None:
+        kept = self.program.invariants(route)
+        if kept is None:
             return None
-        state = run.invariants.get(traced.hoisted)
+        state = run.invariants.get(kept)
         if state is None:
-            state = InvariantState(traced.hoisted, traced.declared)
-            model.make_room(traced.hoisted.slot_bytes, traced.hoisted.slots[0].device, run)
-            state = run.invariants.setdefault(traced.hoisted, state)
+            state = InvariantState(kept)
+            model.make_room(kept.slot_bytes, kept.slots[0].device, run)
+            state = run.invariants.setdefault(kept, state)
         state.stamp = run.stamp
         return state
 

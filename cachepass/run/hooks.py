@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -51,6 +52,7 @@ class _Hook:
     they hold the module's own record weakly, and leave other modules alone."""
 
     def __init__(self, model: Callable[[], Watcher | None]) -> None:
+        _hide_from_dynamo()
         self._model = model
 
     def __deepcopy__(self, memo: object) -> _Hook:
@@ -65,7 +67,6 @@ class _Hook:
 
 
 class _Before(_Hook):
-    @torch.compiler.disable
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         model = self._of(module)
         if model is not None:
@@ -73,9 +74,16 @@ class _Before(_Hook):
 
 
 class _After(_Hook):
-    @torch.compiler.disable
     def __call__(self, module: Any, args: Any, output: Any) -> None:  # noqa: ARG002
         model = self._of(module)
         call = None if model is None else model.current
         if model is not None and call is not None:
             model.finish(call, succeeded=output is not None)  # None: it raised
+
+
+@functools.cache
+def _hide_from_dynamo() -> None:
+    """The hooks are not traced. This is said when the first one is made: it imports Dynamo, which an exported program
+    does without."""
+    for hook in (_Before, _After):
+        setattr(hook, "__call__", torch.compiler.disable(hook.__call__))  # noqa: B010 (for type checkers)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import _torch
-from ..program.hoist import Hoisted
+from ..program.runnable import Invariants
 from ..program.sizes import SymbolBinder
 from .state import allocate
 from .unseen import UNSEEN
@@ -94,9 +94,8 @@ class InvariantState:
         varies: Its values were others, too; None: not looked at yet.
     """
 
-    def __init__(self, hoisted: Hoisted, declared: frozenset[int]) -> None:
-        self.hoisted = hoisted
-        self._checked = tuple(index for index in hoisted.reads if index not in declared)
+    def __init__(self, kept: Invariants) -> None:
+        self.kept = kept
         self.slots: dict[str, torch.Tensor] = {}
         self.computed = self.changes = 0
         self.stamp = 0  # of the last step that used it
@@ -104,8 +103,6 @@ class InvariantState:
         self.varies: bool | None = None
         self._sample: tuple[int, torch.Tensor] | None = None
         self._unseen = -1
-        placeholders = hoisted.once.graph.find_nodes(op="placeholder")
-        self._resized = {i for i in self._checked if _is_symbolic(placeholders[i].meta.get("val"))}
         self._seen: _Seen | None = None
         self.epoch = -1
         self._sizes: tuple[int, ...] = ()
@@ -122,7 +119,7 @@ class InvariantState:
         sizes = binder.key(inputs)
         if sizes != self._sizes or not self.slots:
             resolve = binder.resolver(inputs)
-            self.slots = {slot.name: allocate(slot, resolve) for slot in self.hoisted.slots}
+            self.slots = {slot.name: allocate(slot, resolve) for slot in self.kept.slots}
             self._sizes, self._seen = sizes, None
         self.changed = None
         unseen = UNSEEN.listen()
@@ -135,8 +132,8 @@ class InvariantState:
         if self.changed is not None and self.varies is None:
             self._compare(self.changed, inputs[self.changed])
         self._seen = None  # until they are all written
-        run([*inputs, *(self.slots[slot.name] for slot in self.hoisted.slots)])
-        self._seen = _Seen(self._checked, inputs, self._resized)
+        run([*inputs, *(self.slots[slot.name] for slot in self.kept.slots)])
+        self._seen = _Seen(self.kept.checked, inputs, self.kept.resized)
         self.epoch, self._unseen = epoch, unseen
         self.computed += 1
 
@@ -151,8 +148,3 @@ class InvariantState:
         elif known is not None and self.changes == RESTLESS:
             same = known[0] == index and known[1].shape == value.shape and torch.equal(known[1], value)
             self.varies, self._sample = not same, None
-
-
-def _is_symbolic(value: object) -> bool:
-    sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else ()
-    return any(isinstance(size, torch.SymInt) for size in sizes)

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-
-from rich.progress import Progress
+from typing import TYPE_CHECKING
 
 from .. import _torch
 from ..method import Method
 from ..options import CompileOptions
 from ..program.phases import Phase, phase_name
 from ..program.plan import CachePlan
-from ..program.variants import Program
+from ..program.runnable import Runnable
 from ..recipe.schedule import Step
 from .clock import scaled
 from .decide import Rehearsal, allows, route_of
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Warming:
     timesteps: tuple[float, ...] | None
     bar: Progress
 
-    def compile(self, program: Program, method: Method, options: CompileOptions) -> None:
+    def compile(self, program: Runnable, method: Method, options: CompileOptions) -> None:
         """Compile what a run can reach of one graph; kernels of all programs side by side."""
         phases = reachable(program.plan, method, self._steps(method, options))
         task = self.bar.add_task("compiling", total=len(phases))

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from ..program.lower import LoweredVariant
 from ..program.phases import Phase
-from ..program.probe import quotient
 from ..program.roles import Carried, Parameters, Predicate, Role, Verdict, Weights
-from ..program.variants import Program
-from ..program.verdict import BOUND_NUMBERS
+from ..program.runnable import LoweredVariant, Runnable
+from ..program.verdict import BOUND_NUMBERS, quotient
 from .invariants import RESTLESS, InvariantState
 from .state import OutputState, RunState
 
@@ -53,7 +51,7 @@ class StepCall:
     ``parameters`` are those of the probe, ``distance`` is what it measured.
     """
 
-    program: Program
+    program: Runnable
     phase: Phase
     state: RunState | None = None  # None: nothing is kept, nothing is predicted
     computed: tuple[str, ...] = ()
@@ -176,14 +174,14 @@ class StepCall:
     def _add_invariants(self, inputs: list[Any], variant: LoweredVariant) -> None:
         """What is kept for the run, computed first if it does not hold for these inputs."""
         route = self.phase.route
-        traced = self.program.traced(route)
-        assert traced.hoisted is not None
-        state = self.invariants or InvariantState(traced.hoisted, traced.declared)
+        kept = self.program.invariants(route)
+        assert kept is not None
+        state = self.invariants or InvariantState(kept)
         once = self.program.compile_once(route)
         assert once is not None
         state.refresh(inputs, self.epoch, once.binder, once.run)
         if state.changes == RESTLESS and state.changed is not None:
-            self.program.warn_restless(traced, state.changed, varies=bool(state.varies))
+            self.program.warn_restless(route, state.changed, varies=bool(state.varies))
         inputs.extend([state.slots[role.name] for role in variant.invariants])
 
     def _weights_tensor(self, group: str, weights: tuple[float, ...] | None) -> torch.Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..errors import CaptureError
-from ..program.variants import Program
+from ..program.runnable import Runnable
 
 
-def refuse_capture(program: Program | None) -> None:
+def refuse_capture(program: Runnable | None) -> None:
     """Which step of the run a call is, is decided on the host, and the host is not asked when a graph is replayed.
 
     It is asked where a call begins: the CUDA graphs that Inductor makes of our programs are captured inside of it.

@@ -15,14 +15,15 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import sympy
+from typing import TYPE_CHECKING, Literal
 
 from ...errors import ConfigError
 from ..checks import check_int, check_number
 from .form import Forecast, taylor
 from .rule import ForecastRule, Spacing, check_spacing
+
+if TYPE_CHECKING:
+    import sympy
 
 MAX_ORDER = 4
 
@@ -33,6 +34,8 @@ def _weight_function(order: int, basis: Literal["monomials", "hermite"]) -> Call
 
     ``gap_i`` is the distance between the i-th and the (i+1)-th newest output. The contraction is Hermite's alone.
     """
+    import sympy  # half a second, which no recipe should wait for
+
     outputs = sympy.symbols(f"h0:{order + 1}")
     gaps = sympy.symbols(f"g1:{order + 1}")
     k, c = sympy.symbols("k c")
