@@ -14,12 +14,14 @@ from .config import (
     TunedConfig,
 )
 from .errors import (
+    ArchiveError,
     BatchError,
     CachepassError,
     CachepassWarning,
     CaptureError,
     ConcurrencyError,
     ConfigError,
+    ExportError,
     NoMatchError,
     NotCompiledError,
     OptionError,
@@ -38,6 +40,9 @@ from .recipe.guidance import Guidance
 from .recipe.recipe import Group, Part, Recipe
 from .run.context import cache_context
 from .run.live import recompile, reset
+from .ship.export import Exported, export
+from .ship.load import load
+from .ship.model import LoadedModel
 from .tuning.calibration import TeaCacheFit, fit_teacache, mag_ratios
 from .tuning.tune import tune
 from .tuning.tuning import Tuned, Tuning
@@ -47,6 +52,7 @@ __version__: str
 
 __all__ = [
     "FLUX_MAG_RATIOS",
+    "ArchiveError",
     "BatchError",
     "CacheConfig",
     "CachepassError",
@@ -59,12 +65,15 @@ __all__ = [
     "ConfigError",
     "DBCacheConfig",
     "Explanation",
+    "ExportError",
+    "Exported",
     "FasterCacheConfig",
     "FirstBlockCacheConfig",
     "Gpu",
     "Group",
     "Guidance",
     "InvariantConfig",
+    "LoadedModel",
     "MagCacheConfig",
     "Memory",
     "NoMatchError",
@@ -89,8 +98,10 @@ __all__ = [
     "compare",
     "cut",
     "explain",
+    "export",
     "fit_teacache",
     "forecast",
+    "load",
     "mag_ratios",
     "memory",
     "recompile",

@@ -72,6 +72,14 @@ class NotCompiledError(CachepassError):
     """``summary`` was asked about a model that no ``cached_inductor`` program belongs to."""
 
 
+class ExportError(CachepassError):
+    """A model, or something in its recipe, that cannot be taken along as an archive."""
+
+
+class ArchiveError(CachepassError):
+    """An archive that cannot be loaded here, weights that do not fit it, or a call that it has no program for."""
+
+
 class CachepassWarning(UserWarning):
     """A setting that works but surely is not what was meant: a cache that never fires, an overridden pattern."""
 

@@ -157,6 +157,50 @@ def trace_only(
     return False
 
 
+def call_traced(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    backend: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+) -> Any:
+    """What a model returns in a call whose one graph is replaced by what ``backend`` makes of it, with sizes that are
+    constants of it. ValueErrors of the backend reach the caller as they are.
+
+    Dynamo keeps what it traces by the code: that of the model's ``forward`` is copied, so nothing it knows is touched.
+    """
+    receiver = [backend]  # emptied afterwards, as in ``trace_only``
+
+    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return receiver[0](gm, inputs)
+        except ValueError as error:
+            raise_unwrapped(error)
+
+    function = fresh_code(model, f"cachepass_export_{next(_captures)}")
+    try:
+        return torch.compile(function, backend=compiler, fullgraph=True, dynamic=None)(*args, **kwargs)
+    finally:
+        receiver.clear()
+
+
+def fresh_code(model: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The same function over a code object of its own: Dynamo's caches are per code object, so none is touched."""
+    method = model.forward if isinstance(model, torch.nn.Module) else model
+    function = getattr(method, "__func__", method)
+    if not isinstance(function, types.FunctionType):
+        return lambda *args, **kwargs: model(*args, **kwargs)
+    fresh = types.FunctionType(
+        function.__code__.replace(co_name=name),
+        function.__globals__,
+        name,
+        function.__defaults__,
+        function.__closure__,
+    )
+    fresh.__kwdefaults__ = function.__kwdefaults__
+    owner = getattr(method, "__self__", None)
+    return fresh if owner is None else types.MethodType(fresh, owner)
+
+
 def is_symbolic(gm: fx.GraphModule) -> bool:
     """Some input of a Dynamo graph has a symbolic size."""
     values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]

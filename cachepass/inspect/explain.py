@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +127,7 @@ def explain(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         result.append(_explain_graph(gm, inputs, parsed, name, with_plain=gpu is not None))
 
-    call = _fresh_code(original)
+    call = _torch.fresh_code(original, "cachepass_explain")
     with torch.no_grad():
         if not _torch.trace_only(call, args, kwargs, backend):
             raise CachepassError("the model runs no tensor operation", where="explain")
@@ -161,24 +160,6 @@ def _with_addresses(model: Any) -> Any:
 
 def _with_address(value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(value, device="cpu") if value.is_meta else value
-
-
-def _fresh_code(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function over a code object of its own: Dynamo's caches are per code object, so none is touched."""
-    method = model.forward if isinstance(model, torch.nn.Module) else model
-    function = getattr(method, "__func__", method)
-    if not isinstance(function, types.FunctionType):
-        return lambda *args, **kwargs: model(*args, **kwargs)
-    fresh = types.FunctionType(
-        function.__code__.replace(co_name="cachepass_explain"),
-        function.__globals__,
-        "cachepass_explain",
-        function.__defaults__,
-        function.__closure__,
-    )
-    fresh.__kwdefaults__ = function.__kwdefaults__
-    owner = getattr(method, "__self__", None)
-    return fresh if owner is None else types.MethodType(fresh, owner)
 
 
 def _explain_graph(

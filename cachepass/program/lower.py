@@ -15,7 +15,8 @@ from torch import fx
 from .. import _torch
 from .._torch import SavedContext
 from ..capture.nodes import copied
-from .adopt import Adoption, adopt, adopting
+from .adopt import Adoption, adopt
+from .adopting import adopting
 from .emit import EMITTED
 from .runnable import PARTS, LoweredVariant
 from .share import Shared, share

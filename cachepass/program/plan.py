@@ -22,6 +22,7 @@ from ..errors import ConfigError
 from ..recipe.forecast import Forecast
 from ..recipe.frequency import LatentFormat, wide_dtype
 from ..recipe.guidance import Guidance
+from ..recipe.value import Value
 from ..recipe.vocabulary import WHOLE, ProbeTarget, Route, Skip, Target
 from .liveness import live_markers, subsets
 from .phases import Phase
@@ -29,7 +30,7 @@ from .slots import NamedSlot, bytes_of, dense_strides
 
 
 @dataclass(frozen=True)
-class PlannedCut:
+class PlannedCut(Value):
     """One value that may be replaced by a forecast.
 
     Attributes:

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..recipe.value import Value
+
 
 @dataclass(frozen=True)
-class Predicate:
+class Predicate(Value):
     """Whether a group is predicted."""
 
     group: str
 
 
 @dataclass(frozen=True)
-class Weights:
+class Weights(Value):
     """The weights of a group's forecast."""
 
     group: str
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(Value):
     """The parameters of the probe's transform."""
 
     group: str
 
 
 @dataclass(frozen=True)
-class Limit:
+class Limit(Value):
     """The bound of a decision that the program takes, as numbers."""
 
     group: str
 
 
 @dataclass(frozen=True)
-class History:
+class History(Value):
     """An output of a cut that was kept, by age: 0 is the newest."""
 
     group: str
@@ -43,7 +45,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Next:
+class Next(Value):
     """The slot that a step writes; or, returned, the value for it. ``shared``: its memory is something else's too."""
 
     group: str
@@ -52,7 +54,7 @@ class Next:
 
 
 @dataclass(frozen=True)
-class Output:
+class Output(Value):
     """What is kept of the model's output, by name."""
 
     group: str
@@ -60,14 +62,14 @@ class Output:
 
 
 @dataclass(frozen=True)
-class ProbeSlot:
+class ProbeSlot(Value):
     """The value that a decision compares with; or, returned, the one for the next step."""
 
     group: str
 
 
 @dataclass(frozen=True)
-class Invariant:
+class Invariant(Value):
     """A value that is kept for a run, by name."""
 
     name: str
@@ -75,7 +77,7 @@ class Invariant:
 
 
 @dataclass(frozen=True)
-class Carried:
+class Carried(Value):
     """A value that the program up to the decision computed, by name."""
 
     name: str
@@ -83,14 +85,14 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Distance:
+class Distance(Value):
     """Returned: what the host decides by."""
 
     group: str
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Value):
     """Returned: what the program decided, and the distance."""
 
     group: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 
 from ..errors import warn
 from ..recipe.frequency import wide_dtype
-from ..recipe.vocabulary import Route
+from ..recipe.vocabulary import WHOLE, Route
 from .phases import Phase
 from .plan import CachePlan
 from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
@@ -139,6 +140,10 @@ class Runnable(ABC):
     def compile_once(self, route: Route) -> Once | None:
         """The program that computes what is kept for a run, if a route has one."""
 
+    def side_by_side(self) -> AbstractContextManager[None]:
+        """Programs that are compiled in this block wait for each other's kernels; none of them may run in it."""
+        return nullcontext()
+
     @abstractmethod
     def invariants(self, route: Route) -> Invariants | None:
         """What a route keeps for a run, if anything: the same object each time."""
@@ -148,7 +153,7 @@ class Runnable(ABC):
         """FLOPs of one call in a phase; None: unknown."""
 
     @abstractmethod
-    def flops_once(self, route: Route) -> int | None:
+    def flops_once(self, route: Route = WHOLE) -> int | None:
         """FLOPs of what is computed once per run."""
 
     @abstractmethod
@@ -201,6 +206,16 @@ class Runnable(ABC):
                 self._weights.clear()
             self._weights[key] = tensor
         return tensor
+
+
+def decision_name(route: Route) -> str:
+    """The name of the program up to the decision of a route."""
+    return "/".join(part for part in (route.name, "decide") if part)
+
+
+def once_name(*, half: bool) -> str:
+    """The name of the program that computes what is kept for a run, of full or of half batches."""
+    return "half/once" if half else "once"
 
 
 def weights_dtype(plan: CachePlan, group: str) -> torch.dtype:

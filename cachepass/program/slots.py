@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..recipe.value import Value
+
 
 def bytes_of(shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> int:
     known = [size for size in shape if isinstance(size, int)]
@@ -15,7 +17,7 @@ def bytes_of(shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> int:
 
 
 @dataclass(frozen=True)
-class NamedSlot:
+class NamedSlot(Value):
     """What is kept of one value, for guidance or for a whole run: shape and dtype as of a :class:`Cut`'s slot."""
 
     name: str

@@ -10,9 +10,11 @@ import dataclasses
 import logging
 import threading
 import time
+from contextlib import AbstractContextManager
 
 import torch
 
+from .. import _torch
 from ..recipe.vocabulary import WHOLE, Route
 from .dump import dump
 from .flops import count_flops
@@ -21,7 +23,7 @@ from .phases import Phase
 from .plan import CachePlan
 from .progress import compiling
 from .rewrite import Canonical, rewrite
-from .runnable import Invariants, LoweredVariant, Once, Runnable
+from .runnable import Invariants, LoweredVariant, Once, Runnable, decision_name, once_name
 from .sizes import SymbolBinder
 from .specialize import Variant, all_phases, specialize, specialize_rest, up_to_decision
 from .state_inputs import role_names
@@ -71,7 +73,7 @@ class Program(Runnable):
 
     def compile_decision(self, route: Route) -> LoweredVariant:
         """The program up to the decision of a route, compiled once."""
-        name = _decide(route)
+        name = decision_name(route)
         with self._lock:
             if name not in self.variants:
                 self._lower(self.decision(route), self.traced(route))
@@ -89,6 +91,9 @@ class Program(Runnable):
             binder = SymbolBinder.of(values[: len(traced.inputs)], hoisted.sizes)
             self._once[traced] = once = Once(lowered.run, binder)
             return once
+
+    def side_by_side(self) -> AbstractContextManager[None]:
+        return _torch.kernels_side_by_side()
 
     def invariants(self, route: Route) -> Invariants | None:
         return self._invariants[self.traced(route)]
@@ -138,12 +143,12 @@ class Program(Runnable):
 
     def decision(self, route: Route) -> Variant:
         """The graph that runs before the host decides, on a route where it does."""
-        return up_to_decision(self.canonical(route), _decide(route))
+        return up_to_decision(self.canonical(route), decision_name(route))
 
     def once(self, traced: Traced) -> Variant:
         """The graph that computes what is kept for a run, of one that has such values."""
         assert traced.hoisted is not None
-        name = "half/once" if traced is self.half else "once"
+        name = once_name(half=traced is self.half)
         return Variant(name, traced.hoisted.once, tuple(traced.hoisted.roles.values()), repeated=False)
 
     def variant(self, phase: Phase) -> Variant:
@@ -180,10 +185,6 @@ class Program(Runnable):
             return self.full
         assert self.half is not None, "a half-batch route needs the half-batch graph"
         return self.half
-
-
-def _decide(route: Route) -> str:
-    return "/".join(part for part in (route.name, "decide") if part)
 
 
 def _invariants(traced: Traced) -> Invariants | None:

@@ -28,7 +28,9 @@ class Value:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = _known.get(cls.__name__)
-        if own is None or not own.__module__.startswith(__package__ or "cachepass"):
+        ours = own is not None and cls.__module__.startswith("cachepass.") and own.__module__ != cls.__module__
+        assert not ours, f"two values are called {cls.__name__}"
+        if own is None or not own.__module__.startswith("cachepass."):
             _known[cls.__name__] = cls
 
     @classmethod
@@ -59,6 +61,8 @@ def to_dict(value: Any, where: str) -> Any:
         return value if math.isfinite(value) else {_TYPE: "float", "value": str(value)}
     if isinstance(value, torch.dtype):
         return {_TYPE: "dtype", "value": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {_TYPE: "device", "value": str(value)}
     if isinstance(value, (tuple, list)):
         return [to_dict(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, Value) and dataclasses.is_dataclass(value):
@@ -88,6 +92,8 @@ def from_dict(saved: Any, where: str) -> Any:
         return float(fields["value"])
     if name == "dtype":
         return getattr(torch, fields["value"])
+    if name == "device":
+        return torch.device(fields["value"])
     cls = _known.get(str(name))
     if cls is None or not dataclasses.is_dataclass(cls):
         raise ConfigError(

@@ -7,7 +7,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .. import _torch
 from ..method import Method
 from ..options import CompileOptions
 from ..program.phases import Phase, phase_name
@@ -32,7 +31,7 @@ class Warming:
         """Compile what a run can reach of one graph; kernels of all programs side by side."""
         phases = reachable(program.plan, method, self._steps(method, options))
         task = self.bar.add_task("compiling", total=len(phases))
-        with _torch.kernels_side_by_side():
+        with program.side_by_side():
             for phase in phases:
                 self.bar.update(task, description=f"compiling {phase_name(phase, program.plan.groups)}")
                 program.compile(phase)

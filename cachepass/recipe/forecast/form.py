@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..value import Value
+
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Value):
     """What stands in for a cut's value on a predicted step.
 
     Attributes:

@@ -1,0 +1,437 @@
+"""Export: every program of a cached model, compiled ahead of time, as one file.
+
+export : model, a call of it, config -> archive
+
+    capture     as the backend does it, once for each size; nothing runs        (``backend.build``)
+    bind        where inputs come from and results go                           (``binding.py``)
+    cut up      each variant into programs; those that are the same are one     (``pieces.py``)
+    compile     each program, by AOTInductor
+    write       programs, manifest, and the weights, if they are asked for
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from .. import __version__, _torch
+from ..backend import Built as Captured
+from ..backend import build
+from ..capture.inputs import find_timestep_input
+from ..capture.prepare import Prepared, prepare
+from ..config import MethodConfig
+from ..config.base import RecipeConfig
+from ..errors import CachepassError, ConfigError, ExportError
+from ..options import CompileOptions, parse_options
+from ..program.lower import make_ready
+from ..program.phases import Phase
+from ..program.progress import compiling
+from ..program.specialize import Variant
+from ..program.trace import Traced
+from ..program.variants import Program
+from ..recipe.value import to_dict
+from ..recipe.vocabulary import PLAIN
+from ..run.live import original_of
+from ..run.step import CurrentCall
+from . import manifest as told
+from .binding import fixed_in, leaves_of, parameters_of, record, signature_of, sources_of, template_of
+from .pieces import Pieces, cut_up
+from .records import CONFIG, MANIFEST, SEAL, TENSORS, config_of
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The archive.
+        programs: Bytes of each program.
+        sizes: The sizes of inputs that it has programs for.
+        weight_bytes: Bytes of the weights in it.
+        seconds: That exporting took.
+    """
+
+    path: Path
+    programs: dict[str, int]
+    sizes: tuple[str, ...]
+    weight_bytes: int
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """Of the archive."""
+        return self.path.stat().st_size
+
+    def __str__(self) -> str:
+        inside = f", weights inside ({self.weight_bytes / 2**20:.1f} MiB)" if self.weight_bytes else ""
+        return (
+            f"{self.path}: {self.bytes / 2**20:.1f} MiB, {len(self.programs)} programs for {len(self.sizes)} "
+            f"size{'s' * (len(self.sizes) > 1)}{inside}, in {self.seconds:.0f} s"
+        )
+
+
+def export(
+    model: torch.nn.Module,
+    *args: Any,
+    cache: object,
+    path: str | Path,
+    weights: Literal["none", "inside"] = "none",
+    shapes: Sequence[Mapping[str, Any]] = (),
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Exported:
+    """Compile every program of ``model(*args, **kwargs)`` with a cache, and write them to a file that
+    ``cachepass.load`` runs without the model's code and without a compiler.
+
+    Where the pipeline calls the model twice per step, call ``export`` in the context of one of the two
+    (``with cachepass.cache_context("cond")``) for FasterCache; other methods need nothing.
+
+    Args:
+        model: The model, on the device that it will run on. It is captured as one graph.
+        args: Those of one call of it.
+        cache: As in ``options`` of ``torch.compile``.
+        path: The file, such as ``"flux.cpz"``.
+        weights: ``"none"``: whoever loads it gives a state dict; ``"inside"``: they are in the file.
+        shapes: Keyword arguments of further calls, which replace those given: each is a size that the archive has
+            programs for, too.
+        options: Those of the backend: ``num_inference_steps``, ``timestep_input``, ...; Inductor's, too.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: Something of the model cannot be taken along.
+        CachepassError: As the backend would.
+    """
+    start = time.perf_counter()
+    module = _checked(model, weights)
+    parsed = parse_options({**(options or {}), "cache": cache})
+    _check_options(parsed)
+    calls = [(args, kwargs), *((args, {**kwargs, **given}) for given in shapes)]
+    archive = _Archive(module, Path(path), parsed)
+    for one_args, one_kwargs in calls:
+        archive.add_size(one_args, one_kwargs)
+    archive.write(inside=weights == "inside")
+    return Exported(
+        archive.path,
+        archive.program_bytes,
+        tuple(map(str, archive.sizes)),
+        archive.weight_bytes,
+        time.perf_counter() - start,
+    )
+
+
+def _checked(model: object, weights: str) -> torch.nn.Module:
+    module = original_of(model)
+    if not isinstance(module, torch.nn.Module):
+        raise ExportError(f"expected a module, got {type(model).__name__}", where="export")
+    if weights not in ("none", "inside"):
+        raise ExportError(f"expected 'none' or 'inside', got {weights!r}", where="export, weights")
+    if any(value.is_meta for value in (*module.parameters(), *module.buffers())):
+        raise ExportError("the model has no memory", where="export", hint="give it its weights, or to_empty()")
+    return module
+
+
+def _check_options(options: CompileOptions) -> None:
+    if options.cache is None:
+        raise ExportError("expected a method, got None", where="export, cache")
+    if options.lowering != "specialize":
+        raise ExportError(
+            f"{options.lowering!r} has no straight lines", where='options["lowering"]', hint='leave it at "specialize"'
+        )
+    if options.process_group is not None:
+        raise ExportError("it belongs to a process", where='options["process_group"]', hint="compile on each rank")
+
+
+@dataclass(frozen=True)
+class _Capture:
+    """A call of the model, captured: its program, what it was given and what it returns."""
+
+    captured: Captured
+    prepared: Prepared
+    current: CurrentCall
+    inputs: Sequence[Any]
+    results: Sequence[Any]
+    binding: told.Binding
+
+
+@dataclass
+class _Archive:
+    """An archive that is being made."""
+
+    module: torch.nn.Module
+    path: Path
+    options: CompileOptions
+    sizes: list[told.Size] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    pieces: Pieces = field(default_factory=Pieces)
+    contexts: dict[str, _torch.SavedContext] = field(default_factory=dict)
+    program_bytes: dict[str, int] = field(default_factory=dict)
+    weight_bytes: int = 0
+
+    # ---- one size ---------------------------------------------------------------------------------------------------
+
+    def add_size(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Capture a call, and cut its programs up."""
+        leaves = leaves_of(signature_of(self.module), args, kwargs)
+        capture, returned = _capture(self.module, args, dict(kwargs), self.options)
+        prepared, program = capture.prepared, capture.captured.program
+        names = prepared.names
+        sources, constants = sources_of(self.module, names, capture.inputs, leaves)
+        self.constants.update(constants)
+        numbers = {source.path for source in sources if isinstance(source, told.Argument) and source.number}
+        never = prepared.method.never_predicts(self.options.num_inference_steps)
+        if never is not None or not program.plan.phases:
+            raise ExportError(f"the cache never fires: {never}", where="export, cache")
+        half = program.half
+        layout = prepared.layout
+        self.sizes.append(
+            told.Size(
+                inputs=sources,
+                fixed=fixed_in(leaves, numbers),
+                layout=told.Layout(layout.latents, layout.timestep, layout.conditioning, layout.names),
+                plan=_plan(program),
+                binding=capture.binding,
+                half=_half(capture),
+                programs=tuple(self._programs(program)),
+                kept=_kept(program, program.full),
+                kept_half=None if half is None else _kept(program, half),
+                names=_names(program.full),
+                names_half=() if half is None else _names(half),
+                output=template_of(returned, capture.results, leaves),
+                flops=program.flops(Phase(route=PLAIN)),
+            )
+        )
+
+    def _programs(self, program: Program) -> list[told.Shipped]:
+        found = [self._shipped(program, program.variant(p), program.traced(p.route), p) for p in program.plan.phases]
+        routes = dict.fromkeys(phase.route for phase in program.plan.phases)
+        for route in routes:
+            if program.splits(route):
+                found.append(self._shipped(program, program.decision(route), program.traced(route)))
+        for traced in (program.full, program.half):
+            if traced is not None and traced.hoisted is not None:
+                found.append(self._shipped(program, program.once(traced), traced))
+        return found
+
+    def _shipped(self, program: Program, variant: Variant, traced: Traced, phase: Phase | None = None) -> told.Shipped:
+        ready = make_ready(variant, traced.inputs, shares=program.shares, adopts=True)
+        listing = cut_up(
+            ready.gm,
+            variant.name,
+            self.pieces,
+            read=ready.read,
+            inputs=len(ready.inputs),
+            adopting=ready.adopting,
+        )
+        for name in self.pieces.graphs:
+            self.contexts.setdefault(name, traced.context)
+        flops = None if phase is None else program.flops(phase)
+        return told.Shipped(listing, variant.inputs, variant.kept, flops)
+
+    # ---- the file ---------------------------------------------------------------------------------------------------
+
+    def write(self, *, inside: bool) -> None:
+        """Compile all programs, and write the file in one move: an export that fails leaves none, or the old one."""
+        from .._torch.ahead import ArchiveWriter, compile_ahead
+
+        config = _saved_config(self.options)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.") as folder:
+            made = Path(folder) / self.path.name
+            hashes: dict[str, str] = {}
+            with ArchiveWriter(made) as writer:
+                for i, (name, gm) in enumerate(self.pieces.graphs.items(), 1):
+                    what = f"compiling {name}, program {i} of {len(self.pieces.graphs)}"
+                    with compiling(what, shown=self.options.progress):
+                        examples = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+                        files = compile_ahead(gm, examples, self.contexts[name], Path(folder) / "programs" / name)
+                    records = writer.add_program(name, files)
+                    self.program_bytes[name] = sum(map(len, records.values()))
+                    hashes |= {record: hashlib.sha256(data).hexdigest() for record, data in records.items()}
+                weights = self._tensors(inside=inside)
+                stored = {name: _store(writer, name, value) for name, value in {**self.constants, **weights}.items()}
+                self.weight_bytes = sum(value.nbytes for value in weights.values())
+                saved = to_dict(self._manifest(hashes, stored, weights), "export")
+                text = json.dumps({"schema": told.SCHEMA, "manifest": saved})
+                writer.add(MANIFEST, text.encode())
+                writer.add(CONFIG, json.dumps(config).encode())
+                seal = {
+                    name: hashlib.sha256(data.encode()).hexdigest()
+                    for name, data in ((MANIFEST, text), (CONFIG, json.dumps(config)))
+                }
+                writer.add(SEAL, json.dumps(seal).encode())
+            made.replace(self.path)
+
+    def _tensors(self, *, inside: bool) -> dict[str, torch.Tensor]:
+        """The weights that go into the file."""
+        if not inside:
+            return {}
+        held = {
+            **dict(self.module.named_buffers(remove_duplicate=False)),
+            **dict(self.module.named_parameters(remove_duplicate=False)),
+        }
+        names = {weight.name for size in self.sizes for weight in size.weights if weight.kind != "constant"}
+        return {name: held[name].detach() for name in sorted(names)}
+
+    def _manifest(
+        self, hashes: Mapping[str, str], stored: Mapping[str, told.Stored], weights: Mapping[str, torch.Tensor]
+    ) -> told.Manifest:
+        options = self.options
+        settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(told.Settings)}
+        return told.Manifest(
+            _built(self.module, self.sizes[0]),
+            told.Settings(**settings),
+            parameters_of(self.module),
+            tuple(self.sizes),
+            tuple(hashes.items()),
+            tuple((name, stored[name]) for name in self.constants),
+            tuple((name, stored[name]) for name in weights),
+            _attributes(self.module),
+        )
+
+
+def _capture(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any], options: CompileOptions
+) -> tuple[_Capture, Any]:
+    """Capture a call as one graph, and record how its program is called; also what the call returns."""
+    found: list[_Capture] = []
+
+    def backend(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
+        prepared = prepare(gm, example, options)
+        _keep_timestep(prepared, signature_of(module).bind(*args, **kwargs).arguments, options.timestep_input)
+        current = CurrentCall()
+        captured = build(gm, example, prepared, options, current)
+
+        def run(*inputs: Any) -> Sequence[Any]:
+            binding, results = record(captured.run, current, captured.program.full.gm.graph, inputs)
+            found.append(_Capture(captured, prepared, current, inputs, results, binding))
+            return results
+
+        return run
+
+    with torch.no_grad():
+        returned = _torch.call_traced(module, args, kwargs, backend)
+    if not found:
+        raise ExportError("the model runs no tensor operation", where="export")
+    return found[0], returned
+
+
+def _keep_timestep(prepared: Prepared, arguments: Mapping[str, Any], wanted: str | None) -> None:
+    """A timestep that is a number of Python's is an input of the graph, not a constant of it: it is traced again.
+
+    Raises:
+        ExportError: It is an int, which would be a size to the compiler.
+    """
+    name = find_timestep_input(arguments, wanted) if prepared.layout.timestep is None else None
+    value = None if name is None else arguments[name]
+    if isinstance(value, int):
+        raise ExportError("it is an int", where=f"argument {name}", hint="give a tensor, or a float")
+    if isinstance(value, float):
+        assert name is not None
+        _torch.restart_dynamic(name, value)
+
+
+def _plan(program: Program) -> told.Planned:
+    plan = program.plan
+    probe = plan.probe
+    output = plan.output
+    return told.Planned(
+        plan.cuts,
+        plan.groups,
+        None
+        if probe is None
+        else told.Probed(probe.probe.group, probe.probe.every, probe.probe.parameters, probe.slot, probe.residual),
+        None if output is None else told.Guided(output.slots, output.latents, output.halved),
+    )
+
+
+def _half(capture: _Capture) -> told.HalfBinding | None:
+    half = capture.captured.half
+    if half is None:
+        return None
+    traced = capture.captured.program.half
+    assert traced is not None
+    inputs = half.call.inputs(capture.inputs)
+    binding, _ = record(half.run, capture.current, traced.gm.graph, inputs)
+    call = half.call
+    return told.HalfBinding(call.picks, call.unconditional_first, call.names, call.pairs, binding)
+
+
+def _kept(program: Program, traced: Traced) -> told.Kept | None:
+    route = next(phase.route for phase in program.plan.phases if program.traced(phase.route) is traced)
+    invariants = program.invariants(route)
+    if invariants is None:
+        return None
+    return told.Kept(invariants.slots, invariants.checked, invariants.regions, program.flops_once(route))
+
+
+def _names(traced: Traced) -> tuple[str, ...]:
+    own = traced.gm.graph.find_nodes(op="placeholder")[: len(traced.inputs)]
+    return tuple(traced.names.get(str(node.name), str(node.name)) for node in own)
+
+
+def _saved_config(options: CompileOptions) -> dict[str, Any]:
+    """The config as JSON; that of a class of the user's, whose code is not taken along, as its recipe.
+
+    Raises:
+        ExportError: It holds a function of Python's.
+    """
+    config = options.cache
+    assert isinstance(config, MethodConfig)
+    try:
+        if not type(config).__module__.startswith("cachepass."):
+            config = RecipeConfig(config.recipe(options.num_inference_steps))
+        saved = config.to_dict()
+        config_of(saved)
+    except ConfigError as error:
+        raise ExportError(
+            error.what, where=error.where, hint="leave it out: an archive holds numbers and names, and no code"
+        ) from None
+    return saved
+
+
+def _store(writer: Any, name: str, value: torch.Tensor) -> told.Stored:
+    dense = value.detach().cpu().contiguous()
+    if dense.untyped_storage().nbytes() != dense.nbytes:
+        dense = dense.clone()
+    record = TENSORS + name
+    writer.add_tensor(record, dense)
+    return told.Stored(record, dataclasses.replace(told.Form.of(dense), device=value.device.type))
+
+
+def _built(module: torch.nn.Module, size: told.Size) -> told.Built:
+    device = next((source.form.device for source in size.inputs if source.form.device != "cpu"), "cpu")
+    if device == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    else:
+        from .._torch.archive import cpu_capability
+
+        capability = cpu_capability()
+    system = f"{platform.system()} {platform.machine()}"
+    return told.Built(__version__, str(torch.__version__), device, capability, system, type(module).__name__)
+
+
+def _attributes(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The model's configuration, of which pipelines ask: numbers, names and lists of them."""
+    config = getattr(module, "config", None)
+    found = []
+    for name, value in config.items() if isinstance(config, Mapping) else ():
+        try:
+            to_dict(value, name)
+        except CachepassError:
+            continue
+        found.append((str(name), value))
+    return tuple(found)
