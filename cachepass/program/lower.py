@@ -40,7 +40,7 @@ def lower(
     else:
         ready = make_ready(variant, own_inputs, shares=shares, adopts=not context.cudagraphs)
         shared = ready.shared
-        with _no_advice_on_complex_numbers(ready.gm):
+        with no_advice_on_complex_numbers(ready.gm):
             compiled = ready.compile(context, cudagraphs=variant.repeated)
         compiled = compiled if ready.read is None else _picking(compiled, ready.read)
         run = _giving_numbers(compiled, ready.inputs, ready.numbers) if ready.numbers else compiled
@@ -160,7 +160,7 @@ def _giving_numbers(
 
 
 @contextlib.contextmanager
-def _no_advice_on_complex_numbers(gm: fx.GraphModule) -> Iterator[None]:
+def no_advice_on_complex_numbers(gm: fx.GraphModule) -> Iterator[None]:
     """Inductor warns of complex numbers, which it leaves to eager kernels. Where the only ones are those of the Fourier
     transform that a full step takes of the model's small output, that says nothing of the model."""
     values = ((node.name, node.meta.get("val")) for node in gm.graph.nodes)

@@ -17,37 +17,33 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import fx
 
 from .. import __version__, _torch
-from ..backend import Built as Captured
-from ..backend import build
-from ..capture.inputs import find_timestep_input
-from ..capture.prepare import Prepared, prepare
 from ..config import MethodConfig
 from ..config.base import RecipeConfig
 from ..errors import CachepassError, ConfigError, ExportError
+from ..method import Method
 from ..options import CompileOptions, parse_options
-from ..program.lower import make_ready
+from ..program.lower import make_ready, no_advice_on_complex_numbers
 from ..program.phases import Phase
 from ..program.progress import compiling
 from ..program.specialize import Variant
 from ..program.trace import Traced
 from ..program.variants import Program
 from ..recipe.value import to_dict
-from ..recipe.vocabulary import PLAIN
 from ..run.live import original_of
-from ..run.step import CurrentCall
 from . import manifest as told
-from .binding import fixed_in, leaves_of, parameters_of, record, signature_of, sources_of, template_of
+from .binding import parameters_of
 from .pieces import Pieces, cut_up
-from .records import CONFIG, MANIFEST, SEAL, TENSORS, config_of
+from .records import CONFIG, MANIFEST, SEAL, TENSORS, TIMETABLES, config_of
+from .size import capture_call
+from .timetable import timetable, why_none
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def export(
     module = _checked(model, weights)
     parsed = parse_options({**(options or {}), "cache": cache})
     _check_options(parsed)
-    calls = [(args, kwargs), *((args, {**kwargs, **given}) for given in shapes)]
+    calls = _torch.map_tensors(_dense, [(args, kwargs), *((args, {**kwargs, **given}) for given in shapes)])
     archive = _Archive(module, Path(path), parsed)
     for one_args, one_kwargs in calls:
         archive.add_size(one_args, one_kwargs)
@@ -144,6 +140,13 @@ def _checked(model: object, weights: str) -> torch.nn.Module:
     return module
 
 
+def _dense(value: torch.Tensor) -> torch.Tensor:
+    """Elements that lie in one place, as those of ``expand``, each get their own: what a call brings can be copied to
+    lie so, and not the other way round."""
+    shared = any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.contiguous() if shared else value
+
+
 def _check_options(options: CompileOptions) -> None:
     if options.cache is None:
         raise ExportError("expected a method, got None", where="export, cache")
@@ -153,18 +156,6 @@ def _check_options(options: CompileOptions) -> None:
         )
     if options.process_group is not None:
         raise ExportError("it belongs to a process", where='options["process_group"]', hint="compile on each rank")
-
-
-@dataclass(frozen=True)
-class _Capture:
-    """A call of the model, captured: its program, what it was given and what it returns."""
-
-    captured: Captured
-    prepared: Prepared
-    current: CurrentCall
-    inputs: Sequence[Any]
-    results: Sequence[Any]
-    binding: told.Binding
 
 
 @dataclass
@@ -181,41 +172,21 @@ class _Archive:
     program_bytes: dict[str, int] = field(default_factory=dict)
     weight_bytes: int = 0
 
+    @property
+    def method(self) -> Method:
+        assert self.options.cache is not None
+        return Method(self.options.cache, self.options.num_inference_steps)
+
     # ---- one size ---------------------------------------------------------------------------------------------------
 
     def add_size(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture a call, and cut its programs up."""
-        leaves = leaves_of(signature_of(self.module), args, kwargs)
-        capture, returned = _capture(self.module, args, dict(kwargs), self.options)
-        prepared, program = capture.prepared, capture.captured.program
-        names = prepared.names
-        sources, constants = sources_of(self.module, names, capture.inputs, leaves)
+        called = capture_call(self.module, args, dict(kwargs), self.options)
+        size, constants = called.described(self.module, self._programs(called.captured.program))
         self.constants.update(constants)
-        numbers = {source.path for source in sources if isinstance(source, told.Argument) and source.number}
-        never = prepared.method.never_predicts(self.options.num_inference_steps)
-        if never is not None or not program.plan.phases:
-            raise ExportError(f"the cache never fires: {never}", where="export, cache")
-        half = program.half
-        layout = prepared.layout
-        self.sizes.append(
-            told.Size(
-                inputs=sources,
-                fixed=fixed_in(leaves, numbers),
-                layout=told.Layout(layout.latents, layout.timestep, layout.conditioning, layout.names),
-                plan=_plan(program),
-                binding=capture.binding,
-                half=_half(capture),
-                programs=tuple(self._programs(program)),
-                kept=_kept(program, program.full),
-                kept_half=None if half is None else _kept(program, half),
-                names=_names(program.full),
-                names_half=() if half is None else _names(half),
-                output=template_of(returned, capture.results, leaves),
-                flops=program.flops(Phase(route=PLAIN)),
-            )
-        )
+        self.sizes.append(size)
 
-    def _programs(self, program: Program) -> list[told.Shipped]:
+    def _programs(self, program: Program) -> tuple[told.Shipped, ...]:
         found = [self._shipped(program, program.variant(p), program.traced(p.route), p) for p in program.plan.phases]
         routes = dict.fromkeys(phase.route for phase in program.plan.phases)
         for route in routes:
@@ -224,7 +195,7 @@ class _Archive:
         for traced in (program.full, program.half):
             if traced is not None and traced.hoisted is not None:
                 found.append(self._shipped(program, program.once(traced), traced))
-        return found
+        return tuple(found)
 
     def _shipped(self, program: Program, variant: Variant, traced: Traced, phase: Phase | None = None) -> told.Shipped:
         ready = make_ready(variant, traced.inputs, shares=program.shares, adopts=True)
@@ -255,7 +226,7 @@ class _Archive:
             with ArchiveWriter(made) as writer:
                 for i, (name, gm) in enumerate(self.pieces.graphs.items(), 1):
                     what = f"compiling {name}, program {i} of {len(self.pieces.graphs)}"
-                    with compiling(what, shown=self.options.progress):
+                    with compiling(what, shown=self.options.progress), no_advice_on_complex_numbers(gm):
                         examples = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
                         files = compile_ahead(gm, examples, self.contexts[name], Path(folder) / "programs" / name)
                     records = writer.add_program(name, files)
@@ -265,6 +236,9 @@ class _Archive:
                 stored = {name: _store(writer, name, value) for name, value in {**self.constants, **weights}.items()}
                 self.weight_bytes = sum(value.nbytes for value in weights.values())
                 saved = to_dict(self._manifest(hashes, stored, weights), "export")
+                for i, size in enumerate(self.sizes):
+                    if why_none(size, self.method, self.options) is None:
+                        writer.add(f"{TIMETABLES}{i}", timetable(size, self.method, self.options).encode())
                 text = json.dumps({"schema": told.SCHEMA, "manifest": saved})
                 writer.add(MANIFEST, text.encode())
                 writer.add(CONFIG, json.dumps(config).encode())
@@ -301,86 +275,6 @@ class _Archive:
             tuple((name, stored[name]) for name in weights),
             _attributes(self.module),
         )
-
-
-def _capture(
-    module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any], options: CompileOptions
-) -> tuple[_Capture, Any]:
-    """Capture a call as one graph, and record how its program is called; also what the call returns."""
-    found: list[_Capture] = []
-
-    def backend(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
-        prepared = prepare(gm, example, options)
-        _keep_timestep(prepared, signature_of(module).bind(*args, **kwargs).arguments, options.timestep_input)
-        current = CurrentCall()
-        captured = build(gm, example, prepared, options, current)
-
-        def run(*inputs: Any) -> Sequence[Any]:
-            binding, results = record(captured.run, current, captured.program.full.gm.graph, inputs)
-            found.append(_Capture(captured, prepared, current, inputs, results, binding))
-            return results
-
-        return run
-
-    with torch.no_grad():
-        returned = _torch.call_traced(module, args, kwargs, backend)
-    if not found:
-        raise ExportError("the model runs no tensor operation", where="export")
-    return found[0], returned
-
-
-def _keep_timestep(prepared: Prepared, arguments: Mapping[str, Any], wanted: str | None) -> None:
-    """A timestep that is a number of Python's is an input of the graph, not a constant of it: it is traced again.
-
-    Raises:
-        ExportError: It is an int, which would be a size to the compiler.
-    """
-    name = find_timestep_input(arguments, wanted) if prepared.layout.timestep is None else None
-    value = None if name is None else arguments[name]
-    if isinstance(value, int):
-        raise ExportError("it is an int", where=f"argument {name}", hint="give a tensor, or a float")
-    if isinstance(value, float):
-        assert name is not None
-        _torch.restart_dynamic(name, value)
-
-
-def _plan(program: Program) -> told.Planned:
-    plan = program.plan
-    probe = plan.probe
-    output = plan.output
-    return told.Planned(
-        plan.cuts,
-        plan.groups,
-        None
-        if probe is None
-        else told.Probed(probe.probe.group, probe.probe.every, probe.probe.parameters, probe.slot, probe.residual),
-        None if output is None else told.Guided(output.slots, output.latents, output.halved),
-    )
-
-
-def _half(capture: _Capture) -> told.HalfBinding | None:
-    half = capture.captured.half
-    if half is None:
-        return None
-    traced = capture.captured.program.half
-    assert traced is not None
-    inputs = half.call.inputs(capture.inputs)
-    binding, _ = record(half.run, capture.current, traced.gm.graph, inputs)
-    call = half.call
-    return told.HalfBinding(call.picks, call.unconditional_first, call.names, call.pairs, binding)
-
-
-def _kept(program: Program, traced: Traced) -> told.Kept | None:
-    route = next(phase.route for phase in program.plan.phases if program.traced(phase.route) is traced)
-    invariants = program.invariants(route)
-    if invariants is None:
-        return None
-    return told.Kept(invariants.slots, invariants.checked, invariants.regions, program.flops_once(route))
-
-
-def _names(traced: Traced) -> tuple[str, ...]:
-    own = traced.gm.graph.find_nodes(op="placeholder")[: len(traced.inputs)]
-    return tuple(traced.names.get(str(node.name), str(node.name)) for node in own)
 
 
 def _saved_config(options: CompileOptions) -> dict[str, Any]:

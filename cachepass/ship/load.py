@@ -24,7 +24,7 @@ from ..run.context import hear
 from ..run.listening import listen
 from ..run.live import reset_around
 from .calls import laid_out, require_form
-from .loaded import dispatcher_of, weights_of
+from .loaded import LoadedProgram, dispatcher_of, weights_of
 from .manifest import SCHEMA, Built, Manifest, Weight
 from .model import LoadedModel
 from .records import CONFIG, MANIFEST, SEAL, config_of
@@ -123,7 +123,7 @@ def load(path: str | Path, weights: object = None) -> LoadedModel:
     model = LoadedModel(manifest, tensors)
     method = Method(archive.config, options.num_inference_steps)
     for size in manifest.sizes:
-        model.serve(size, dispatcher_of(size, programs, method, options, model))
+        model.serve(size, dispatcher_of(size, LoadedProgram(size, programs, method), method, options, model))
     return model
 
 

@@ -31,11 +31,11 @@ from .manifest import Binding, Form, Kept, Layout, Planned, Shipped, Size, Weigh
 
 
 def dispatcher_of(
-    size: Size, programs: Mapping[str, Program], method: Method, options: CompileOptions, root: torch.nn.Module
+    size: Size, program: LoadedProgram, method: Method, options: CompileOptions, root: torch.nn.Module
 ) -> Dispatcher:
     """The callable of the graph of one size: it takes the graph's inputs, and returns its results."""
     dispatcher = Dispatcher(method, options, _layout(size.layout, size), root)
-    dispatcher.program = LoadedProgram(size, programs, method)
+    dispatcher.program = program
     dispatcher.compiled = _graph(size.binding, dispatcher.current)
     if size.half is not None:
         half = size.half
@@ -78,7 +78,8 @@ class LoadedProgram(Runnable):
         plan = plan_of(size.plan, method)
         super().__init__(plan, on_cuda=any(source.form.device == "cuda" for source in size.inputs))
         self._size = size
-        self.variants = {one.name: _variant(one, programs) for one in size.programs}
+        self._programs = programs
+        self.variants = {one.name: self.make_variant(one) for one in size.programs}
         self._shipped = {one.name: one for one in size.programs}
         self._kept = {half: _invariants(kept) for half, kept in ((False, size.kept), (True, size.kept_half))}
         binder = SymbolBinder.of((), ())
@@ -88,6 +89,13 @@ class LoadedProgram(Runnable):
             if kept is not None
         }
         self._plain = self._without_cache()
+
+    def make_variant(self, shipped: Shipped) -> LoweredVariant:
+        """A program of the archive as a callable."""
+        run, listing = shipped.listing.linked(self._programs), shipped.listing
+        if listing.adopting:
+            run = adopting(run, listing.adopting)
+        return LoweredVariant.of(shipped.name, run, shipped.roles, shipped.kept, 0.0, nodes=len(listing.steps))
 
     def compile(self, phase: Phase) -> LoweredVariant:
         return self._plain if phase.route is PLAIN else self.variants[phase_name(phase, self.plan.groups)]
@@ -156,13 +164,6 @@ class LoadedProgram(Runnable):
         if isinstance(role, ProbeSlot):
             return allocate(plan.probe.slot, int)  # pyright: ignore[reportArgumentType]
         return torch.zeros(plan.probe.probe.parameters, device=plan.probe.slot.device)
-
-
-def _variant(shipped: Shipped, programs: Mapping[str, Program]) -> LoweredVariant:
-    run = shipped.listing.linked(programs)
-    if shipped.listing.adopting:
-        run = adopting(run, shipped.listing.adopting)
-    return LoweredVariant.of(shipped.name, run, shipped.roles, shipped.kept, 0.0, nodes=len(shipped.listing.steps))
 
 
 def _invariants(kept: Kept | None) -> Invariants | None:

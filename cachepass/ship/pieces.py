@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ from ..capture.nodes import nodes_in, operand, operands, returned_by
 from ..errors import ExportError
 from ..program.emit import alias_root, aten
 from .listing import Call, Copy, Listing, View
+
+_CONVERSIONS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ class Pieces:
 
     def name_of(self, gm: fx.GraphModule, wanted: str) -> str:
         """The name of a graph's program: the one that a graph like it has, or a new one."""
-        key = _fingerprint(gm)
+        key, wanted = _fingerprint(gm), re.sub(r"[^\w.]+", "-", wanted)
         if key not in self._names:
             count = sum(name == wanted or name.startswith(f"{wanted}.") for name in self.graphs)
             name = f"{wanted}.{count + 1}" if count else wanted
@@ -91,9 +94,9 @@ def cut_up(
     _require_fixed(gm.graph, name)
     placeholders = gm.graph.find_nodes(op="placeholder")
     numbers = range(inputs) if read is None else read
-    writer = _Writer(name, pieces, inputs, dict(zip(placeholders, numbers, strict=True)))
+    writer = _Writer(name, pieces, inputs, dict(zip(placeholders, numbers, strict=True)), _early_copies(gm.graph))
     for group in _groups(gm.graph):
-        writer.write_group(gm, group, _needed(gm.graph, group))
+        writer.write_group(gm, group, _needed(gm.graph, group, writer.early))
     results = tuple(writer.number(node) for node in returned_by(gm.graph))
     return Listing(name, inputs, tuple(writer.steps), results, tuple(adopting))
 
@@ -134,12 +137,40 @@ def _is_view(node: fx.Node) -> bool:
     return not isinstance(value, torch.Tensor) or (isinstance(known, torch.Tensor) and known.dtype == value.dtype)
 
 
-def _needed(graph: fx.Graph, group: Sequence[fx.Node]) -> set[fx.Node]:
+@dataclass(frozen=True)
+class _Early:
+    """Copies of what a call gave into slots that nothing else touches: they are made right behind the call, so that
+    its memory is free again.
+
+    Attributes:
+        copies: For each value that is copied, the slots; what is copied has another dtype, or is a view of it.
+        gone: Nodes that are not computed: the copies, and conversions for them alone.
+    """
+
+    copies: dict[fx.Node, list[tuple[fx.Node, fx.Node]]]
+    gone: set[fx.Node]
+
+
+def _early_copies(graph: fx.Graph) -> _Early:
+    early = _Early({}, set())
+    for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        slot, value = operand(node), operand(node, 1)
+        conversions = []
+        while value.target in _CONVERSIONS and len(value.users) == 1:
+            conversions.append(value)
+            value = operand(value)
+        if slot.op == "placeholder" and len(slot.users) == 1 and not node.users and _is_item_of_call(_owner(value)):
+            early.copies.setdefault(operand(_owner(value)), []).append((value, slot))
+            early.gone.update((node, *conversions))
+    return early
+
+
+def _needed(graph: fx.Graph, group: Sequence[fx.Node], early: _Early) -> set[fx.Node]:
     """Tensors of a group that own their memory and are read behind it, by themselves or through views."""
     inside = set(group)
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node not in inside and node.op in ("call_function", "output"):
+        if node not in inside and node.op in ("call_function", "output") and node not in early.gone:
             found.update(_owner(value) for value in operands(node))
     return found & inside
 
@@ -156,6 +187,7 @@ class _Writer:
     pieces: Pieces
     count: int
     numbers: dict[fx.Node, int]
+    early: _Early
     steps: list[Call | View | Copy] = field(default_factory=list)
 
     def number(self, node: fx.Node) -> int:
@@ -178,7 +210,8 @@ class _Writer:
         if group and group[0].target is _torch.INVOKE_SUBGRAPH:
             self._write_call(gm, group[0])
             return
-        work = [node for node in group if not _is_view(node) and not _is_item_of_call(node)]
+        left_out = self.early.gone
+        work = [n for n in group if not _is_view(n) and not _is_item_of_call(n) and n not in left_out]
         inside = {node for node in work if node.target is not aten.copy_.default}
         copies = [node for node in work if node not in inside and _owner(operand(node, 1)) not in inside]
         work = [node for node in work if node not in copies]
@@ -203,6 +236,8 @@ class _Writer:
         for i in range(len(node.meta["val"])):
             outputs.append(self._new(items[i]) if i in items else self._skip())
         self.steps.append(Call(program, inputs, tuple(outputs)))
+        for value, slot in self.early.copies.get(node, ()):
+            self.steps.append(Copy(self.number(value), self.number(slot)))
 
     def _skip(self) -> int:
         """A number for a value that nobody reads."""

@@ -12,6 +12,7 @@ from ..recipe.recipe import Recipe
 MANIFEST = "extra/cachepass/manifest.json"
 CONFIG = "extra/cachepass/config.json"
 SEAL = "extra/cachepass/sha256.json"  # of the two above; the manifest has those of the programs
+TIMETABLES = "extra/cachepass/timetable/"  # and the number of the size
 TENSORS = "extra/cachepass/tensors/"
 
 
