@@ -31,6 +31,10 @@ class ArchiveReader:
     def read(self, name: str) -> bytes:
         return self._reader.get_record(name)
 
+    def size(self, name: str) -> int:
+        """Bytes of a record."""
+        return len(self._reader.get_record(name))
+
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A record as a tensor: a part of the file, mapped into memory, so nothing is read before it is used. What is
         written to it does not reach the file."""

@@ -130,6 +130,24 @@ def _leaves(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:
         yield path, value
 
 
+def arguments_of(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """The keyword arguments of a call in which these values lie where they lay."""
+    tree: dict[Any, Any] = {}
+    for path, value in leaves.items():
+        place = tree
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        place[path[-1]] = value
+
+    def made(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        parts = {key: made(part) for key, part in value.items()}
+        return list(parts.values()) if all(isinstance(key, int) for key in parts) else parts
+
+    return {name: made(value) for name, value in tree.items()}
+
+
 def fixed_in(leaves: Mapping[Path, Any], numbers: set[Path]) -> tuple[tuple[Path, Any], ...]:
     """The arguments of a call that are no tensors, but for the ``numbers`` that change.
 

@@ -27,7 +27,7 @@ import torch
 from .. import __version__, _torch
 from ..config import MethodConfig
 from ..config.base import RecipeConfig
-from ..errors import CachepassError, ConfigError, ExportError
+from ..errors import CachepassError, ConfigError, ExportError, closest
 from ..method import Method
 from ..options import CompileOptions, parse_options
 from ..program.lower import make_ready, no_advice_on_complex_numbers
@@ -39,7 +39,7 @@ from ..program.variants import Program
 from ..recipe.value import to_dict
 from ..run.live import original_of
 from . import manifest as told
-from .binding import parameters_of
+from .binding import parameters_of, signature_of
 from .pieces import Pieces, cut_up
 from .records import CONFIG, MANIFEST, SEAL, TENSORS, TIMETABLES, config_of
 from .size import capture_call
@@ -99,8 +99,8 @@ def export(
         cache: As in ``options`` of ``torch.compile``.
         path: The file, such as ``"flux.cpz"``.
         weights: ``"none"``: whoever loads it gives a state dict; ``"inside"``: they are in the file.
-        shapes: Keyword arguments of further calls, which replace those given: each is a size that the archive has
-            programs for, too.
+        shapes: Arguments of further calls by name, which replace those given: the archive has programs for each of
+            these sizes, too.
         options: Those of the backend: ``num_inference_steps``, ``timestep_input``, ...; Inductor's, too.
         kwargs: Keyword arguments of the call.
 
@@ -115,7 +115,7 @@ def export(
     module = _checked(model, weights)
     parsed = parse_options({**(options or {}), "cache": cache})
     _check_options(parsed)
-    calls = _torch.map_tensors(_dense, [(args, kwargs), *((args, {**kwargs, **given}) for given in shapes)])
+    calls = _torch.map_tensors(_dense, [(args, kwargs), *(_resized(module, args, kwargs, given) for given in shapes)])
     archive = _Archive(module, Path(path), parsed)
     for one_args, one_kwargs in calls:
         archive.add_size(one_args, one_kwargs)
@@ -138,6 +138,25 @@ def _checked(model: object, weights: str) -> torch.nn.Module:
     if any(value.is_meta for value in (*module.parameters(), *module.buffers())):
         raise ExportError("the model has no memory", where="export", hint="give it its weights, or to_empty()")
     return module
+
+
+def _resized(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with others in place of some.
+
+    Raises:
+        ExportError: The model has no argument of this name.
+    """
+    signature = signature_of(module)
+    bound = signature.bind(*args, **kwargs)
+    for name, value in given.items():
+        if name not in signature.parameters:
+            raise ExportError(
+                f"the model has no argument {name!r}", where="export, shapes", hint=closest(name, signature.parameters)
+            )
+        bound.arguments[name] = value
+    return bound.args, bound.kwargs
 
 
 def _dense(value: torch.Tensor) -> torch.Tensor:
@@ -303,7 +322,9 @@ def _store(writer: Any, name: str, value: torch.Tensor) -> told.Stored:
         dense = dense.clone()
     record = TENSORS + name
     writer.add_tensor(record, dense)
-    return told.Stored(record, dataclasses.replace(told.Form.of(dense), device=value.device.type))
+    form = dataclasses.replace(told.Form.of(dense), device=value.device.type)
+    data = dense.flatten().view(torch.uint8) if dense.numel() else dense
+    return told.Stored(record, form, hashlib.sha256(data.numpy().data).hexdigest())
 
 
 def _built(module: torch.nn.Module, size: told.Size) -> told.Built:

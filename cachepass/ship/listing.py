@@ -3,16 +3,18 @@
 A block that repeats is one program that is called several times. Values have numbers: the variant's inputs come first,
 and every result of a call gets the next one.
 
-    x, w0, w1 = 0, 1, 2
-    call  block  0 1 -> 3
-    call  block  3 2 -> 4
-    results  4
+    program compute 4          (x, w0, w1, slot: 0 to 3)
+    call compute.block 0 1 -> 4
+    call compute.block 4 2 -> 5
+    copy 4 3
+    results 5
+    end
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +75,22 @@ class Listing(Value):
     def calls(self) -> tuple[Call, ...]:
         return tuple(step for step in self.steps if isinstance(step, Call))
 
+    def lines(self) -> Iterator[str]:
+        """The listing as text (``timetable.py``)."""
+        yield f"program {self.name} {self.inputs}"
+        for step in self.steps:
+            if isinstance(step, Call):
+                yield f"call {step.program} {numbers_of(step.inputs)}-> {numbers_of(step.outputs)}".rstrip()
+            elif isinstance(step, View):
+                shape, stride = numbers_of(step.shape), numbers_of(step.stride)
+                yield f"view {step.source} {step.result} {shape}| {stride}| {step.offset}"
+            else:
+                yield f"copy {step.source} {step.target}"
+        yield f"results {numbers_of(self.results)}".rstrip()
+        if self.adopting:
+            yield f"adopting {numbers_of(self.adopting)}".rstrip()
+        yield "end"
+
     def linked(self, programs: Mapping[str, Program]) -> Callable[[list[Any]], list[Any]]:
         """The listing as a callable, which takes its inputs as one list and empties it."""
         size = 1 + max((n for step in self.steps for n in _written(step)), default=self.inputs - 1)
@@ -90,6 +108,11 @@ class Listing(Value):
             return [values[n] for n in results]
 
         return run
+
+
+def numbers_of(values: Sequence[object]) -> str:
+    """Numbers in a line, a space behind each."""
+    return "".join(f"{value} " for value in values)
 
 
 def _read(step: Call | View | Copy) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ none that you would not run.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -85,6 +86,15 @@ class Archive:
         if hashlib.sha256(data).hexdigest() != known:
             raise self._damaged(f"{name} is not what was written")
 
+    def verify_tensors(self) -> None:
+        """Read all tensors and compare them with what was written.
+
+        Raises:
+            ArchiveError: One is damaged.
+        """
+        for _, one in (*self.manifest.constants, *self.manifest.weights):
+            self._verify(one.record, self.reader.read(one.record), one.sha256)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the archive holds of the model's tensors, mapped into memory."""
         stored = (*self.manifest.constants, *self.manifest.weights)
@@ -111,8 +121,7 @@ def load(path: str | Path, weights: object = None) -> LoadedModel:
     _require_here(manifest.built, str(path))
     needed = weights_of(manifest.sizes)
     tensors = _fitting(_collected(archive, weights, needed), needed)
-    settings = {name: getattr(manifest.settings, name) for name in manifest.settings.__dataclass_fields__}
-    options = CompileOptions(cache=archive.config, **settings)
+    options = options_of(archive)
     index = torch.cuda.current_device() if manifest.built.device == "cuda" else -1
     try:
         programs = {name: load_program(archive.path, name, index) for name in archive.programs}
@@ -125,6 +134,14 @@ def load(path: str | Path, weights: object = None) -> LoadedModel:
     for size in manifest.sizes:
         model.serve(size, dispatcher_of(size, LoadedProgram(size, programs, method), method, options, model))
     return model
+
+
+def options_of(archive: Archive) -> CompileOptions:
+    """The options that the programs run with."""
+    settings = archive.manifest.settings
+    return CompileOptions(
+        cache=archive.config, **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    )
 
 
 def _require_here(built: Built, path: str) -> None:

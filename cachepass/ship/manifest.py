@@ -311,10 +311,11 @@ class Settings(Value):
 
 @dataclass(frozen=True)
 class Stored(Value):
-    """A tensor in the archive."""
+    """A tensor in the archive, and its SHA-256."""
 
     record: str
     form: Form
+    sha256: str
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ a run begins. All sizes are in elements. It is made by the dispatcher itself, on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from ..method import Method
 from ..options import CompileOptions
 from ..program.runnable import LoweredVariant
 from ..run.context import cache_context
-from .listing import Call, Listing, View
+from .listing import numbers_of
 from .loaded import LoadedProgram, dispatcher_of
 from .manifest import Argument, Form, Shipped, Size
 
@@ -69,32 +69,13 @@ def timetable(size: Size, method: Method, options: CompileOptions) -> str:
     used = {line.split()[1] for line in called}
     for one in size.programs:
         if one.name in used:
-            lines += _program(one.listing)
+            lines += one.listing.lines()
     return "\n".join((*lines, *called)) + "\n"
 
 
 def _form(form: Form) -> str:
     dtype = str(form.dtype).removeprefix("torch.")
-    return f"{dtype} {_numbers(form.shape)}| {_numbers(form.stride)}".rstrip()
-
-
-def _numbers(values: Sequence[object]) -> str:
-    return "".join(f"{value} " for value in values)
-
-
-def _program(listing: Listing) -> Iterator[str]:
-    yield f"program {listing.name} {listing.inputs}"
-    for step in listing.steps:
-        if isinstance(step, Call):
-            yield f"call {step.program} {_numbers(step.inputs)}-> {_numbers(step.outputs)}".rstrip()
-        elif isinstance(step, View):
-            shape, stride = _numbers(step.shape), _numbers(step.stride)
-            yield f"view {step.source} {step.result} {shape}| {stride}| {step.offset}"
-        else:
-            yield f"copy {step.source} {step.target}"
-    yield f"results {_numbers(listing.results)}".rstrip()
-    yield f"adopting {_numbers(listing.adopting)}".rstrip()
-    yield "end"
+    return f"{dtype} {numbers_of(form.shape)}| {numbers_of(form.stride)}".rstrip()
 
 
 class _Noting(LoadedProgram):

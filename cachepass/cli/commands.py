@@ -1,25 +1,33 @@
-"""The command line: ``cachepass demo``, ``explain``, ``compare``, ``bench`` and ``doctor``."""
+"""The commands for models: ``cachepass demo``, ``explain``, ``compare``, ``tune``, ``bench`` and ``doctor``."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import click
 
-_DIGITS = Path(__file__).parents[1] / "examples" / "digits"
-
-
-_lowering = click.option(
-    "--lowering", default="specialize", show_default=True, type=click.Choice(["specialize", "cond", "eager"])
+from .arguments import (
+    CACHE_HELP,
+    Cache,
+    caches_option,
+    json_option,
+    load_file,
+    lowering_option,
+    made,
+    made_for_a_call,
+    source_argument,
+    timestep_scale_option,
+    told,
 )
+
+_DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,7 +40,7 @@ def main() -> None:
 @click.option("--images", default=40, show_default=True, type=click.IntRange(1), help="Digits to sample per method.")
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(8), help="Denoising steps.")
 @click.option("--guidance", default=2.0, show_default=True, help="Scale of classifier-free guidance.")
-@_lowering
+@lowering_option
 @click.option(
     "--out", default="demo-output", show_default=True, type=click.Path(path_type=Path), help="Folder to write."
 )
@@ -59,84 +67,14 @@ def demo(
         click.echo(json.dumps(rows, indent=1))
 
 
-class _Source(click.ParamType):
-    """``MODEL.py:FUNCTION``: the function, which returns a model and something to call it with."""
-
-    name = "MODEL.py:FUNCTION"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path, _, name = value.rpartition(":")
-        if not Path(path).is_file():
-            self.fail(f"{value!r} is not FILE.py:FUNCTION of a file that exists", param, ctx)
-        function = getattr(_load(Path(path), "cachepass_model"), name, None)
-        if function is None:
-            self.fail(f"{path} has no {name!r}", param, ctx)
-        return function
-
-
-class _Cache(click.ParamType):
-    """A config, of a method's name or a JSON object."""
-
-    name = "METHOD|JSON"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from .config import parse_cache
-        from .errors import CachepassError
-
-        try:
-            return parse_cache(json.loads(value) if value.lstrip().startswith("{") else value)
-        except json.JSONDecodeError as error:
-            self.fail(f"not JSON: {error}", param, ctx)
-        except CachepassError as error:
-            self.fail(str(error), param, ctx)
-
-
-def _made(source: Callable[[], Any], kind: type[Any], what: str, example: str) -> tuple[Any, Any]:
-    """What the function returns, of which the second is of a kind."""
-    made = source()
-    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], kind):
-        given = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
-        raise click.ClickException(f"FUNCTION returned ({given}); it must return the model and {what}: {example}")
-    return made
-
-
-def _made_for_a_call(source: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    example = 'return model, {"hidden_states": x, "timestep": t}'
-    return _made(source, dict, "a dict of the keyword arguments of one call", example)
-
-
-_source = click.argument("source", metavar="MODEL.py:FUNCTION", type=_Source())
-_timestep_scale = click.option(
-    "--timestep-scale",
-    type=float,
-    help="From the timestep input to the config's unit, 1000 to 0.  [default: 1000 for 1 to 0, else 1]",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-_CACHE_HELP = """A method, a JSON object ({"method": "pab", "spatial_attention_block_skip_range": 2}), a .json file."""
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Mistakes of the user's are told without a traceback; gradients are off."""
-    import torch
-
-    from .errors import CachepassError
-
-    try:
-        with torch.no_grad():
-            yield
-    except CachepassError as error:
-        raise click.ClickException(str(error)) from None
-
-
 @main.command()
-@_source
-@click.option("--cache", type=_Cache(), default="taylorseer", show_default=True, help=_CACHE_HELP)
+@source_argument
+@click.option("--cache", type=Cache(), default="taylorseer", show_default=True, help=CACHE_HELP)
 @click.option("--diff", "phase", help='Print the graph diff of a phase instead ("predict", "canonical", ...).')
-@_json
+@json_option
 @click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page instead.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of a run (num_inference_steps).  [default: 28]")
-@_timestep_scale
+@timestep_scale_option
 @click.option("--context", "contexts", multiple=True, help='Of a call in a step: "cond". Several times for all.')
 @click.option("--target", help="A GPU, which need not be there (h100, a100, ...): estimate its launches, memory, time.")
 def explain(
@@ -154,12 +92,12 @@ def explain(
 
     FUNCTION, in the file MODEL.py, returns the model and a dict of the keyword arguments of one call.
     """
-    from .inspect.explain import explain as explain_model
-    from .run.context import cache_context
+    from ..inspect.explain import explain as explain_model
+    from ..run.context import cache_context
 
     options = {"num_inference_steps": steps, "timestep_scale": timestep_scale}
-    with _told():
-        model, inputs = _made_for_a_call(source)
+    with told():
+        model, inputs = made_for_a_call(source)
         with cache_context(contexts[0]) if contexts else contextlib.nullcontext():
             plan = explain_model(model, cache=cache, options=options, target=target, **inputs)
         if page is not None:
@@ -170,26 +108,15 @@ def explain(
     click.echo(text.rstrip("\n"))
 
 
-_caches = click.option(
-    "--cache",
-    "caches",
-    type=_Cache(),
-    multiple=True,
-    default=["taylorseer"],
-    show_default=True,
-    help=_CACHE_HELP + " Give it several times to compare.",
-)
-
-
 @main.command()
-@_source
-@_caches
+@source_argument
+@caches_option
 @click.option("--steps", type=click.IntRange(1), help="Steps of a run (num_inference_steps), if they are known.")
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(1), help="Samples of each that count.")
 @click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
-@_lowering
-@_timestep_scale
-@_json
+@lowering_option
+@timestep_scale_option
+@json_option
 @click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page.")
 def compare(
     source: Callable[[], Any],
@@ -207,12 +134,12 @@ def compare(
     FUNCTION, in the file MODEL.py, returns the model (or a pipeline) and its sampling loop: a function that is called
     with the model, and returns a tensor or images.
     """
-    from .inspect.compare import compare as run
+    from ..inspect.compare import compare as run
 
     example = "return model, sample, where sample(model) runs all steps and returns a tensor or images"
     options = {"lowering": lowering, "num_inference_steps": steps, "timestep_scale": timestep_scale}
-    with _told():
-        model, sample = _made(source, Callable, "its sampling loop", example)  # pyright: ignore[reportArgumentType]
+    with told():
+        model, sample = made(source, Callable, "its sampling loop", example)  # pyright: ignore[reportArgumentType]
         found = run(model, sample, caches, options=options, rounds=rounds, seed=seed)
     if page is not None:
         found.to_html(page)
@@ -220,7 +147,7 @@ def compare(
 
 
 @main.command()
-@_source
+@source_argument
 @click.option("--steps", "budgets", type=click.IntRange(1), multiple=True, help="Steps to compute. May be repeated.")
 @click.option("--quality", type=float, help="Decibels to reach, with as few computed steps as can, instead of --steps.")
 @click.option("--out", default="tuned.json", show_default=True, type=click.Path(dir_okay=False, path_type=Path))
@@ -228,9 +155,9 @@ def compare(
 @click.option("--validate", default=2, show_default=True, type=click.IntRange(0), help="Others, to measure with.")
 @click.option("--tries", default=40, show_default=True, type=click.IntRange(0), help="Runs to refine each budget with.")
 @click.option("--max-bytes", type=click.IntRange(1), help="The most that may be kept in each trajectory.")
-@_lowering
-@_timestep_scale
-@_json
+@lowering_option
+@timestep_scale_option
+@json_option
 @click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page.")
 def tune(
     source: Callable[[], Any],
@@ -252,11 +179,11 @@ def tune(
     generation number RUN with the model that it is given, and returns a tensor or images. Ctrl-C ends the search, and
     what was found until then is written.
     """
-    from .tuning.tune import tune as find
+    from ..tuning.tune import tune as find
 
     example = "return model, sample, where sample(model, run) makes one generation and returns a tensor or images"
-    with _told():
-        model, sample = _made(source, Callable, "its sampling loop", example)  # pyright: ignore[reportArgumentType]
+    with told():
+        model, sample = made(source, Callable, "its sampling loop", example)  # pyright: ignore[reportArgumentType]
         found = find(
             model,
             sample,
@@ -275,13 +202,13 @@ def tune(
 
 
 @main.command()
-@_source
-@_caches
+@source_argument
+@caches_option
 @click.option("--steps", default=28, show_default=True, type=click.IntRange(2), help="Denoising steps of a run.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Runs of each that count.")
-@_lowering
-@_timestep_scale
-@_json
+@lowering_option
+@timestep_scale_option
+@json_option
 def bench(
     source: Callable[[], Any],
     caches: tuple[Any, ...],
@@ -298,12 +225,12 @@ def bench(
     from rich.console import Console
     from rich.progress import Progress
 
-    from .inspect.bench import as_table
-    from .inspect.bench import bench as measure
+    from ..inspect.bench import as_table
+    from ..inspect.bench import bench as measure
 
-    with Progress(console=Console(stderr=True), transient=True) as bar, _told():
+    with Progress(console=Console(stderr=True), transient=True) as bar, told():
         task = bar.add_task("compiling", total=(1 + rounds) * (1 + len(caches)))
-        model, inputs = _made_for_a_call(source)
+        model, inputs = made_for_a_call(source)
         found = measure(
             model,
             inputs,
@@ -329,7 +256,7 @@ def doctor(compiling: bool, as_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from .inspect.doctor import examine
+    from ..inspect.doctor import examine
 
     with Console(stderr=True).status("looking") as status:
         checks = []
@@ -354,15 +281,4 @@ def _load_demo(folder: Path) -> ModuleType:
             f"{path} is not there: the demo's models live in the repository, not in the wheel. Run the command from "
             "an editable install (pip install -e .) of a clone, or give --models path/to/examples/digits"
         )
-    return _load(path, "cachepass_digits_demo")
-
-
-def _load(path: Path, name: str) -> ModuleType:
-    """A Python file as a module, with its folder on the path."""
-    sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_file(path, "cachepass_digits_demo")

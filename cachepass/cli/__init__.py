@@ -1,0 +1,6 @@
+"""The command line: ``cachepass COMMAND``."""
+
+from . import archives  # noqa: F401 (it adds its commands)
+from .commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,559 @@
+"""Archives run like what was compiled, without the model's code; what does not fit is said, nothing is half loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from archives import exported_once
+from click.testing import CliRunner
+from expecttest import TestCase
+from small_models import Transformer, calls, transformer
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from zoo import ALL, build, inputs_of, relative_error, sweep_over, trajectory
+
+import cachepass
+from cachepass.cli import main
+from cachepass.program.share import share
+from cachepass.ship.listing import Call, Copy, Listing, View
+from cachepass.ship.load import Archive
+from cachepass.ship.pieces import Pieces, cut_up
+
+HERE = Path(__file__).parent
+TAYLOR = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1}
+QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # what runs is the same, and compiled sooner
+
+# ---- every method, in a process that has neither the model's code nor a compiler -------------------------------------
+
+METHODS: dict[str, dict[str, Any]] = {
+    "taylorseer": TAYLOR,
+    "pab": {
+        "method": "pab", "spatial_attention_block_skip_range": 2, "cross_attention_block_skip_range": 3,
+        "spatial_attention_timestep_skip_range": (-1, 1001), "cross_attention_timestep_skip_range": (-1, 1001),
+    },
+    "first_block_cache": {"method": "first_block_cache", "threshold": 0.2},
+    "fastercache, a batch": {"method": "fastercache"},
+    "fastercache, two calls": {"method": "fastercache"},
+}  # fmt: skip
+FASTER = {"unconditional_batch_skip_range": 3, "unconditional_batch_timestep_skip_range": (-1, 900),
+          "spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 950)}  # fmt: skip
+FORMATS = {"DiTTransformer2DModel": "BCHW", "WanTransformer3DModel": "BCFHW"}
+MODELS = ["DiTTransformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel"]
+CASES = [(m, k) for m in MODELS for k in METHODS if m in FORMATS or "fastercache" not in k]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    sweep_over(
+        CASES,
+        [
+            ("FluxTransformer2DModel", "pab"),
+            ("WanTransformer3DModel", "first_block_cache"),
+            ("DiTTransformer2DModel", "fastercache, two calls"),
+            ("DiTTransformer2DModel", "fastercache, a batch"),
+        ],
+    ),
+)
+@pytest.mark.inductor
+def test_archives_equal_what_is_compiled(name, kind, tmp_path):
+    """Two runs of nine steps, decisions included."""
+    config = dict(METHODS[kind])
+    if "fastercache" in kind:
+        config |= {**FASTER, "tensor_format": FORMATS[name]}
+    runs = [_run(name, kind, seed) for seed in (1, 2)]
+    model = build(name, layers=2 if name == "FluxTransformer2DModel" else None)
+    path, weights = tmp_path / "model.cpz", tmp_path / "weights.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, weights)
+    options = {"num_inference_steps": 9, **QUICK}
+    context, example = runs[0][0]
+    with cachepass.cache_context(context) if context else contextlib.nullcontext():
+        cachepass.export(model, **example, cache=config, path=path, options=options)
+    (results, marks, counts), heavy = _elsewhere([(path, str(weights), runs)], tmp_path)
+    assert not heavy
+    lowering, bound = ("specialize", 1e-6) if ALL else ("eager", 1e-5)
+    options = {"cache": config, "num_inference_steps": 9, "lowering": lowering}
+    compiled = torch.compile(model, backend="cached_inductor", fullgraph=True, options=options)
+    expected = [_first(compiled, context, kwargs) for run in runs for context, kwargs in run]
+    assert max(map(relative_error, results, expected)) <= bound
+    summary = cachepass.summary(compiled)
+    assert (marks, counts) == (summary.last_runs, summary.by_context)
+    assert any("." in line for groups in marks.values() for line in groups.values())
+
+
+def _run(name: str, kind: str, seed: int) -> list[tuple[str | None, dict[str, Any]]]:
+    """The calls of a run, each with its context."""
+    latents = "x" if "x" in inputs_of(name) else "hidden_states"
+    steps = [one for _, one in trajectory(name, 9, guided=kind == "fastercache, a batch")]
+    steps = [{**one, latents: one[latents] * (1 + 0.2 * seed)} for one in steps]
+    if kind == "fastercache, two calls":
+        return [(context, one) for one in steps for context in ("cond", "uncond")]
+    return [(None, one) for one in steps]
+
+
+def _first(model: Any, context: str | None, kwargs: dict[str, Any]) -> torch.Tensor:
+    with cachepass.cache_context(context) if context else contextlib.nullcontext():
+        return model(**kwargs)[0].clone()
+
+
+def _elsewhere(cases: list[tuple[Path, Any, Any]], folder: Path) -> tuple[Any, list[str]]:
+    """What a fresh process tells of the first case, and which heavy modules it imported."""
+    given, out = folder / "cases.pt", folder / "out.pt"
+    torch.save([(str(path), weights, runs) for path, weights, runs in cases], given)
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    script = HERE / "run_archive.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(given), str(out)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told, heavy = torch.load(out, weights_only=False)
+    return told[0], heavy
+
+
+# ---- one archive, tried in many ways ---------------------------------------------------------------------------------
+
+
+def _make(path: Path) -> cachepass.Exported:
+    """A small model for two sizes of latents, with weights inside."""
+    model = transformer(depth=4)
+    x, t = calls(1)[0]
+    return cachepass.export(
+        model, x, t, cache=TAYLOR, path=path, weights="inside", shapes=[{"x": torch.cat([x, x], 1)}],
+        options={"num_inference_steps": 9, **QUICK},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def archive(tmp_path_factory):
+    with torch.enable_grad():  # as in a user's process
+        return exported_once(tmp_path_factory, "small", _make)[0]
+
+
+def compiled(model, **options):
+    options = {"cache": TAYLOR, "num_inference_steps": 9, "lowering": "eager", **options}
+    return torch.compile(model, backend="cached_inductor", fullgraph=True, options=options)
+
+
+def agree(loaded, model, steps=9, wide=False):
+    """A run of the loaded model and of the compiled one."""
+    for x, t in calls(steps):
+        x = torch.cat([x, x], 1) if wide else x
+        torch.testing.assert_close(loaded(x, t), model(x, t), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.inductor
+def test_one_archive_has_several_sizes(archive):
+    loaded, model = cachepass.load(archive), compiled(transformer(depth=4))
+    agree(loaded, model)
+    torch._dynamo.reset()
+    agree(loaded, compiled(transformer(depth=4)), wide=True)
+    with pytest.raises(cachepass.ArchiveError, match=r"argument x: .*2x5x8(.|\n)*There are: x 2x4x8.*; x 2x8x8"):
+        loaded(torch.randn(2, 5, 8), torch.ones(2))
+
+
+@pytest.mark.inductor
+def test_it_is_called_like_the_model(archive):
+    """By position or name; and everything that is known of compiled models is known of it."""
+    loaded = cachepass.load(archive)
+    (x, t), *rest = calls(9)
+    first = loaded(x=x, timestep=t, context=None)
+    for x, t in rest:
+        loaded(x, timestep=t)
+    assert cachepass.summary(loaded).last_runs == {"default": {"taylorseer": "##.#..#.."}}
+    x, t = calls(1)[0]
+    assert torch.equal(loaded(x, t), first)  # a run is over after nine steps
+    loaded(*calls(2)[1])
+    cachepass.reset(loaded)
+    assert torch.equal(loaded(x, t), first)
+    with cachepass.cache_context("another"):
+        assert torch.equal(loaded(x, t), first)
+    assert cachepass.summary(loaded).contexts == ("default", "another")
+    cachepass.warmup(loaded, x, t)
+    assert cachepass.summary(loaded).contexts == ("default", "another")
+    assert str(inspect.signature(loaded.forward)) and "exported for cpu" in repr(loaded)
+
+
+@pytest.mark.inductor
+def test_what_no_trajectory_has_is_computed(archive):
+    """Outside of the steps of a run nothing is kept: two calls that nothing tells apart."""
+    loaded, model = cachepass.load(archive), transformer(depth=4)
+    loaded(*calls(1)[0])
+    program = next(d.program for d in cachepass.run.dispatch.LIVE if d.instances.of(loaded))
+    assert program is not None
+    x, t = calls(1)[0]
+    plain = program.compile(cachepass.program.phases.Phase(route=cachepass.recipe.vocabulary.PLAIN))
+    weights = [dict(loaded.named_parameters())[w.name] for w in loaded._manifest.sizes[0].weights]
+    given = iter(weights)
+    inputs = [
+        {"x": x, "timestep": t}[source.name] if source in loaded._manifest.sizes[0].arguments else next(given)
+        for source in loaded._manifest.sizes[0].inputs
+    ]
+    flat = [inputs[i] for i in loaded._manifest.sizes[0].binding.inputs]
+    torch.testing.assert_close(plain.run(flat)[0], model(x, t))
+
+
+@pytest.mark.inductor
+def test_weights_are_inputs(archive):
+    """Replaced one by one, loaded, swapped with a LoRA's: the next call runs with what is there."""
+    other = transformer(seed=1, depth=4)
+    loaded = cachepass.load(archive)
+    agree(loaded, compiled(transformer(depth=4)), steps=2)
+    loaded.load_state_dict(other.state_dict())
+    cachepass.reset(loaded)
+    torch._dynamo.reset()
+    agree(loaded, compiled(other))
+    lora = torch.randn(8, 1) @ torch.randn(1, 8)
+    other.blocks[2].attn.q.weight = nn.Parameter(other.blocks[2].attn.q.weight + lora)
+    loaded.get_submodule("blocks.2.attn.q").weight = nn.Parameter(other.blocks[2].attn.q.weight.clone())
+    cachepass.reset(loaded)
+    torch._dynamo.reset()
+    agree(loaded, compiled(other))
+    assert loaded.state_dict().keys() == other.state_dict().keys()
+
+
+@pytest.mark.inductor
+def test_weights_come_from_everywhere_and_are_not_copied(archive, tmp_path):
+    from safetensors.torch import save_file
+
+    model = transformer(seed=1, depth=4)
+    state = model.state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    for weights in (state, model, tmp_path, str(tmp_path / "a.safetensors")):
+        loaded = cachepass.load(archive, weights)
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, state[name])
+            assert isinstance(weights, (str, Path)) or value.data_ptr() == state[name].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {k: v for k, v in s.items() if "blocks.1" not in k}, r"12 of 50 tensors are missing: blocks.1"),
+        (lambda s: {**s, "proj_out.weight": torch.ones(8, 9)}, "weight proj_out.weight: expected 8x8 float32 on cpu"),
+        (lambda s: {**s, "proj_out.weight": torch.ones(8, 8).half()}, "expected 8x8 float32 on cpu, got 8x8 float16"),
+        (lambda _: 3, "expected a state dict, a module or a path, got int"),
+        (lambda _: "nowhere.safetensors", "there is no .safetensors file"),
+    ],
+)
+@pytest.mark.inductor
+def test_weights_that_do_not_fit(archive, tmp_path, change, message):
+    without = tmp_path / "without.cpz"
+    _rewritten(archive, without, lambda saved: saved["manifest"].update(weights=[]))
+    with pytest.raises(cachepass.ArchiveError, match=message):
+        cachepass.load(without, change(transformer(depth=4).state_dict()))
+
+
+@pytest.mark.inductor
+def test_weights_that_do_not_fit_any_more(archive):
+    loaded = cachepass.load(archive)
+    x, t = calls(1)[0]
+    first = loaded(x, t)
+    kept = loaded.get_submodule("proj_out").weight
+    for wrong, message in (
+        (torch.ones(8, 9), "expected 8x8"),
+        (torch.ones(8, 8).t()[::1].t().contiguous().t(), "its strides are"),
+        (torch.ones(8, 8).double(), "float64"),
+    ):
+        loaded.get_submodule("proj_out").weight = nn.Parameter(wrong, requires_grad=False)
+        cachepass.reset(loaded)
+        with pytest.raises(cachepass.ArchiveError, match=f"weight proj_out.weight: .*{message}"):
+            loaded(x, t)
+    loaded.get_submodule("proj_out").weight = kept
+    assert torch.equal(loaded(x, t), first)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"x": torch.randn(2, 4, 8).double()},
+            "argument x: expected a tensor of 2x4x8 float32 on cpu, got one of",
+        ),
+        ({"x": None}, "argument x: expected a tensor of 2x4x8 float32 on cpu, got None"),
+        ({"timestep": torch.ones(3)}, "argument timestep: expected a tensor of 2 float32"),
+        (
+            {"context": torch.randn(2, 3, 8)},
+            "argument context: it was None when the model was exported, and is a tensor",
+        ),
+    ],
+)
+@pytest.mark.inductor
+def test_calls_that_do_not_fit(archive, given, message):
+    x, t = calls(1)[0]
+    loaded = cachepass.load(archive)
+    first = loaded(x, t)
+    cachepass.reset(loaded)
+    with pytest.raises(cachepass.ArchiveError, match=message):
+        loaded(**{"x": x, "timestep": t, **given})
+    assert torch.equal(loaded(x, t), first)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        loaded(x, t, whatever=1)
+
+
+@pytest.mark.inductor
+def test_inputs_that_lie_otherwise_are_copied(archive):
+    loaded = cachepass.load(archive)
+    x, t = calls(1)[0]
+    first = loaded(x, t)
+    for one in (
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+    ):
+        cachepass.reset(loaded)
+        assert torch.equal(loaded(one, t[:1].expand(2)), first)
+
+
+# ---- archives that cannot run here -----------------------------------------------------------------------------------
+
+
+def _rewritten(archive: Path, path: Path, change: Any) -> None:
+    """A copy of an archive with another manifest, sealed anew."""
+    from hashlib import sha256
+
+    from cachepass._torch.ahead import ArchiveWriter
+    from cachepass.ship.records import CONFIG, MANIFEST, SEAL
+
+    reader = Archive(archive).reader
+    saved = json.loads(reader.read(MANIFEST))
+    change(saved)
+    text = json.dumps(saved).encode()
+    seal = {MANIFEST: sha256(text).hexdigest(), CONFIG: sha256(reader.read(CONFIG)).hexdigest()}
+    with ArchiveWriter(path) as writer:
+        for name in reader.names:
+            if not name.startswith(("archive_", ".", "byteorder", "version")) and name not in (MANIFEST, SEAL):
+                writer.add(name, reader.read(name))
+        writer.add(MANIFEST, text)
+        writer.add(SEAL, json.dumps(seal).encode())
+
+
+def _built(**fields):
+    return lambda saved: saved["manifest"]["built"].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_built(torch="2.3.0"), "exported with torch 2.3.0, and this is"),
+        (_built(system="Plan9 mips"), "exported for Plan9 mips, and this is"),
+        (_built(device="cuda", capability="9.0"), "exported for cuda, and there is no such device here"),
+        (_built(capability="AVX9000"), "a cpu device with AVX9000, and this one has"),
+        (lambda saved: saved.update(schema=99), "schema 99 is not 1(.|\\n)*export it anew"),
+    ],
+)
+@pytest.mark.inductor
+def test_archives_of_other_machines(archive, tmp_path, change, message):
+    if torch.cuda.is_available() and "cuda" in message:
+        pytest.skip("there is such a device")
+    _rewritten(archive, tmp_path / "other.cpz", change)
+    with pytest.raises(cachepass.ArchiveError, match=message):
+        cachepass.load(tmp_path / "other.cpz")
+
+
+@pytest.mark.inductor
+def test_damaged_archives(archive, tmp_path):
+    data = archive.read_bytes()
+    damaged = tmp_path / "damaged.cpz"
+    reader = Archive(archive).reader
+    program = next(name for name in reader.names if name.endswith(".so"))
+    inside = reader._reader.get_record_offset(program) + 5000
+    for broken in (data[: len(data) // 2], b"no zip at all", data[:inside] + b"\x00" * 64 + data[inside + 64 :]):
+        damaged.write_bytes(broken)
+        with pytest.raises(cachepass.ArchiveError, match="it is no archive of cachepass, or it is damaged"):
+            cachepass.load(damaged)
+    with zipfile.ZipFile(damaged, "w") as other:
+        other.writestr("model/data.pkl", b"")
+    with pytest.raises(cachepass.ArchiveError, match="damaged"):
+        cachepass.load(damaged)
+    with pytest.raises(cachepass.ArchiveError, match="there is no such file"):
+        cachepass.load(tmp_path / "none.cpz")
+    tensor = reader._reader.get_record_offset(next(name for name in reader.names if "/tensors/" in name))
+    damaged.write_bytes(data[:tensor] + b"\xff" + data[tensor + 1 :])
+    result = CliRunner().invoke(main, ["inspect", str(damaged)])
+    assert result.exit_code == 1 and "is not what was written" in result.output
+
+
+# ---- what cannot be exported -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"cache": None}, cachepass.ExportError, "expected a method, got None"),
+        ({"cache": {**TAYLOR, "disable_cache_before_step": 99}}, cachepass.ExportError, "the cache never fires"),
+        ({"weights": "outside"}, cachepass.ExportError, "expected 'none' or 'inside'"),
+        ({"options": {"lowering": "cond"}}, cachepass.ExportError, "has no straight lines"),
+        ({"options": {"whatever": 1}}, cachepass.OptionError, "unknown option"),
+        (
+            {"cache": cachepass.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 1)},
+            cachepass.ExportError, "current_timestep_callback: a function of Python's",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exported(arguments, error, message, tmp_path):
+    x, t = calls(1)[0]
+    options = {"num_inference_steps": 9, **arguments.pop("options", {})}
+    path = tmp_path / "none.cpz"
+    with pytest.raises(error, match=message):
+        cachepass.export(transformer(), x, t, **{"cache": TAYLOR, "path": path, **arguments}, options=options)
+    assert not path.exists() and not list(tmp_path.iterdir())
+
+
+class _Returning(Transformer):
+    def __init__(self, what) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x, timestep, context=None, extra=None):
+        return self.what(super().forward(x, timestep), x)
+
+
+@pytest.mark.parametrize(
+    ("what", "kwargs", "message"),
+    [
+        (lambda y, x: (y, x.view(-1)), {}, "shares its memory"),
+        (lambda y, _: {"a": y, "b": y.dtype}, {}, "returns a dtype that is not made in its graph"),
+        (lambda y, _: y, {"extra": object()}, "argument extra: a object cannot be taken along"),
+    ],
+)
+def test_calls_that_cannot_be_exported(what, kwargs, message, tmp_path):
+    x, t = calls(1)[0]
+    with pytest.raises(cachepass.CachepassError, match=message):
+        cachepass.export(_Returning(what).eval(), x, t, **kwargs, cache=TAYLOR, path=tmp_path / "none.cpz")
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def block(x, w):
+    return torch.relu(x @ w.t()) + x
+
+
+class Goldens(TestCase):
+    def test_calls_and_what_stands_between_them(self):
+        """What repeats is called; views and copies are no programs; a slot is written right behind the call."""
+
+        def model(x, slot, *ws):
+            for w in ws[:-1]:
+                x = block(x, w)
+            slot.copy_(x.half())
+            return block(x, ws[-1])[:, 1:], x.t().sin()
+
+        inputs = torch.ones(2, 4), torch.empty(2, 4, dtype=torch.half), *(torch.randn(4, 4) for _ in range(9))
+        pieces = Pieces()
+        listing = cut_up(_shared(model, *inputs), "compute", pieces, inputs=11)
+        self.assertExpectedInline(
+            "\n" + "\n".join(listing.lines()),
+            """\
+
+program compute 11
+call compute.block 2 0 -> 11
+call compute.block 3 11 -> 12
+call compute.block 4 12 -> 13
+call compute.block 5 13 -> 14
+call compute.block 6 14 -> 15
+call compute.block 7 15 -> 16
+call compute.block 8 16 -> 17
+call compute.block 9 17 -> 18
+copy 18 1
+call compute.block 10 18 -> 19
+call compute.2 18 -> 20
+view 19 21 2 3 | 4 1 | 1
+results 21 20
+end""",
+        )
+        self.assertExpectedInline(", ".join(pieces.graphs), """compute.block, compute.2""")
+
+
+def _shared(function, *inputs):
+    gm = make_fx(function, tracing_mode="fake")(*inputs)
+    return share(gm)[0]
+
+
+def test_a_listing_runs_in_order_and_lets_go():
+    import weakref
+
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def double(given):
+        assert sum(ref() is not None for ref in alive) <= 1
+        (value,) = given
+        alive.append(weakref.ref(result := value * 2))
+        given.clear()
+        return [result]
+
+    steps = (Call("double", (0,), (2,)), Call("double", (2,), (3,)), View(3, 4, (2,), (1,), 1), Copy(4, 1))
+    listing = Listing("compute", 2, steps, (4,))
+    given = [torch.arange(3.0), torch.zeros(2)]
+    slot = given[1]
+    (result,) = listing.linked({"double": double})(given)
+    assert result.tolist() == slot.tolist() == [4, 8] and not given
+
+
+# ---- the command line, and C++ ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.inductor
+def test_commands(archive, tmp_path):
+    invoke = CliRunner().invoke
+    told = invoke(main, ["inspect", str(archive)]).output
+    assert "Transformer, taylorseer(" in told and "verified" in told and "inputs: x 2x8x8" in told
+    rows = json.loads(invoke(main, ["run", str(archive), "--json", "--rounds", "1"]).output)
+    assert {row["phase"]: row["calls"] for row in rows} == {"compute": 4, "predict": 5}
+    lines = invoke(main, ["inspect", str(archive), "--timetable"]).output.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == [
+        {"#": "compute", ".": "predict"}[mark] for mark in "##.#..#.."
+    ]
+    source = tmp_path / "model.py"
+    source.write_text("def make(): raise SystemExit(3)\n")
+    assert invoke(main, ["export", f"{source}:make", "--out", str(tmp_path / "x.cpz")]).exit_code == 3
+
+
+@pytest.mark.inductor
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake and a C++ compiler")
+def test_the_digits_in_cpp(tmp_path):
+    """examples/cpp builds, and makes the image that Python makes, in 50 steps by the timetable."""
+    sys.path.insert(0, str(HERE.parent / "examples" / "digits"))
+    import demo
+    from models import load_dit
+
+    noise, labels = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(2)
+    scheduler = demo._scheduler(50)
+    path, config = tmp_path / "digits.cpz", demo.METHODS["TaylorSeer, blocks"]
+    inputs = demo._inputs(noise, labels, scheduler.timesteps[0])
+    options = {"num_inference_steps": 50, **QUICK}
+    cachepass.export(load_dit(), **inputs, cache=config, path=path, weights="inside", options=options)
+    expected = demo.sample(cachepass.load(path), noise, labels, 50, 2.0)
+    eager = {"cache": config, "lowering": "eager", "num_inference_steps": 50}
+    reference = torch.compile(load_dit(), backend="cached_inductor", fullgraph=True, options=eager)
+    assert relative_error(expected, demo.sample(reference, noise, labels, 50, 2.0)) <= 1e-5
+    built, given = tmp_path / "build", tmp_path / "inputs"
+    given.mkdir()
+    (given / "hidden_states").write_bytes(torch.cat([noise, noise]).numpy().tobytes())
+    (given / "class_labels").write_bytes(inputs["class_labels"].numpy().tobytes())
+    (given / "sigmas").write_text(" ".join(map(repr, scheduler.sigmas.tolist())))
+    source = HERE.parent / "examples" / "cpp"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (["cmake", "-S", source, "-B", built, prefix], ["cmake", "--build", built]):
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    out = tmp_path / "out"
+    run = [built / "run", path, given, given / "sigmas", "2.0", out]
+    subprocess.run(list(map(str, run)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    image = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.float32).view_as(noise).clamp(-1, 1)
+    assert relative_error(image, expected) <= 1e-5
