@@ -46,7 +46,7 @@ def programs(explanation: cachepass.Explanation, gpu: str, codes: dict[str, Mach
     return {
         variant.name: compile_for(
             GPUS[gpu], variant, traced.inputs, traced.context,
-            shares=True, parameters=traced.parameters, machine_code=codes,
+            shares=True, machine_code=codes,
         )
         for variant, traced in variants(explanation)
     }  # fmt: skip
