@@ -128,6 +128,7 @@ class _Moved:
         like = query.meta["val"]
         shape = [*like.shape[:-1], key.meta["val"].shape[-2]]
         node = self._graph.call_function(aten.expand.default, (mask, shape))
+        node.meta = dict(mask.meta)
         node.meta["val"] = mask.meta["val"].expand(shape)
         return node
 
