@@ -94,10 +94,16 @@ class _Seen(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs and kwargs["device"] is not None:
             kwargs["device"] = self._device
-        if func.namespace == "prim" or is_view(func) or func.overloadpacket.__name__.startswith("empty"):
+        if is_free(func):
             return func(*args, **kwargs)
         site = self._program.site_at(sys._getframe(1))
         return self._player.operation(func, site, args, kwargs, lambda: func(*args, **kwargs))
+
+
+def is_free(operation: Any) -> bool:
+    """An operation that launches nothing: it looks at memory another way, or asks for some."""
+    name = operation.overloadpacket.__name__
+    return operation.namespace == "prim" or is_view(operation) or name.startswith("empty")
 
 
 def when_freed(value: torch.Tensor, call: Callable[[], None]) -> None:

@@ -140,7 +140,7 @@ def compile_for(
     kept, for programs have many in common."""
     with offline.pretending(gpu.title, gpu.properties):
         made = write_for(variant, own_inputs, context, shares=shares)
-        watching = _Watching()
+        watching = Watching()
         with made.context.fake_mode:
             playing.play(made.written, made.inputs, watching, CUDA)
         kernels = {name: _machine_code(kernel, machine_code) for name, kernel in made.written.kernels.items()}
@@ -166,7 +166,7 @@ def _machine_code(kernel: Kernel, known: dict[str, MachineCode]) -> MachineCode:
 # ---- playing ---------------------------------------------------------------------------------------------------------
 
 
-class _Watching:
+class Watching:
     """Writes down what a program launches and allocates."""
 
     def __init__(self) -> None:
