@@ -43,7 +43,7 @@ def _phases(method: str, settings: dict[str, Any]) -> list[str]:
     if method == "first_block_cache":
         return ["compute", "compute", "predict", "compute", "predict"]
     due = [{call % skip == 0 for skip in settings.values()} for call in range(8)]
-    return ["compute" if all(of) else "both" if any(of) else "predict" for of in due]
+    return ["compute" if all(of) else "some" if any(of) else "predict" for of in due]
 
 
 def _steps(
