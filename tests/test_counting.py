@@ -71,3 +71,10 @@ def test_without_breaks_it_is_the_plain_program():
     assert counting.graphs == 1
     assert [launch.bytes_moved for launch in launches] == [launch.bytes_moved for launch in plain.launches]
     assert seconds(launches, H100) == pytest.approx(plain.seconds)
+
+
+def test_what_only_has_the_shape_of_a_value_does_not_read_it():
+    x = torch.ones(8, 64)
+    with Counting(H100).step() as launches:
+        torch.zeros_like(x)
+    assert [(launch.bytes_read, launch.bytes_written) for launch in launches] == [(0, 4 * 8 * 64)]

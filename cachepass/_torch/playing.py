@@ -112,13 +112,16 @@ def when_freed(value: torch.Tensor, call: Callable[[], None]) -> None:
 
 
 def touched(target: Any, args: Any, kwargs: Any, result: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The tensors that an operation reads, and those that it writes."""
-    schema = target._schema
+    """The tensors that an operation reads, and those that it writes. One that makes a value in the shape of another
+    reads nothing."""
+    schema, name = target._schema, target.overloadpacket.__name__
     given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
     written, read = [], []
     for argument in schema.arguments:
         values = [v for v in pytree.tree_leaves(given.get(argument.name)) if isinstance(v, torch.Tensor)]
         (written if argument.is_write else read).extend(values)
+    if name.endswith("_like") or name.startswith("new_"):
+        read = []
     if not written:
         written = [value for value in pytree.tree_leaves(result) if isinstance(value, torch.Tensor)]
     return read, written
