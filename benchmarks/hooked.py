@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from counting import Counting, seconds
-from shapes import build, step_inputs
+from shapes import SHAPES, build, step_inputs
 from subjects import taylor_phase
 
 from cachepass.gpu.program import Launch
@@ -55,7 +55,7 @@ def _steps(
     torch._dynamo.reset()
     model: Any = build(shape, "meta", torch.bfloat16).to_empty(device="cpu")  # memory that nobody touches
     if method is not None:
-        _enable(model, method, settings)
+        _enable(model, shape, method, settings)
     counting = Counting(gpu)
     compiled = torch.compile(model, backend=counting.backend, dynamic=False)
     for step, phase in enumerate(phases):
@@ -68,11 +68,14 @@ def _steps(
         yield launches
 
 
-def _enable(model: Any, method: str, settings: dict[str, Any]) -> None:
+def _enable(model: Any, shape: str, method: str, settings: dict[str, Any]) -> None:
     import diffusers
 
-    clock = {"current_timestep_callback": lambda: _WITHIN} if method == "pab" else {}
-    model.enable_cache(getattr(diffusers, CONFIGS[method])(**settings, **clock))
+    more: dict[str, dict[str, Any]] = {
+        "taylorseer": {"cache_identifiers": [SHAPES[shape].attention]},  # by default they find none of Wan's
+        "pab": {"current_timestep_callback": lambda: _WITHIN},
+    }
+    model.enable_cache(getattr(diffusers, CONFIGS[method])(**settings, **more.get(method, {})))
 
 
 def _told(launches: Sequence[Launch], gpu: Gpu) -> dict[str, Any]:
