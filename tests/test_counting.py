@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_models import calls, transformer
 from torch import nn
+from zoo import ALL
 
 import cachepass
 from cachepass.gpu.table import GPUS
@@ -78,3 +79,16 @@ def test_what_only_has_the_shape_of_a_value_does_not_read_it():
     with Counting(H100).step() as launches:
         torch.zeros_like(x)
     assert [(launch.bytes_read, launch.bytes_written) for launch in launches] == [(0, 4 * 8 * 64)]
+
+
+@pytest.mark.skipif(not ALL, reason="runs with CACHEPASS_ZOO=1")
+@pytest.mark.parametrize(("method", "settings"), [
+    ("taylorseer", {"cache_interval": 5, "max_order": 1, "disable_cache_before_step": 2}),
+    ("pab", {"spatial_attention_block_skip_range": 2}),
+    ("first_block_cache", {"threshold": 0.1}),
+])  # fmt: skip
+def test_hooks_of_diffusers(method, settings):
+    from hooked import counted
+
+    told = counted("toy", method, settings, H100)
+    assert told["compute"]["flops"] == told["plain"]["flops"] > told["predict"]["flops"] > 0
