@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cachepass
+from cachepass.capture.regions import dotted
 from cachepass.program.narrow import narrow
 
 aten = torch.ops.aten
@@ -187,3 +188,15 @@ def test_of_the_modulation_a_predicted_attention_needs_the_gate():
     ]
     assert added == ["+cached_addmm: f32[3, 4] = aten.addmm.default(cached_slice_1, mul, cached_permute)"]
     assert "12" not in "".join(line for line in explanation.diff("compute").splitlines() if line.startswith("+"))
+
+
+def test_what_is_cut_stays_a_part_of_its_module():
+    explanation = cachepass.explain(
+        Modulated().eval().requires_grad_(False), torch.ones(3, 2, 4), torch.ones(3),
+        cache={"method": "taylorseer", "cache_identifiers": ["attn"]}, options={"num_inference_steps": 9},
+    )  # fmt: skip
+    program = explanation.program
+    predicted = next(phase for phase in program.plan.phases if program.specialized(phase).name == "predict")
+    (layer,) = program.specialized(predicted).gm.graph.find_nodes(op="call_function", target=aten.addmm.default)
+    ((path, kind),) = layer.meta["nn_module_stack"].values()
+    assert dotted(path) == "mod" and kind is nn.Linear

@@ -6,6 +6,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from small_models import calls, transformer
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cachepass
 from cachepass import OptionError, _torch
@@ -14,8 +16,11 @@ from cachepass.gpu.table import GPUS, gpu_of
 
 pytest.importorskip("triton")
 
+from cachepass._torch.offline import pretending
 from cachepass.gpu.program import Launch
+from cachepass.gpu.retarget import retarget
 from cachepass.inspect.target import run_seconds
+from cachepass.program.specialize import Variant
 
 CACHE = {"method": "taylorseer", "cache_interval": 3, "max_order": 1, "cache_identifiers": ["attention"]}
 H100 = GPUS["h100"]
@@ -116,6 +121,18 @@ def test_bytes_and_flops_are_those_of_the_tensors():
     assert (predicted.bytes_read, predicted.bytes_written) == (2 * 8192 + 4 + 8, 8192), "two slots, timestep, weights"
     assert len(target.programs["compute"].launches) == 2, "what is kept is not copied"
     assert target.weight_bytes == 64 * 64 * 4 and found.cache_bytes == 2 * 8192
+
+
+def test_new_values_begin_where_their_memory_does():
+    """At its first call ``aten.copy`` of a view gives a fake value that does not, and blocks would differ by it."""
+    given = torch.randn(4, 8), torch.randn(4, 4)
+    gm = make_fx(lambda x, y: torch.ops.aten.copy.default(x[:, 1::2], y), tracing_mode="fake")(*given)
+    inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    FakeTensorMode.cache_clear()
+    with pretending(H100.title, H100.properties):
+        moved, _, _ = retarget(Variant("x", gm, ()), inputs, _torch.save_context(inputs, {}, {}))
+    (copy,) = moved.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default)
+    assert copy.args[0].meta["val"].storage_offset() == 1 and copy.meta["val"].storage_offset() == 0
 
 
 def test_a_model_without_memory():

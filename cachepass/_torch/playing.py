@@ -94,10 +94,16 @@ class _Seen(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs and kwargs["device"] is not None:
             kwargs["device"] = self._device
-        if func.namespace == "prim" or is_view(func) or func.overloadpacket.__name__.startswith("empty"):
+        if is_free(func):
             return func(*args, **kwargs)
         site = self._program.site_at(sys._getframe(1))
         return self._player.operation(func, site, args, kwargs, lambda: func(*args, **kwargs))
+
+
+def is_free(operation: Any) -> bool:
+    """An operation that launches nothing: it looks at memory another way, or asks for some."""
+    name = operation.overloadpacket.__name__
+    return operation.namespace == "prim" or is_view(operation) or name.startswith("empty")
 
 
 def when_freed(value: torch.Tensor, call: Callable[[], None]) -> None:
@@ -106,13 +112,16 @@ def when_freed(value: torch.Tensor, call: Callable[[], None]) -> None:
 
 
 def touched(target: Any, args: Any, kwargs: Any, result: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The tensors that an operation reads, and those that it writes."""
-    schema = target._schema
+    """The tensors that an operation reads, and those that it writes. One that makes a value in the shape of another
+    reads nothing."""
+    schema, name = target._schema, target.overloadpacket.__name__
     given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | dict(kwargs)
     written, read = [], []
     for argument in schema.arguments:
         values = [v for v in pytree.tree_leaves(given.get(argument.name)) if isinstance(v, torch.Tensor)]
         (written if argument.is_write else read).extend(values)
+    if name.endswith("_like") or name.startswith("new_"):
+        read = []
     if not written:
         written = [value for value in pytree.tree_leaves(result) if isinstance(value, torch.Tensor)]
     return read, written

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .. import _torch
 from .._torch.machine_code import MachineCode
 from ..program.phases import phase_name
 from ..program.specialize import Variant
@@ -44,11 +45,13 @@ class GpuEstimate:
             ``"decide"`` (up to the decision, where the data decide), ``"once"`` (what is computed once per run); those
             of other routes behind the route's name, as ``"half/once"``.
         calls: For each phase the programs that a call in it runs.
+        weight_bytes: Bytes of the model's parameters and buffers.
     """
 
     gpu: Gpu
     programs: dict[str, GpuProgram]
     calls: dict[str, tuple[str, ...]] = field(repr=False)
+    weight_bytes: int
 
     @property
     def plain(self) -> GpuProgram:
@@ -78,11 +81,6 @@ class GpuEstimate:
     def activation_bytes(self) -> int:
         """The most that any of the programs with a cache has allocated at a time."""
         return max(program.activation_bytes for name, program in self.programs.items() if name != "plain")
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the model's parameters and buffers."""
-        return max(program.input_bytes["weights"] for program in self.programs.values())
 
     def kernels(self, phase: str) -> tuple[Kernels, ...]:
         """What a call in a phase launches, those that take longest first."""
@@ -122,8 +120,14 @@ def estimate(gpu: Gpu, program: Program, plain: Traced) -> GpuEstimate:
         if variant.name not in programs:
             programs[variant.name] = compile_for(
                 gpu, variant, traced.inputs, traced.context,
-                shares=program.shares, parameters=traced.parameters, machine_code=codes,
+                shares=program.shares, machine_code=codes,
             )  # fmt: skip
         if phase:
             calls[phase] = (*calls.get(phase, ()), variant.name)
-    return GpuEstimate(gpu, programs, calls)
+    return GpuEstimate(gpu, programs, calls, _weight_bytes(plain))
+
+
+def _weight_bytes(traced: Traced) -> int:
+    """Of the model's own tensors; memory that several of them share counts once."""
+    weights = {_torch.storage_of(traced.inputs[i]): traced.inputs[i] for i in traced.parameters}
+    return sum(_torch.hint(weight.untyped_storage().nbytes()) for weight in weights.values())

@@ -9,7 +9,7 @@ first of those among which Inductor would choose by measurement.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,6 @@ from .._torch.machine_code import MachineCode, assemble
 from .._torch.offline import Kernel, Site, Written
 from ..capture.regions import dotted
 from ..program.lower import Ready, make_ready
-from ..program.roles import Invariant, Role
 from ..program.share import Shared
 from ..program.specialize import Variant
 from .retarget import CUDA, retarget
@@ -72,8 +71,6 @@ class GpuProgram:
         kernels: Machine code by name.
         activation_bytes: The most that is allocated at a time, results included, but what slots take over, which give
             back as much before.
-        input_bytes: Bytes of its inputs by kind: ``"weights"`` (parameters and buffers), ``"once"`` (kept for a run),
-            ``"slots"``, ``"given"`` (all else).
         no_graph: Why CUDA graphs cannot run it, in Inductor's words; None: they can.
         shared: What it calls several times.
         written: The code.
@@ -84,7 +81,6 @@ class GpuProgram:
     launches: tuple[Launch, ...]
     kernels: dict[str, MachineCode] = field(repr=False)
     activation_bytes: int
-    input_bytes: dict[str, int]
     no_graph: str | None
     shared: tuple[Shared, ...]
     written: Written = field(repr=False)
@@ -109,7 +105,6 @@ class Compiled:
 
     written: Written
     inputs: tuple[Any, ...]
-    kinds: tuple[str, ...]
     context: _torch.SavedContext
     ready: Ready
     no_graph: str | None
@@ -121,31 +116,15 @@ def write_for(
     context: _torch.SavedContext,
     *,
     shares: bool,
-    parameters: Iterable[int] = (),
 ) -> Compiled:
-    """Inductor's code for a variant, on the GPU that torch is ``pretending`` to have; ``parameters``: indices of the
-    own inputs that are the model's."""
+    """Inductor's code for a variant, on the GPU that torch is ``pretending`` to have."""
     moved, inputs, target = retarget(variant, own_inputs, context)
     ready = make_ready(moved, inputs, shares=shares, adopts=not context.cudagraphs)
     with offline.recording() as made:
         compiled = ready.compile(target, cudagraphs=variant.repeated)
-    own = set(parameters)
-    kinds = ["weights" if i in own else "given" for i in range(len(inputs))] + list(map(_kind, variant.inputs))
-    kinds += ["weights"] * (len(ready.inputs) - len(kinds)) + ["given"] * len(ready.numbers)
     given = (*ready.inputs, *ready.numbers)
     read = range(len(given)) if ready.read is None else ready.read
-    reason = offline.no_cudagraph(compiled)
-    return Compiled(
-        made.programs[-1], tuple(given[i] for i in read), tuple(kinds[i] for i in read), target, ready, reason
-    )
-
-
-def _kind(role: Role) -> str:
-    name = type(role).__name__
-    return "once" if isinstance(role, Invariant) else "slots" if name in _SLOTS else "given"
-
-
-_SLOTS = ("History", "Next", "Output", "ProbeSlot")
+    return Compiled(made.programs[-1], tuple(given[i] for i in read), target, ready, offline.no_cudagraph(compiled))
 
 
 def compile_for(
@@ -155,14 +134,13 @@ def compile_for(
     context: _torch.SavedContext,
     *,
     shares: bool,
-    parameters: Iterable[int] = (),
     machine_code: dict[str, MachineCode],
 ) -> GpuProgram:
     """Compile a variant for a GPU, and see what it launches. ``machine_code``: of kernels by their source, where it is
     kept, for programs have many in common."""
     with offline.pretending(gpu.title, gpu.properties):
-        made = write_for(variant, own_inputs, context, shares=shares, parameters=parameters)
-        watching = _Watching()
+        made = write_for(variant, own_inputs, context, shares=shares)
+        watching = Watching()
         with made.context.fake_mode:
             playing.play(made.written, made.inputs, watching, CUDA)
         kernels = {name: _machine_code(kernel, machine_code) for name, kernel in made.written.kernels.items()}
@@ -172,7 +150,6 @@ def compile_for(
         tuple(watching.launches),
         kernels,
         max(0, watching.peak - sum(_bytes(made.ready.inputs[i]) for i in made.ready.adopting)),
-        _input_bytes(made),
         made.no_graph,
         made.ready.shared,
         made.written,
@@ -186,21 +163,10 @@ def _machine_code(kernel: Kernel, known: dict[str, MachineCode]) -> MachineCode:
     return known[source]
 
 
-def _input_bytes(made: Compiled) -> dict[str, int]:
-    """Bytes by kind; memory that several inputs share counts once."""
-    total: dict[str, int] = {"weights": 0, "once": 0, "slots": 0, "given": 0}
-    seen: set[int] = set()
-    for kind, value in zip(made.kinds, made.inputs, strict=True):
-        if isinstance(value, torch.Tensor) and _torch.storage_of(value) not in seen:
-            seen.add(_torch.storage_of(value))
-            total[kind] += _bytes(value)
-    return total
-
-
 # ---- playing ---------------------------------------------------------------------------------------------------------
 
 
-class _Watching:
+class Watching:
     """Writes down what a program launches and allocates."""
 
     def __init__(self) -> None:

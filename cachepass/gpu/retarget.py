@@ -103,7 +103,8 @@ class _Moved:
             return fx.node.map_aggregate(node.meta.get("val"), _on_cuda)  # pyright: ignore
         args, kwargs = fx.map_arg((copy.args, dict(copy.kwargs)), lambda source: source.meta["val"])
         try:
-            return copy.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            value = copy.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            return fx.node.map_aggregate(value, _at_its_beginning) if _is_new(copy.target) else value  # pyright: ignore
         except NotImplementedError as error:
             raise CachepassError(
                 f"{copy.target} has no kernel for CUDA", where="target", hint="capture the model on a CUDA device"
@@ -128,6 +129,7 @@ class _Moved:
         like = query.meta["val"]
         shape = [*like.shape[:-1], key.meta["val"].shape[-2]]
         node = self._graph.call_function(aten.expand.default, (mask, shape))
+        node.meta = dict(mask.meta)
         node.meta["val"] = mask.meta["val"].expand(shape)
         return node
 
@@ -143,6 +145,18 @@ def _on_cuda(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
+
+
+def _is_new(target: Any) -> bool:
+    """What an operation returns lies in memory of its own."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and all(returned.alias_info is None for returned in schema.returns)
+
+
+def _at_its_beginning(value: Any) -> Any:
+    """A value at the beginning of its memory. ``aten.copy`` of a view gives fake values that are not, when it is called
+    for the first time, and blocks that are the same would differ by it."""
+    return _on_cuda(value) if isinstance(value, torch.Tensor) and value.storage_offset() else value
 
 
 def _device(argument: Any) -> Any:

@@ -18,6 +18,7 @@ from .plan import PlannedCut
 aten = torch.ops.aten
 EMITTED = "cached_"  # how the names of emitted nodes begin
 CONVERT = torch.ops.prims.convert_element_type.default
+_ORIGIN = "nn_module_stack", "stack_trace"  # which module and line of the model a node is of
 
 
 class Emitter:
@@ -25,12 +26,23 @@ class Emitter:
 
     def __init__(self, graph: fx.Graph, fake_mode: contextlib.AbstractContextManager[Any]) -> None:
         self.graph, self.fake_mode = graph, fake_mode
+        self._origin: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """What is emitted in this block stands before a node, and is of the same module and line."""
+        before = self._origin
+        self._origin = {key: node.meta[key] for key in _ORIGIN if key in node.meta}
+        with self.graph.inserting_before(node):
+            yield
+        self._origin = before
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         args, kwargs = fx.node.map_aggregate((args, kwargs), self.number)  # pyright: ignore
         # A stem of their own: the model's nodes keep their names, so prints differ only where something changed.
         name = EMITTED + getattr(getattr(target, "overloadpacket", target), "__name__", "node").strip("_")
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        node.meta.update(self._origin)
         fake = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.fake_mode, torch.no_grad():
             node.meta["val"] = target(*fake[0], **fake[1])  # pyright: ignore

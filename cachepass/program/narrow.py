@@ -204,7 +204,7 @@ def _rebuild(layer: fx.Node, reads: Sequence[_Read], runs: Sequence[tuple[int, i
     def computed(place: _Place, run: tuple[int, int]) -> fx.Node:
         key = place.node, run
         if key not in made:
-            with emit.graph.inserting_before(place.node):
+            with emit.before(place.node):
                 if place.path:
                     made[key] = _narrowed(place, computed(place.path[-1], run), run, emit)
                 else:
@@ -216,7 +216,7 @@ def _rebuild(layer: fx.Node, reads: Sequence[_Read], runs: Sequence[tuple[int, i
         run = next(run for run in runs if run[0] <= read.start and read.stop <= run[1])
         value, unit = computed(read.place, run), read.place.unit
         start, stop = (read.start - run[0]) // unit, (read.stop - run[0]) // unit
-        with emit.graph.inserting_before(read.node):
+        with emit.before(read.node):
             if read.drops:
                 value = emit(aten.select.int, value, read.place.dim, start)
             elif stop - start < value.meta["val"].shape[read.place.dim]:

@@ -280,7 +280,7 @@ def _base(marker: fx.Node, skeletons: Mapping[fx.Node, _Skeleton], emit: Emitter
     skeleton = skeletons.get(value)
     if skeleton is None:
         return None
-    with emit.graph.inserting_before(marker):
+    with emit.before(marker):
         base = _write(skeleton, emit, {})
     same = base.meta["val"].shape == value.meta["val"].shape and base.meta["val"].dtype == value.meta["val"].dtype
     return base if same else None

@@ -77,7 +77,7 @@ def compare(variant, traced, *, broken: bool) -> dict:
         expected = variant.gm(*expected_inputs)
     player = Interpreter(broken)
     with offline.pretending(gpu.title, gpu.properties):
-        made = write_for(variant, traced.inputs, traced.context, shares=True, parameters=traced.parameters)
+        made = write_for(variant, traced.inputs, traced.context, shares=True)
         read = made.ready.read or range(len(given))
         results = playing.play(made.written, [given[i] for i in read], player, CPU)
     for slot, value in zip(made.ready.adopting, results[len(expected) :], strict=True):

@@ -19,7 +19,12 @@ METHODS = {
     "first_block": {"method": "first_block_cache", "threshold": 0.12},
     "dbcache": {"method": "dbcache", "Fn_compute_blocks": 1, "Bn_compute_blocks": 0},
 }
-FORMATS = {"WanTransformer3DModel": "BCFHW"}  # of what FasterCache keeps
+# Of what FasterCache keeps.
+FORMATS = {
+    "FluxTransformer2DModel": {"tensor_format": "BSC", "latent_grid": (4, 4)},
+    "WanTransformer3DModel": {"tensor_format": "BCFHW"},
+    "DiTTransformer2DModel": {"tensor_format": "BCHW"},
+}
 MODELS = ("FluxTransformer2DModel", "WanTransformer3DModel", "DiTTransformer2DModel")
 
 
@@ -37,7 +42,7 @@ def explained(name: str, method: str, dtype: torch.dtype = torch.bfloat16, **kwa
     guided = method == "fastercache"
     inputs = cast(guided_inputs_of(name) if guided else inputs_of(name), dtype)
     options = {"timestep_scale": timestep_scale(name)}
-    cache = METHODS[method] | ({"tensor_format": FORMATS.get(name, "BCHW")} if guided else {})
+    cache = METHODS[method] | (FORMATS[name] if guided else {})
     with torch.no_grad():
         return cachepass.explain(build(name, layers=2).to(dtype), cache=cache, options=options, **inputs, **kwargs)
 

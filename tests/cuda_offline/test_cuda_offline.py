@@ -39,14 +39,16 @@ CASES = sweep_over(
     ],
 )
 GOLDEN = json.loads((HERE / "launches.json").read_text())
-ROUNDING = 0.1  # of bf16, over a model's depth: eager torch rounds after every operation, a kernel once
+# What two ways to round differ by, over a model's depth: eager torch rounds after every operation, a kernel once.
+ROUNDING = {"bfloat16": 0.1, "float32": 1e-3}
+IN_FP32 = {("FluxTransformer2DModel", "fastercache")}  # in bf16, rounding alone makes its output another one
 
 
 def programs(explanation: cachepass.Explanation, gpu: str, codes: dict[str, MachineCode]) -> dict[str, GpuProgram]:
     return {
         variant.name: compile_for(
             GPUS[gpu], variant, traced.inputs, traced.context,
-            shares=True, parameters=traced.parameters, machine_code=codes,
+            shares=True, machine_code=codes,
         )
         for variant, traced in variants(explanation)
     }  # fmt: skip
@@ -78,10 +80,10 @@ def test_every_program_compiles(name, method):
 # ---- what kernels compute --------------------------------------------------------------------------------------------
 
 
-def interpreted(name: str, method: str, *flags: str) -> dict[str, dict[str, float]]:
+def interpreted(name: str, method: str, dtype: str, *flags: str) -> dict[str, dict[str, float]]:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ran = subprocess.run(
-        [sys.executable, str(HERE / "interpreter.py"), name, method, "bfloat16", *flags],
+        [sys.executable, str(HERE / "interpreter.py"), name, method, dtype, *flags],
         env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -94,8 +96,9 @@ def interpreted(name: str, method: str, *flags: str) -> dict[str, dict[str, floa
 )
 def test_kernels_give_what_eager_gives(name, method):
     """A kernel that is broken on purpose does not."""
-    told = interpreted(name, method, "--break")
+    dtype = "float32" if (name, method) in IN_FP32 else "bfloat16"
+    told = interpreted(name, method, dtype, "--break")
     broken = told.pop("broken")
     assert len(told) > 1 and sum(program["launched"] for program in told.values()) > 10
-    assert {p: round(t["difference"], 4) for p, t in told.items() if not t["difference"] <= ROUNDING} == {}
-    assert not broken["difference"] <= ROUNDING
+    assert {p: round(t["difference"], 4) for p, t in told.items() if not t["difference"] <= ROUNDING[dtype]} == {}
+    assert not broken["difference"] <= ROUNDING[dtype]
