@@ -71,6 +71,8 @@ def test_archives_equal_what_is_compiled(name, kind, tmp_path):
     config = dict(METHODS[kind])
     if "fastercache" in kind:
         config |= {**FASTER, "tensor_format": FORMATS[name]}
+    if kind == "pab" and name != "WanTransformer3DModel":
+        config = {key: value for key, value in config.items() if "cross" not in key}
     runs = [_run(name, kind, seed) for seed in (1, 2)]
     model = build(name, layers=2 if name == "FluxTransformer2DModel" else None)
     path, weights = tmp_path / "model.cpz", tmp_path / "weights.safetensors"

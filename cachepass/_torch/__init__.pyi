@@ -1,11 +1,11 @@
 from .captures import allow_captures, drop_captures, many_captures, traced_from
 from .collectives import any_of_ranks, default_group, is_collective, is_process_group, is_wait, sum_over, world_size
+from .compiled import compile_options
 from .dynamo import (
     Frame,
     call_traced,
     capture,
     capture_seconds,
-    compile_options,
     compile_statistics,
     current_frame,
     fresh_code,
