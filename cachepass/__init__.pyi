@@ -40,6 +40,7 @@ from .recipe.guidance import Guidance
 from .recipe.recipe import Group, Part, Recipe
 from .run.context import cache_context
 from .run.live import recompile, reset
+from .ship.apply import apply
 from .ship.export import Exported, export
 from .ship.load import load
 from .ship.model import LoadedModel
@@ -94,6 +95,7 @@ __all__ = [
     "Tuned",
     "TunedConfig",
     "Tuning",
+    "apply",
     "cache_context",
     "compare",
     "cut",

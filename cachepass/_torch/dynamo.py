@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -164,6 +165,44 @@ def call_traced(
         return torch.compile(function, backend=compiler, fullgraph=True, dynamic=None)(*args, **kwargs)
     finally:
         receiver.clear()
+
+
+@contextlib.contextmanager
+def parts_traced(
+    parts: Iterable[torch.nn.Module],
+    backend: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    note: Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], None],
+) -> Iterator[None]:
+    """Modules are compiled one by one in this block, each as one graph, with what ``backend`` makes of it. ``note`` is
+    told of every call of one of them: the module, its arguments, and what it returned."""
+    receiver = [backend]  # emptied afterwards, as in ``trace_only``
+    parts = list(parts)
+
+    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return receiver[0](gm, inputs)
+        except ValueError as error:
+            raise_unwrapped(error)
+
+    def noted(part: torch.nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            returned = compiled(*args, **kwargs)
+            note(part, args, kwargs, returned)
+            return returned
+
+        return call
+
+    before: list[Any] = [part._compiled_call_impl for part in parts]
+    try:
+        for part in parts:
+            part.compile(backend=compiler, fullgraph=True, dynamic=False)
+            compiled: Any = part._compiled_call_impl
+            part._compiled_call_impl = noted(part, compiled)  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+    finally:
+        receiver.clear()
+        for part, own in zip(parts, before, strict=True):
+            part._compiled_call_impl = own
 
 
 def fresh_code(model: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -361,6 +361,14 @@ class Model:
         if self.current is None:
             self._local.call = self._new_call(begun, hooked=False)
 
+    def attach(self) -> None:
+        """Programs were put into blocks of the module: its calls are seen from now on. What is cut in them was checked
+        when they were made."""
+        module = self.module
+        if module is not None and not self._hooks:
+            self._hooks = watch_calls(module, weakref.ref(self))
+        self._checked = True
+
     def begin(self, begun: _torch.ModuleCall) -> None:
         """A call of the module begins.
 

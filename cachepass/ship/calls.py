@@ -38,7 +38,7 @@ class SizeRun:
     """Calls with inputs of one size, by the dispatcher of its programs."""
 
     def __init__(self, root: torch.nn.Module, size: Size, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
+        self._dispatcher, self.size = dispatcher, size
         self._arguments = [(i, one) for i, one in enumerate(size.inputs) if isinstance(one, Argument)]
         weights = [(i, one) for i, one in enumerate(size.inputs) if isinstance(one, Weight)]
         self._weights = [one for _, one in weights]
@@ -68,6 +68,10 @@ class SizeRun:
             if path is not None:
                 return f"argument {dotted(path)}", "it was not given when the model was exported"
         return None
+
+    def require_weights(self) -> None:
+        """Raise an ArchiveError unless the weights fit."""
+        self._current_weights()
 
     def __call__(self, leaves: Mapping[Path, Any]) -> Any:
         inputs: list[Any] = [None] * self._count
@@ -102,6 +106,24 @@ class SizeRun:
         copy = laid_out(value, form)
         self._copies[index] = value, version, copy
         return copy
+
+
+def answer(runs: Sequence[SizeRun], leaves: Mapping[Path, Any], where: str = "") -> Any:
+    """What the model returns in a call, by the run that takes it; ``where`` is for messages.
+
+    Raises:
+        ArchiveError: None does.
+    """
+    reasons = []
+    for run in runs:
+        reason = run.why_not(leaves)
+        if reason is None:
+            with torch.no_grad():
+                return run(leaves)
+        reasons.append(reason)
+    place, what = reasons[0]
+    sizes = "; ".join(str(run.size) for run in runs)
+    raise ArchiveError(what, where=where + place, hint=f"export it with shapes=[...] that have it. There are: {sizes}")
 
 
 def _differs(argument: Argument, value: Any) -> str | None:

@@ -19,12 +19,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .. import __version__, _torch
+from .. import _torch
 from ..config import MethodConfig
 from ..config.base import RecipeConfig
 from ..errors import CachepassError, ConfigError, ExportError, closest
@@ -39,10 +40,10 @@ from ..program.variants import Program
 from ..recipe.value import to_dict
 from ..run.live import original_of
 from . import manifest as told
-from .binding import parameters_of, signature_of
+from .binding import signature_of
 from .pieces import Pieces, cut_up
 from .records import CONFIG, MANIFEST, SEAL, TENSORS, TIMETABLES, config_of
-from .size import capture_call
+from .size import capture_blocks, capture_call
 from .timetable import timetable, why_none
 
 
@@ -84,6 +85,7 @@ def export(
     path: str | Path,
     weights: Literal["none", "inside"] = "none",
     shapes: Sequence[Mapping[str, Any]] = (),
+    blocks: bool = False,
     options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Exported:
@@ -101,6 +103,8 @@ def export(
         weights: ``"none"``: whoever loads it gives a state dict; ``"inside"``: they are in the file.
         shapes: Arguments of further calls by name, which replace those given: the archive has programs for each of
             these sizes, too.
+        blocks: Compile the model's blocks one by one, as ``compile_repeated_blocks`` does, for ``cachepass.apply``: the
+            model stays what it is, and its blocks run the programs.
         options: Those of the backend: ``num_inference_steps``, ``timestep_input``, ...; Inductor's, too.
         kwargs: Keyword arguments of the call.
 
@@ -115,10 +119,12 @@ def export(
     module = _checked(model, weights)
     parsed = parse_options({**(options or {}), "cache": cache})
     _check_options(parsed)
+    if blocks and weights == "inside":
+        raise ExportError("the model has its weights", where="export, weights", hint="leave it at 'none'")
     calls = _torch.map_tensors(_dense, [(args, kwargs), *(_resized(module, args, kwargs, given) for given in shapes)])
     archive = _Archive(module, Path(path), parsed)
     for one_args, one_kwargs in calls:
-        archive.add_size(one_args, one_kwargs)
+        (archive.add_blocks if blocks else archive.add_size)(one_args, one_kwargs)
     archive.write(inside=weights == "inside")
     return Exported(
         archive.path,
@@ -201,9 +207,24 @@ class _Archive:
     def add_size(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture a call, and cut its programs up."""
         called = capture_call(self.module, args, dict(kwargs), self.options)
-        size, constants = called.described(self.module, self._programs(called.captured.program))
+        size, constants = called.described(self.module, self._programs(called.program))
         self.constants.update(constants)
         self.sizes.append(size)
+
+    def add_blocks(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Capture a call block by block, and cut their programs up.
+
+        Raises:
+            ExportError: A block holds a tensor that is neither a parameter nor a buffer.
+        """
+        for called, block, part in capture_blocks(self.module, args, kwargs, self.options):
+            size, _ = called.described(block, self._programs(called.program), part)
+            unnamed = [
+                w.name for w in size.weights if w.kind == "constant" and w.name not in dict(block.named_buffers())
+            ]
+            if unnamed:
+                raise ExportError("it is no buffer of its block", where=f"{part.prefix}: {unnamed[0]}")
+            self.sizes.append(size)
 
     def _programs(self, program: Program) -> tuple[told.Shipped, ...]:
         found = [self._shipped(program, program.variant(p), program.traced(p.route), p) for p in program.plan.phases]
@@ -256,7 +277,7 @@ class _Archive:
                 self.weight_bytes = sum(value.nbytes for value in weights.values())
                 saved = to_dict(self._manifest(hashes, stored, weights), "export")
                 for i, size in enumerate(self.sizes):
-                    if why_none(size, self.method, self.options) is None:
+                    if size.part is None and why_none(size, self.method, self.options) is None:
                         writer.add(f"{TIMETABLES}{i}", timetable(size, self.method, self.options).encode())
                 text = json.dumps({"schema": told.SCHEMA, "manifest": saved})
                 writer.add(MANIFEST, text.encode())
@@ -287,7 +308,6 @@ class _Archive:
         return told.Manifest(
             _built(self.module, self.sizes[0]),
             told.Settings(**settings),
-            parameters_of(self.module),
             tuple(self.sizes),
             tuple(hashes.items()),
             tuple((name, stored[name]) for name in self.constants),
@@ -336,7 +356,7 @@ def _built(module: torch.nn.Module, size: told.Size) -> told.Built:
 
         capability = cpu_capability()
     system = f"{platform.system()} {platform.machine()}"
-    return told.Built(__version__, str(torch.__version__), device, capability, system, type(module).__name__)
+    return told.Built(version("cachepass"), str(torch.__version__), device, capability, system, type(module).__name__)
 
 
 def _attributes(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:

@@ -25,6 +25,7 @@ from ..run.context import hear
 from ..run.listening import listen
 from ..run.live import reset_around
 from .calls import laid_out, require_form
+from .listing import Program
 from .loaded import LoadedProgram, dispatcher_of, weights_of
 from .manifest import SCHEMA, Built, Manifest, Weight
 from .model import LoadedModel
@@ -118,17 +119,13 @@ def load(path: str | Path, weights: object = None) -> LoadedModel:
     """
     archive = Archive(path)
     manifest = archive.manifest
-    _require_here(manifest.built, str(path))
+    if any(size.part is not None for size in manifest.sizes):
+        raise ArchiveError("it holds programs of blocks", where=str(path), hint="cachepass.apply(model, path)")
+    require_here(manifest.built, str(path))
     needed = weights_of(manifest.sizes)
     tensors = _fitting(_collected(archive, weights, needed), needed)
     options = options_of(archive)
-    index = torch.cuda.current_device() if manifest.built.device == "cuda" else -1
-    try:
-        programs = {name: load_program(archive.path, name, index) for name in archive.programs}
-    except RuntimeError as error:
-        raise ArchiveError(
-            f"a program cannot be loaded: {str(error).splitlines()[0]}", where=str(path), hint="export it anew, here"
-        ) from None
+    programs = programs_in(archive)
     model = LoadedModel(manifest, tensors)
     method = Method(archive.config, options.num_inference_steps)
     for size in manifest.sizes:
@@ -144,7 +141,23 @@ def options_of(archive: Archive) -> CompileOptions:
     )
 
 
-def _require_here(built: Built, path: str) -> None:
+def programs_in(archive: Archive) -> dict[str, Program]:
+    """The programs of an archive, by name.
+
+    Raises:
+        ArchiveError: One cannot be loaded.
+    """
+    index = torch.cuda.current_device() if archive.manifest.built.device == "cuda" else -1
+    try:
+        return {name: load_program(archive.path, name, index) for name in archive.programs}
+    except RuntimeError as error:
+        what = str(error).splitlines()[0]
+        raise ArchiveError(
+            f"a program cannot be loaded: {what}", where=str(archive.path), hint="export it anew, here"
+        ) from None
+
+
+def require_here(built: Built, path: str) -> None:
     """Raise an ArchiveError unless programs can run in this process."""
     here = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     system = f"{platform.system()} {platform.machine()}"

@@ -12,6 +12,7 @@ import torch
 
 from ..capture.half import HalfCall
 from ..capture.inputs import InputLayout
+from ..capture.siblings import Siblings
 from ..method import Method
 from ..options import CompileOptions
 from ..program.adopting import adopting
@@ -24,6 +25,7 @@ from ..program.sizes import SymbolBinder
 from ..recipe.vocabulary import PLAIN, WHOLE, ProbeTarget, Route
 from ..run.dispatch import Dispatcher
 from ..run.instance import HalfRun
+from ..run.model import Model
 from ..run.state import allocate
 from ..run.step import CurrentCall
 from .listing import Program
@@ -31,10 +33,18 @@ from .manifest import Binding, Form, Kept, Layout, Planned, Shipped, Size, Weigh
 
 
 def dispatcher_of(
-    size: Size, program: LoadedProgram, method: Method, options: CompileOptions, root: torch.nn.Module
+    size: Size, program: LoadedProgram, method: Method, options: CompileOptions, root: torch.nn.Module | Model
 ) -> Dispatcher:
-    """The callable of the graph of one size: it takes the graph's inputs, and returns its results."""
-    dispatcher = Dispatcher(method, options, _layout(size.layout, size), root)
+    """The callable of the graph of one size: it takes the graph's inputs, and returns its results. ``root``: what it is
+    the graph of, or the model that it is a part of."""
+    layout = _layout(size.layout, size)
+    if isinstance(root, Model):
+        assert size.part is not None
+        places = tuple(place for place, _ in size.part.places)
+        siblings = Siblings(method, (), size.part.prefix, places, ())  # who its blocks are is known to its instances
+        dispatcher = Dispatcher(method, options, layout, None, siblings, root)
+    else:
+        dispatcher = Dispatcher(method, options, layout, root)
     dispatcher.program = program
     dispatcher.compiled = _graph(size.binding, dispatcher.current)
     if size.half is not None:

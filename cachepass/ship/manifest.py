@@ -235,10 +235,27 @@ class Layout(Value):
 
 
 @dataclass(frozen=True)
+class BlockPart(Value):
+    """The programs are those of a class of blocks.
+
+    Attributes:
+        class_name: Its name.
+        prefix: Path of the block that was captured.
+        places: Paths of all blocks that they are called for, and the groups that may be predicted in each.
+    """
+
+    class_name: str
+    prefix: str
+    places: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Size(Value):
     """The programs for inputs of one size.
 
     Attributes:
+        signature: Parameters of the ``forward`` that they stand for.
+        part: They are those of a block; None: of the whole model.
         inputs: Of the graph: where they come from.
         fixed: Arguments that are no tensors, which calls must give as the exported one did: paths and values.
         layout: Roles of inputs.
@@ -251,6 +268,8 @@ class Size(Value):
         flops: Of one call without a cache.
     """
 
+    signature: tuple[Parameter, ...]
+    part: BlockPart | None
     inputs: tuple[Weight | Argument, ...]
     fixed: tuple[tuple[Path, Any], ...]
     layout: Layout
@@ -325,7 +344,6 @@ class Manifest(Value):
     Attributes:
         built: With what it was made.
         settings: The options.
-        signature: Parameters of the model's ``forward``.
         sizes: The programs, for each size of inputs.
         hashes: SHA-256 of each record of a program.
         constants: What the model holds and no state dict has, by name.
@@ -335,7 +353,6 @@ class Manifest(Value):
 
     built: Built
     settings: Settings
-    signature: tuple[Parameter, ...]
     sizes: tuple[Size, ...]
     hashes: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Stored], ...]

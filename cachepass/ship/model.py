@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from ..errors import ArchiveError
 from ..run.context import cache_context
 from ..run.dispatch import Dispatcher
 from ..run.live import reset_around
 from .binding import leaves_of
-from .calls import SizeRun
+from .calls import SizeRun, answer
 from .manifest import Manifest, Size, Weight
 
 _KINDS = inspect._ParameterKind
@@ -45,7 +44,7 @@ class LoadedModel(torch.nn.Module):
     def __init__(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self._manifest = manifest
-        self._signature = _signature(manifest)
+        self._signature = signature(manifest.sizes[0])
         self.config = Attributes(manifest.attributes)
         for size in manifest.sizes:
             for weight in size.weights:
@@ -65,16 +64,7 @@ class LoadedModel(torch.nn.Module):
                 another size.
         """
         leaves = leaves_of(self._signature, args, kwargs)
-        reasons = []
-        for run in self._sizes:
-            reason = run.why_not(leaves)
-            if reason is None:
-                with torch.no_grad():
-                    return run(leaves)
-            reasons.append(reason)
-        where, what = reasons[0]
-        sizes = "; ".join(map(str, self._manifest.sizes))
-        raise ArchiveError(what, where=where, hint=f"export it with shapes=[...] that have it. There are: {sizes}")
+        return answer(self._sizes, leaves)
 
     @contextlib.contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
@@ -101,12 +91,13 @@ class LoadedModel(torch.nn.Module):
         return f"{built.model}, exported for {built.device} with torch {built.torch}"
 
 
-def _signature(manifest: Manifest) -> inspect.Signature:
+def signature(size: Size) -> inspect.Signature:
+    """Of the ``forward`` that programs stand for."""
     empty = inspect.Parameter.empty
     return inspect.Signature(
         [
             inspect.Parameter(one.name, _KINDS(one.kind), default=empty if one.required else one.default)
-            for one in manifest.signature
+            for one in size.signature
         ]
     )
 

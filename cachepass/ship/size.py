@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +11,21 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..backend import Built, build
-from ..capture.inputs import find_timestep_input
+from ..backend import build, compile_cached
+from ..capture.inputs import InputLayout, find_timestep_input, read_inputs
+from ..capture.numbers import keep_numbers
 from ..capture.prepare import Prepared, prepare
-from ..errors import ExportError
+from ..capture.siblings import Siblings
+from ..errors import ExportError, listing
 from ..options import CompileOptions
 from ..program.phases import Phase
 from ..program.trace import Traced
 from ..program.variants import Program
 from ..recipe.vocabulary import PLAIN
+from ..run.instance import HalfRun
 from ..run.step import CurrentCall
 from . import manifest as told
-from .binding import fixed_in, leaves_of, record, signature_of, sources_of, template_of
+from .binding import fixed_in, leaves_of, parameters_of, record, signature_of, sources_of, template_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ class Called:
     """A call of a model, captured.
 
     Attributes:
-        captured: Its program, and its graph as a callable.
-        prepared: What is cut in it.
+        program: Its program.
+        half: Its half-batch graph as a callable, if it has one.
+        names, layout: Of the graph's inputs.
         current: The call that the program takes itself to be in.
         inputs: What the graph was given.
         results: What it returned: tensors that nobody has written to.
@@ -39,8 +44,10 @@ class Called:
         leaves: The arguments of the call.
     """
 
-    captured: Built
-    prepared: Prepared
+    program: Program
+    half: HalfRun | None
+    names: Sequence[str]
+    layout: InputLayout
     current: CurrentCall
     inputs: Sequence[Any]
     results: Sequence[Any]
@@ -49,14 +56,16 @@ class Called:
     leaves: Mapping[told.Path, Any]
 
     def described(
-        self, module: torch.nn.Module, programs: tuple[told.Shipped, ...]
+        self, module: torch.nn.Module, programs: tuple[told.Shipped, ...], part: told.BlockPart | None = None
     ) -> tuple[told.Size, dict[str, torch.Tensor]]:
         """The same for an archive, and the tensors that the model holds and no state dict has."""
-        prepared, program = self.prepared, self.captured.program
-        sources, constants = sources_of(module, prepared.names, self.inputs, self.leaves)
+        program, layout = self.program, self.layout
+        sources, constants = sources_of(module, self.names, self.inputs, self.leaves)
         numbers = {source.path for source in sources if isinstance(source, told.Argument) and source.number}
-        half, layout = program.half, prepared.layout
+        half = program.half
         size = told.Size(
+            signature=parameters_of(module),
+            part=part,
             inputs=sources,
             fixed=fixed_in(self.leaves, numbers),
             layout=told.Layout(layout.latents, layout.timestep, layout.conditioning, layout.names),
@@ -82,39 +91,111 @@ def capture_call(
     Raises:
         ExportError: It cannot be taken along; or the cache never fires.
     """
-    found: list[dict[str, Any]] = []
+    found: list[_Traced] = []
 
     def backend(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
         prepared = prepare(gm, example, options)
+        never = prepared.method.never_predicts(options.num_inference_steps)
+        if never is not None:
+            raise ExportError(f"the cache never fires: {never}", where="export, cache")
         _keep_timestep(prepared, signature_of(module).bind(*args, **kwargs).arguments, options.timestep_input)
         current = CurrentCall()
-        captured = build(gm, example, prepared, options, current)
-
-        def run(*inputs: Any) -> Sequence[Any]:
-            binding, results = record(captured.run, current, captured.program.full.gm.graph, inputs)
-            found.append(
-                {
-                    "captured": captured,
-                    "prepared": prepared,
-                    "current": current,
-                    "inputs": inputs,
-                    "results": results,
-                    "binding": binding,
-                }
-            )
-            return results
-
-        return run
+        built = build(gm, example, prepared, options, current)
+        found.append(_Traced(built.program, built.run, built.half, prepared.names, prepared.layout, current))
+        return found[-1].run_recorded
 
     with torch.no_grad():
         returned = _torch.call_traced(module, args, kwargs, backend)
     if not found:
         raise ExportError("the model runs no tensor operation", where="export")
-    called = Called(**found[0], returned=returned, leaves=leaves_of(signature_of(module), args, kwargs))
-    never = called.prepared.method.never_predicts(options.num_inference_steps)
-    if never is not None or not called.captured.program.plan.phases:
-        raise ExportError(f"the cache never fires: {never}", where="export, cache")
-    return called
+    return found[-1].called(returned, leaves_of(signature_of(module), args, kwargs))
+
+
+@dataclass
+class _Traced:
+    """A graph with its program, and the call of it that was recorded."""
+
+    program: Program
+    run: Callable[..., Any]
+    half: HalfRun | None
+    names: Sequence[str]
+    layout: InputLayout
+    current: CurrentCall
+    recorded: tuple[told.Binding, Sequence[Any], Sequence[Any]] | None = None
+
+    def run_recorded(self, *inputs: Any) -> Sequence[Any]:
+        """Stands in for the graph in the first call of it, and in all others."""
+        binding, results = record(self.run, self.current, self.program.full.gm.graph, inputs)
+        self.recorded = self.recorded or (binding, inputs, results)
+        return results
+
+    def called(self, returned: Any, leaves: Mapping[told.Path, Any]) -> Called:
+        assert self.recorded is not None
+        binding, inputs, results = self.recorded
+        return Called(
+            self.program, self.half, self.names, self.layout, self.current, inputs, results, binding, returned, leaves
+        )
+
+
+def repeated_blocks(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The blocks that are worth programs of their own, by path: those whose classes diffusers' models name for it, or
+    the entries of lists of modules.
+
+    Raises:
+        ExportError: There are none.
+    """
+    named = set(getattr(model, "_repeated_blocks", None) or ())
+    found: dict[str, torch.nn.Module] = {}
+    for path, module in model.named_modules():
+        is_entry = isinstance(module, torch.nn.ModuleList) and not named
+        entries = module.named_children() if is_entry else ()
+        if type(module).__name__ in named:
+            found[path] = module
+        found |= {f"{path}.{name}": entry for name, entry in entries if any(True for _ in entry.parameters())}
+    outer = {path: block for path, block in found.items() if not any(path.startswith(f"{o}.") for o in found)}
+    if not outer:
+        raise ExportError("the model has no list of blocks", where="export, blocks")
+    return outer
+
+
+def capture_blocks(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: CompileOptions
+) -> list[tuple[Called, torch.nn.Module, told.BlockPart]]:
+    """Capture the blocks of a model in a call of it, as ``compile_repeated_blocks`` does: once for each class, and for
+    each way in which blocks of a class are called. Blocks in which nothing is cached are left out.
+
+    Raises:
+        ExportError: Nothing is cached in any of them; or one cannot be taken along.
+    """
+    blocks = repeated_blocks(model)
+    options = dataclasses.replace(options, lowering="eager")  # of what is not cached, nothing is compiled
+    traced: list[tuple[_Traced, Siblings]] = []
+    found: list[tuple[Called, torch.nn.Module, told.BlockPart]] = []
+
+    def backend(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
+        names = read_inputs(keep_numbers(gm), example).names
+        dispatcher = compile_cached(gm, example, options)
+        siblings, program, run = dispatcher.instances.siblings, dispatcher.program, dispatcher.compiled
+        if siblings is None or not isinstance(program, Program) or run is None:
+            return dispatcher.compiled or dispatcher
+        one = _Traced(program, run, dispatcher.half, names, dispatcher.layout, dispatcher.current)
+        traced.append((one, siblings))
+        return one.run_recorded
+
+    def note(block: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any], returned: Any) -> None:
+        if len(traced) == len(found):
+            return
+        leaves = leaves_of(signature_of(block), given, named)
+        for one, siblings in traced[len(found) :]:
+            places = tuple((path, tuple(sorted(siblings.groups(path)))) for path in siblings.prefixes)
+            part = told.BlockPart(type(block).__name__, siblings.prefix, places)
+            found.append((one.called(returned, leaves), block, part))
+
+    with torch.no_grad(), _torch.parts_traced(blocks.values(), backend, note):
+        model(*args, **kwargs)
+    if not found:
+        raise ExportError("nothing is cached in any block", where="export, blocks", hint=f"blocks: {listing(blocks)}")
+    return found
 
 
 def _keep_timestep(prepared: Prepared, arguments: Mapping[str, Any], wanted: str | None) -> None:
@@ -147,10 +228,10 @@ def _plan(program: Program) -> told.Planned:
 
 
 def _half(called: Called) -> told.HalfBinding | None:
-    half = called.captured.half
+    half = called.half
     if half is None:
         return None
-    traced = called.captured.program.half
+    traced = called.program.half
     assert traced is not None
     inputs = half.call.inputs(called.inputs)
     binding, _ = record(half.run, called.current, traced.gm.graph, inputs)
