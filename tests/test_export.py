@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,31 @@ def test_it_is_called_like_the_model(archive):
 
 
 @pytest.mark.inductor
+def test_another_number_of_steps(archive):
+    loaded = cachepass.load(archive, num_inference_steps=5)
+    for _ in range(2):
+        for x, t in calls(5):
+            loaded(x, t)
+    assert cachepass.summary(loaded).last_runs == {"default": {"taylorseer": "##.#."}}
+
+
+@pytest.mark.inductor
+def test_threads_share_a_loaded_model(archive):
+    """Requests in contexts of their own, at once: each gets what it gets alone."""
+    loaded = cachepass.load(archive)
+    seeds = range(6)
+
+    def request(seed: int, name: str) -> torch.Tensor:
+        with torch.no_grad(), cachepass.cache_context(f"{name}-{seed}"):
+            return torch.stack([loaded(x, t) for x, t in calls(9, seed)])
+
+    alone = [request(seed, "alone") for seed in seeds]
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        together = list(pool.map(lambda seed: request(seed, "together"), seeds))
+    assert all(map(torch.equal, alone, together))
+
+
+@pytest.mark.inductor
 def test_what_no_trajectory_has_is_computed(archive):
     """Outside of the steps of a run nothing is kept: two calls that nothing tells apart."""
     loaded, model = cachepass.load(archive), transformer(depth=4)
@@ -319,6 +345,32 @@ def test_inputs_that_lie_otherwise_are_copied(archive):
     ):
         cachepass.reset(loaded)
         assert torch.equal(loaded(one, t[:1].expand(2)), first)
+
+
+# ---- pipelines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.inductor
+def test_a_pipeline_takes_a_loaded_transformer(tmp_path):
+    """The pipeline says how it calls its transformer, twice per step; and calls what was loaded in the same way."""
+    from pipelines import PIPELINES
+
+    from cachepass.integrations.diffusers import enable_cache, export
+
+    case = PIPELINES["Flux"]
+    pipe, path = case.make(), tmp_path / "flux.cpz"
+    inputs = {**case.inputs(), "num_inference_steps": 8}
+    made = export(pipe, **inputs, cache=TAYLOR, path=path, options={"timestep_scale": 1000.0, **QUICK})
+    assert len(made.sizes) == 1
+    own = pipe.transformer
+    pipe.transformer = loaded = cachepass.load(path, own)
+    images = [case.run(pipe, 8, seed) for seed in (0, 1)]
+    marks = cachepass.summary(loaded).last_runs
+    assert marks.keys() == {"cond", "uncond"} and marks["cond"] == {"taylorseer": "##.#..#."}
+    pipe.transformer = own
+    enable_cache(pipe, TAYLOR, num_inference_steps=8, lowering="eager")
+    for seed, image in enumerate(images):
+        assert relative_error(image, case.run(pipe, 8, seed)) <= 1e-4
 
 
 # ---- blocks of a live model ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,21 @@ class ArchiveReader:
 
 
 def load_program(path: Path, name: str, device_index: int) -> Callable[[list[Any]], list[torch.Tensor]]:
-    """A library of an archive as a callable, which empties the list that it is given. It runs on the current stream.
+    """A library of an archive as a callable, which empties the list that it is given. It runs on the current stream;
+    threads that call it at once take turns.
 
     Raises:
         RuntimeError: It cannot be loaded.
     """
     aoti: Any = torch._C._aoti  # pyright: ignore[reportAttributeAccessIssue]
     loader = aoti.AOTIModelPackageLoader(str(path), name, True, 1, device_index)
-    return loader.boxed_run
+    boxed_run, lock = loader.boxed_run, threading.Lock()
+
+    def run(given: list[Any]) -> list[torch.Tensor]:
+        with lock:  # its own waits for a run that is over while it keeps the interpreter from ending that run
+            return boxed_run(given)
+
+    return run
 
 
 def cpu_capability() -> str:

@@ -19,16 +19,20 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..capture.inputs import kind_of
 from ..errors import ConfigError, NotCompiledError
 from ..options import parse_options
-from ..run.context import telling
-from ..run.live import ENABLED, denoisers_of, forget
+from ..run.context import cache_context, context_of, guidance_partner, telling
+from ..run.live import ENABLED, denoiser_of, denoisers_of, forget
+from ..ship.export import Exported
+from ..ship.export import export as export_model
 from ..tuning.tune import tune as tune_model
 from ..tuning.tuning import Tuning
 
@@ -114,6 +118,66 @@ def tune(
         return target(*first, **{"generator": generator, **given, **call})
 
     return tune_model(pipe, sample, steps=steps, quality=quality, **(tuning or {}))
+
+
+class _Enough(Exception):
+    """Ends a pipeline's call: every way in which it calls its transformer was seen."""
+
+
+def export(
+    pipe: Any, *args: Any, cache: Any, path: str | Path, options: Mapping[str, Any] | None = None, **call: Any
+) -> Exported:
+    """Export a pipeline's transformer as the pipeline calls it: :func:`cachepass.export`, whose inputs are those of the
+    first steps of ``pipe(*args, **call)``.
+
+        export(pipe, "a fox in snow", num_inference_steps=28, cache="taylorseer", path="flux.cpz")
+        pipe.transformer = cachepass.load("flux.cpz", pipe.transformer)
+
+    Prompts of another length are another size: where the pipeline does not pad them, both calls of a step are exported.
+
+    Args:
+        pipe: A ``DiffusionPipeline`` with one transformer, whose cache is not on.
+        args: Those of a call of it.
+        cache: As ``options["cache"]`` of ``torch.compile``.
+        path: The archive.
+        options: Those of the backend. ``num_inference_steps`` is the call's, if it has one.
+        call: Keyword arguments of the call; ``weights`` and ``blocks`` are those of :func:`cachepass.export`.
+
+    Raises:
+        CachepassError: As :func:`cachepass.export`; or the pipeline has several transformers.
+    """
+    module = denoiser_of(pipe)
+    assert isinstance(module, torch.nn.Module)
+    steps = call.get("num_inference_steps")
+    options = {**({} if steps is None else {"num_inference_steps": steps}), **(options or {})}
+    further = {name: call.pop(name) for name in ("weights", "blocks") if name in call}
+    signature = inspect.signature(module.forward)
+    seen: dict[tuple[str, Hashable], dict[str, Any]] = {}
+
+    def note(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        arguments = signature.bind(*given, **named).arguments
+        kind = context_of(module), _kind(arguments)
+        if kind in seen:
+            raise _Enough
+        seen[kind] = dict(arguments)
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            pipe(*args, **call)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    (context, _), first = next(iter(seen.items()))
+    others = {kind: arguments for (_, kind), arguments in seen.items()}
+    shapes = [arguments for arguments in others.values() if _kind(arguments) != _kind(first)]
+    with cache_context(context) if guidance_partner(context) is not None else nullcontext():
+        return export_model(module, **first, cache=cache, path=path, shapes=shapes, options=options, **further)
+
+
+def _kind(arguments: Mapping[str, Any]) -> Hashable:
+    return kind_of(list(arguments.values()))
 
 
 def disable_cache(target: Any) -> None:

@@ -102,7 +102,7 @@ class Archive:
         return {name: self.reader.tensor(one.record, one.form.shape, one.form.dtype) for name, one in stored}
 
 
-def load(path: str | Path, weights: object = None) -> LoadedModel:
+def load(path: str | Path, weights: object = None, *, num_inference_steps: int | None = None) -> LoadedModel:
     """A model that was exported, as a module that is called like it.
 
     Everything that holds for a compiled model holds for it: ``cache_context``, ``reset``, ``summary``, ``warmup``.
@@ -111,6 +111,7 @@ def load(path: str | Path, weights: object = None) -> LoadedModel:
         path: The archive that ``cachepass.export`` wrote.
         weights: The model's: a state dict, a module that has them, a ``.safetensors`` file or a folder of such files.
             Tensors that are on the device already are taken as they are, not copied. None: those in the archive.
+        num_inference_steps: Of a run, where it is another number than the one that was exported; None: that one.
 
     Raises:
         ArchiveError: The archive is damaged, or was made for another version of torch, another system or device; or
@@ -125,6 +126,8 @@ def load(path: str | Path, weights: object = None) -> LoadedModel:
     needed = weights_of(manifest.sizes)
     tensors = _fitting(_collected(archive, weights, needed), needed)
     options = options_of(archive)
+    if num_inference_steps is not None:
+        options = dataclasses.replace(options, num_inference_steps=num_inference_steps)
     programs = programs_in(archive)
     model = LoadedModel(manifest, tensors)
     method = Method(archive.config, options.num_inference_steps)
