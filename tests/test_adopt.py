@@ -7,7 +7,8 @@ import torch
 from small_models import calls, transformer
 
 import cachepass
-from cachepass.program.adopt import adopt, adopting
+from cachepass.program.adopt import adopt
+from cachepass.program.adopting import adopting
 from cachepass.program.show import readable
 from cachepass.run.live import programs_of
 

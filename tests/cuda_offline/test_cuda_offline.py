@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from offline_models import METHODS, MODELS, explained, variants
-from zoo import sweep_over
+from zoo import ALL, sweep_over
 
 import cachepass
 
@@ -59,9 +59,9 @@ def programs(explanation: cachepass.Explanation, gpu: str, codes: dict[str, Mach
 
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_every_program_compiles(name, method):
-    """For sm_80 and sm_90, without spills; launches are those of the table, so that a lost fusion shows."""
+    """For sm_90, some for sm_80 too, without spills; launches are those of the table, so that a lost fusion shows."""
     explanation = explained(name, method)
-    for gpu in ("a100", "h100"):
+    for gpu in ("a100", "h100") if ALL or method in ("pab", "first_block") else ("h100",):
         codes: dict[str, MachineCode] = {}
         made = programs(explanation, gpu, codes)
         assert codes and all(code.cubin[:4] == b"\x7fELF" for code in codes.values())
