@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -22,14 +23,21 @@ from expecttest import TestCase
 from small_models import Transformer, calls, transformer
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from zoo import ALL, build, inputs_of, relative_error, sweep_over, trajectory
+from zoo import ALL, ZOO, build, first_tensor, inputs_of, is_one_graph, relative_error, sweep_over, trajectory
 
 import cachepass
+from cachepass import LoadedModel, _torch
+from cachepass.capture.nodes import returned_by
 from cachepass.cli import main
+from cachepass.options import parse_options
 from cachepass.program.share import share
+from cachepass.recipe.value import from_dict, to_dict
+from cachepass.ship.export import _Archive, _dense
 from cachepass.ship.listing import Call, Copy, Listing, View
 from cachepass.ship.load import Archive
-from cachepass.ship.pieces import Pieces, cut_up
+from cachepass.ship.loaded import LoadedProgram, dispatcher_of
+from cachepass.ship.manifest import Form, Stored
+from cachepass.ship.pieces import Pieces, _lie_alike, cut_up
 
 HERE = Path(__file__).parent
 TAYLOR = {"method": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1}
@@ -126,6 +134,81 @@ def _elsewhere(cases: list[tuple[Path, Any, Any]], folder: Path) -> tuple[Any, l
     assert done.returncode == 0, done.stderr
     told, heavy = torch.load(out, weights_only=False)
     return told[0], heavy
+
+
+# ---- every model, its pieces run as they are -------------------------------------------------------------------------
+
+
+def _as_loaded(model: nn.Module, example: dict[str, Any], cache: Any, folder: Path, **options: Any) -> LoadedModel:
+    """What an archive would be loaded as, but for the compiler: its programs are the graphs of the pieces."""
+    parsed = parse_options({"cache": cache, **options})
+    archive = _Archive(model, folder / "none.cpz", parsed)
+    archive.add_size((), _torch.map_tensors(_dense, example))
+    stored = {name: Stored("", Form.of(value), "") for name, value in archive.constants.items()}
+    manifest = from_dict(json.loads(json.dumps(to_dict(archive._manifest({}, stored, {}), "export"))), "export")
+    held = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    loaded = LoadedModel(manifest, {**held, **archive.constants})
+    programs = {name: functools.partial(_eagerly, gm) for name, gm in archive.pieces.graphs.items()}
+    (size,) = manifest.sizes
+    loaded.serve(
+        size, dispatcher_of(size, LoadedProgram(size, programs, archive.method), archive.method, parsed, loaded)
+    )
+    return loaded
+
+
+def _eagerly(gm: Any, given: list[Any]) -> list[torch.Tensor]:
+    for value, node in zip(given, gm.graph.find_nodes(op="placeholder"), strict=True):
+        assert _lie_alike(value, node.meta["val"]), "a piece is given what it is compiled for"
+    found = gm(*given)
+    given.clear()
+    for value, node in zip(found, returned_by(gm.graph), strict=True):
+        assert _lie_alike(value, node.meta["val"]), "a piece gives what the next one is compiled for"
+    return list(found)
+
+
+EVERY = [name for name in ZOO if is_one_graph(name)]
+SIZES_DEPEND_ON_DATA = {"MochiTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"}
+METHODS_OF_ALL = ["taylorseer", "first_block_cache", "invariant"]
+SOME = [
+    "QwenImageTransformer2DModel",
+    "CogVideoXTransformer3DModel",
+    "PixArtTransformer2DModel",
+    "ZImageTransformer2DModel",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    sweep_over(
+        [
+            (name, kind)
+            for name in EVERY
+            for kind in METHODS_OF_ALL
+            if (name, kind) != ("DiTTransformer2DModel", "invariant")
+        ],
+        zip(SOME, ["taylorseer", "first_block_cache", "invariant", "taylorseer"], strict=True),
+    ),
+)
+@pytest.mark.filterwarnings("ignore::cachepass.CachepassWarning")  # distances differ from model to model
+def test_pieces_of_every_model(name, kind, tmp_path):
+    caches = {"taylorseer": {**TAYLOR, "taylor_factors_dtype": None}, "invariant": {"method": "invariant"}}
+    cache = caches.get(kind, {"method": "first_block_cache", "threshold": 0.5})
+    model = build(name, layers=4)
+    options = {"cache": cache, "num_inference_steps": 6, "timestep_scale": 1.0}
+    steps = [one for _, one in trajectory(name, 6)]
+    if name in SIZES_DEPEND_ON_DATA:
+        with pytest.raises(cachepass.ExportError, match="sizes are not known before it runs"):
+            _as_loaded(model, steps[0], cache, tmp_path, num_inference_steps=6, timestep_scale=1.0)
+        return
+    loaded = _as_loaded(model, steps[0], cache, tmp_path, num_inference_steps=6, timestep_scale=1.0)
+    found = [first_tensor(loaded(**one)).clone() for one in steps]
+    marks = cachepass.summary(loaded).last_runs
+    reference = torch.compile(
+        model, backend="cached_inductor", fullgraph=True, options={**options, "lowering": "eager"}
+    )
+    expected = [first_tensor(reference(**one)).clone() for one in steps]
+    assert max(map(relative_error, found, expected)) <= 1e-5
+    assert marks == cachepass.summary(reference).last_runs
 
 
 # ---- one archive, tried in many ways ---------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def sources_of(
         elif isinstance(leaves.get(number), (int, float)):
             sources.append(Argument(number, form, number=True))
         else:
-            sources.append(Weight(name, form, "constant"))
+            sources.append(Weight(name.removeprefix("self."), form, "constant"))
         source = sources[-1]
         if isinstance(source, Weight) and source.kind == "constant":
             constants[source.name] = value

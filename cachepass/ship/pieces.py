@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from .. import _torch
-from ..capture.nodes import nodes_in, operand, operands, returned_by
+from ..capture.nodes import copied, nodes_in, operand, operands, returned_by
 from ..errors import ExportError
 from ..program.emit import alias_root, aten
 from .listing import Call, Copy, Listing, View
@@ -92,6 +92,7 @@ def cut_up(
         ExportError: Sizes depend on data.
     """
     _require_fixed(gm.graph, name)
+    gm = _settled(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     numbers = range(inputs) if read is None else read
     writer = _Writer(name, pieces, inputs, dict(zip(placeholders, numbers, strict=True)), _early_copies(gm.graph))
@@ -111,6 +112,49 @@ def _require_fixed(graph: fx.Graph, name: str) -> None:
                 where=f"export, program {name}",
                 hint="a model whose sizes depend on data, or were given as symbols, cannot be exported",
             )
+
+
+def _settled(gm: fx.GraphModule, inputs: Sequence[Any] = ()) -> fx.GraphModule:
+    """The graph with what its values truly are: passes may have put a value of other strides in front of the views of
+    one. A body that is called with values of other strides than it was made for is one of its own for this call.
+    ``inputs``: its placeholders' values, where they are others."""
+    graph = copied(gm.graph)
+    for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=False):
+        node.meta["val"] = value
+    fake_mode = _torch.fake_mode_of([node.meta.get("val") for node in graph.find_nodes(op="placeholder")])
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is _torch.INVOKE_SUBGRAPH:
+            _fit(gm, node)
+        elif node.target is operator.getitem:
+            node.meta["val"] = operand(node).meta["val"][node.args[1]]
+        elif isinstance(node.target, torch._ops.OpOverload):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])  # pyright: ignore
+            with fake_mode, torch.no_grad():
+                node.meta["val"] = node.target(*args, **kwargs)
+    return _torch.graph_module(gm, graph)
+
+
+def _fit(gm: fx.GraphModule, call: fx.Node) -> None:
+    """Let a call have a body that is made for its operands."""
+    body, name, *given = call.args
+    assert isinstance(body, fx.Node) and isinstance(body.target, str)
+    known: Any = gm.get_submodule(body.target)
+    values = [value.meta["val"] for value in nodes_in(given)]
+    expected = [node.meta["val"] for node in known.graph.find_nodes(op="placeholder")]
+    if all(map(_lie_alike, values, expected)):
+        return
+    own, fitting = f"{body.target}_{call.name}", _settled(known, values)
+    gm.add_submodule(own, fitting)
+    with call.graph.inserting_before(call):
+        call.args = (call.graph.get_attr(own), name, *given)
+    call.meta["val"] = tuple(node.meta["val"] for node in returned_by(fitting.graph))
+
+
+def _lie_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    strides = zip(one.stride(), other.stride(), one.shape, strict=True)
+    return all(own == wanted for own, wanted, size in strides if size > 1)
 
 
 def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
