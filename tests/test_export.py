@@ -211,6 +211,37 @@ def test_pieces_of_every_model(name, kind, tmp_path):
     assert marks == cachepass.summary(reference).last_runs
 
 
+class _Counted(Transformer):
+    """Its timestep is a number of Python's."""
+
+    def forward(self, x, timestep, context=None):
+        return super().forward(x, torch.full((x.shape[0],), timestep))
+
+
+def test_a_timestep_may_be_a_number(tmp_path):
+    model = _Counted(depth=3).eval().requires_grad_(False)
+    run = [(x, float(t[0])) for x, t in calls(6)]
+    loaded = _as_loaded(model, dict(zip(("x", "timestep"), run[0], strict=True)), TAYLOR, tmp_path)
+    reference = compiled(model, num_inference_steps=None)
+    assert all(torch.equal(loaded(x, t), reference(x, t)) for x, t in run)
+    with pytest.raises(cachepass.ArchiveError, match="argument timestep: expected a number, got a Tensor"):
+        loaded(run[0][0], torch.ones(2))
+    with pytest.raises(cachepass.ExportError, match="argument timestep: it is an int"):
+        _as_loaded(model, {"x": run[0][0], "timestep": 900}, TAYLOR, tmp_path)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_archive_on_cuda(tmp_path):
+    model, path = transformer(depth=4).cuda(), tmp_path / "cuda.cpz"
+    run = [(x.cuda(), t.cuda()) for x, t in calls(9)]
+    cachepass.export(model, *run[0], cache=TAYLOR, path=path, options={"num_inference_steps": 9})
+    loaded, reference = cachepass.load(path, model), compiled(model)
+    for x, t in run:
+        torch.testing.assert_close(loaded(x, t), reference(x, t), rtol=1e-4, atol=1e-4)
+    assert cachepass.summary(loaded).last_runs == {"default": {"taylorseer": "##.#..#.."}}
+
+
 # ---- one archive, tried in many ways ---------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from .. import _torch
 from ..backend import build, compile_cached
 from ..capture.inputs import InputLayout, find_timestep_input, read_inputs
 from ..capture.numbers import keep_numbers
-from ..capture.prepare import Prepared, prepare
+from ..capture.prepare import prepare
 from ..capture.siblings import Siblings
 from ..errors import ExportError, listing
 from ..options import CompileOptions
@@ -92,13 +92,13 @@ def capture_call(
         ExportError: It cannot be taken along; or the cache never fires.
     """
     found: list[_Traced] = []
+    _refuse_int(signature_of(module).bind(*args, **kwargs).arguments, options.timestep_input)
 
     def backend(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
         prepared = prepare(gm, example, options)
         never = prepared.method.never_predicts(options.num_inference_steps)
         if never is not None:
             raise ExportError(f"the cache never fires: {never}", where="export, cache")
-        _keep_timestep(prepared, signature_of(module).bind(*args, **kwargs).arguments, options.timestep_input)
         current = CurrentCall()
         built = build(gm, example, prepared, options, current)
         found.append(_Traced(built.program, built.run, built.half, prepared.names, prepared.layout, current))
@@ -198,19 +198,11 @@ def capture_blocks(
     return found
 
 
-def _keep_timestep(prepared: Prepared, arguments: Mapping[str, Any], wanted: str | None) -> None:
-    """A timestep that is a number of Python's is an input of the graph, not a constant of it: it is traced again.
-
-    Raises:
-        ExportError: It is an int, which would be a size to the compiler.
-    """
-    name = find_timestep_input(arguments, wanted) if prepared.layout.timestep is None else None
-    value = None if name is None else arguments[name]
-    if isinstance(value, int):
+def _refuse_int(arguments: Mapping[str, Any], wanted: str | None) -> None:
+    """Raise an ExportError for a timestep that is an int, which is a size to the compiler."""
+    name = find_timestep_input(arguments, wanted)
+    if name is not None and isinstance(arguments[name], int):
         raise ExportError("it is an int", where=f"argument {name}", hint="give a tensor, or a float")
-    if isinstance(value, float):
-        assert name is not None
-        _torch.restart_dynamic(name, value)
 
 
 def _plan(program: Program) -> told.Planned:
