@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "method": "pab", "spatial_attention_block_skip_range": 2, "cross_attention_block_skip_range": 3,
         "spatial_attention_timestep_skip_range": (-1, 1001), "cross_attention_timestep_skip_range": (-1, 1001),
     },
-    "first_block_cache": {"method": "first_block_cache", "threshold": 0.07},
+    "first_block_cache": {"method": "first_block_cache"},
     "fastercache, a batch": {"method": "fastercache"},
     "fastercache, two calls": {"method": "fastercache"},
 }  # fmt: skip
@@ -74,15 +74,18 @@ CASES = [(m, k) for m in MODELS for k in METHODS if m in FORMATS or "fastercache
     ),
 )
 @pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:all of 9 steps:cachepass.CachepassWarning")
 def test_archives_equal_what_is_compiled(name, kind, tmp_path):
     """Two runs of nine steps, decisions included."""
     config = dict(METHODS[kind])
+    if kind == "first_block_cache":
+        config |= {"threshold": 0.07 if name == "WanTransformer3DModel" else 0.3}
     if "fastercache" in kind:
         config |= {**FASTER, "tensor_format": FORMATS[name]}
     if kind == "pab" and name != "WanTransformer3DModel":
         config = {key: value for key, value in config.items() if "cross" not in key}
     runs = [_run(name, kind, seed) for seed in (1, 2)]
-    model = build(name)
+    model = build(name, layers=2)
     path, weights = tmp_path / "model.cpz", tmp_path / "weights.safetensors"
     from safetensors.torch import save_file
 
