@@ -107,11 +107,6 @@ class Counting(TorchDispatchMode):
         return pytree.tree_map_only(torch.Tensor, _untouched_like, made)
 
 
-def seconds(launches: Sequence[Launch], gpu: Gpu) -> float:
-    """The estimate of launches, with the gaps between them."""
-    return sum(launch.seconds(gpu) for launch in launches) + gpu.launch_seconds * len(launches)
-
-
 def _layout(value: Any) -> Any:
     return str((value.shape, value.stride(), value.dtype)) if isinstance(value, torch.Tensor) else str(value)
 

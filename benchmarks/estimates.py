@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import torch
-from hooked import CONFIGS, counted
+from hooked import CONFIGS, counted, launched
 from shapes import SHAPES, build, timestep_of
 from subjects import TAYLOR
 from worker import quiet
@@ -64,13 +64,7 @@ def row(shape: str, method: str, settings: dict[str, Any], gpu: str) -> dict[str
     run = run_seconds(explanation, explanation._calls(STEPS, None, None))
     told: dict[str, Any] = {"method": method, "speedup": run.speedup, "cache_bytes": explanation.cache_bytes}
     for phase in PHASES:
-        told[phase] = {
-            "launches": target.launches(phase),
-            "fused": sum(launch.fused for program in target.of(phase) for launch in program.launches),
-            "bytes": target.bytes_moved(phase),
-            "flops": target.flops(phase),
-            "seconds": target.seconds(phase),
-        }
+        told[phase] = launched([launch for part in target.of(phase) for launch in part.launches], GPUS[gpu])
     told["activation_bytes"] = target.activation_bytes
     told["weight_bytes"] = target.weight_bytes
     return told

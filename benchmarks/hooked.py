@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from counting import Counting, seconds
+from counting import Counting
 from shapes import SHAPES, build, step_inputs
 from subjects import taylor_phase
 
-from cachepass.gpu.program import Launch
+from cachepass.gpu.program import Launch, seconds_of
 from cachepass.gpu.table import Gpu
 
 CONFIGS = {
@@ -33,7 +33,10 @@ def counted(shape: str, method: str, settings: dict[str, Any], gpu: Gpu) -> dict
     phases = _phases(method, settings)
     steps = list(_steps(shape, method, settings, gpu, phases))
     last = dict(zip(phases, steps, strict=True))
-    return {"method": method, **{name: _told(last.get(name, plain), gpu) for name in ("plain", "compute", "predict")}}
+    return {
+        "method": method,
+        **{name: launched(last.get(name, plain), gpu) for name in ("plain", "compute", "predict")},
+    }
 
 
 def _phases(method: str, settings: dict[str, Any]) -> list[str]:
@@ -78,11 +81,12 @@ def _enable(model: Any, shape: str, method: str, settings: dict[str, Any]) -> No
     model.enable_cache(getattr(diffusers, CONFIGS[method])(**settings, **more.get(method, {})))
 
 
-def _told(launches: Sequence[Launch], gpu: Gpu) -> dict[str, Any]:
+def launched(launches: Sequence[Launch], gpu: Gpu) -> dict[str, Any]:
+    """What a call launches, as the tables have it."""
     return {
         "launches": len(launches),
         "fused": sum(launch.fused for launch in launches),
         "bytes": sum(launch.bytes_moved for launch in launches),
         "flops": sum(launch.flops for launch in launches),
-        "seconds": seconds(launches, gpu),
+        "seconds": seconds_of(launches, gpu),
     }

@@ -12,11 +12,12 @@ from torch import nn
 from zoo import ALL
 
 import cachepass
+from cachepass.gpu.program import seconds_of
 from cachepass.gpu.table import GPUS
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from counting import Counting, seconds
+from counting import Counting
 
 H100 = GPUS["h100"]
 
@@ -58,7 +59,7 @@ def test_graphs_and_what_is_between_them():
     first, relu, difference, *_ = launches
     assert (first.flops, first.bytes_read) == (2 * 8 * 64 * 64, 4 * (8 * 64 + 64 * 64))
     assert (relu.bytes_moved, difference.bytes_moved) == (4 * (2 * 8 * 64 + 64), 3 * 4 * 8 * 64)
-    assert seconds(launches, H100) > len(launches) * H100.launch_seconds
+    assert seconds_of(launches, H100) > len(launches) * H100.launch_seconds
 
 
 def test_without_breaks_it_is_the_plain_program():
@@ -71,7 +72,7 @@ def test_without_breaks_it_is_the_plain_program():
     plain = cachepass.explain(transformer(), x, t, cache={"method": "taylorseer"}, target="h100").target.plain
     assert counting.graphs == 1
     assert [launch.bytes_moved for launch in launches] == [launch.bytes_moved for launch in plain.launches]
-    assert seconds(launches, H100) == pytest.approx(plain.seconds)
+    assert seconds_of(launches, H100) == pytest.approx(plain.seconds)
 
 
 def test_what_only_has_the_shape_of_a_value_does_not_read_it():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 
 PROGRAMS = "data/aotinductor/"
-EXTRA = "extra/"
 
 
 class ArchiveReader:
@@ -31,10 +31,6 @@ class ArchiveReader:
 
     def read(self, name: str) -> bytes:
         return self._reader.get_record(name)
-
-    def size(self, name: str) -> int:
-        """Bytes of a record."""
-        return len(self._reader.get_record(name))
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A record as a tensor: a part of the file, mapped into memory, so nothing is read before it is used. What is
@@ -66,6 +62,14 @@ def load_program(path: Path, name: str, device_index: int) -> Callable[[list[Any
     return run
 
 
-def cpu_capability() -> str:
-    """The vector instructions that this machine's CPU has, in torch's words: ``"AVX2"``, ``"AVX512"``, ..."""
+def capability(device: str) -> str:
+    """What programs for a kind of device ask of it: the compute capability of the current GPU (``"9.0"``), or the
+    vector instructions of the CPU, in torch's words (``"AVX2"``)."""
+    if device == "cuda":
+        return ".".join(map(str, torch.cuda.get_device_capability()))
     return torch.backends.cpu.get_cpu_capability()
+
+
+def system() -> str:
+    """Operating system and processor: ``"Linux x86_64"``."""
+    return f"{platform.system()} {platform.machine()}"

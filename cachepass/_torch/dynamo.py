@@ -119,70 +119,63 @@ def trace_only(
 
     Returns whether there was a graph.
     """
-    receiver = [backend]  # emptied afterwards: Dynamo remembers every backend, and this one would keep the graph alive
 
-    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            receiver[0](gm, inputs)
-        except ValueError as error:
-            raise_unwrapped(error)
+    def stop(*_: Any) -> Any:
+        raise _Captured
 
-        def stop(*_: Any) -> Any:
-            raise _Captured
-
+    def ending(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        backend(gm, inputs)
         return stop
 
-    try:
-        torch.compile(function, backend=compiler, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
-    except _Captured:
-        return True
-    finally:
-        receiver.clear()
+    with _handing_to(ending) as compiler:
+        try:
+            torch.compile(function, backend=compiler, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+        except _Captured:
+            return True
     return False
 
 
-def call_traced(
-    model: torch.nn.Module,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    backend: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
-) -> Any:
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+@contextlib.contextmanager
+def _handing_to(backend: Backend) -> Iterator[Backend]:
+    """A backend that hands graphs to another one while this block runs, and lets its ValueErrors reach the caller as
+    they are. Dynamo remembers every backend, and the other one would keep its graphs alive."""
+    receiver = [backend]
+
+    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return receiver[0](gm, inputs)
+        except ValueError as error:
+            raise_unwrapped(error)
+
+    try:
+        yield compiler
+    finally:
+        receiver.clear()
+
+
+def call_traced(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any], backend: Backend) -> Any:
     """What a model returns in a call whose one graph is replaced by what ``backend`` makes of it, with sizes that are
     constants of it. ValueErrors of the backend reach the caller as they are.
 
     Dynamo keeps what it traces by the code: that of the model's ``forward`` is copied, so nothing it knows is touched.
     """
-    receiver = [backend]  # emptied afterwards, as in ``trace_only``
-
-    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            return receiver[0](gm, inputs)
-        except ValueError as error:
-            raise_unwrapped(error)
-
     function = fresh_code(model, f"cachepass_export_{next(_captures)}")
-    try:
+    with _handing_to(backend) as compiler:
         return torch.compile(function, backend=compiler, fullgraph=True, dynamic=None)(*args, **kwargs)
-    finally:
-        receiver.clear()
 
 
 @contextlib.contextmanager
 def parts_traced(
     parts: Iterable[torch.nn.Module],
-    backend: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    backend: Backend,
     note: Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], None],
 ) -> Iterator[None]:
     """Modules are compiled one by one in this block, each as one graph, with what ``backend`` makes of it. ``note`` is
     told of every call of one of them: the module, its arguments, and what it returned."""
-    receiver = [backend]  # emptied afterwards, as in ``trace_only``
-    parts = list(parts)
-
-    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            return receiver[0](gm, inputs)
-        except ValueError as error:
-            raise_unwrapped(error)
+    before: dict[Any, Any] = {part: part._compiled_call_impl for part in parts}
 
     def noted(part: torch.nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -192,16 +185,14 @@ def parts_traced(
 
         return call
 
-    before: list[Any] = [part._compiled_call_impl for part in parts]
     try:
-        for part in parts:
-            part.compile(backend=compiler, fullgraph=True, dynamic=False)
-            compiled: Any = part._compiled_call_impl
-            part._compiled_call_impl = noted(part, compiled)  # pyright: ignore[reportAttributeAccessIssue]
-        yield
+        with _handing_to(backend) as compiler:
+            for part in before:
+                part.compile(backend=compiler, fullgraph=True, dynamic=False)
+                part._compiled_call_impl = noted(part, part._compiled_call_impl)
+            yield
     finally:
-        receiver.clear()
-        for part, own in zip(parts, before, strict=True):
+        for part, own in before.items():
             part._compiled_call_impl = own
 
 

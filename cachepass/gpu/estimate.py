@@ -5,12 +5,10 @@ estimate : Gpu, Program, the plain graph -> GpuEstimate
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .. import _torch
 from .._torch.machine_code import MachineCode
-from ..program.phases import phase_name
 from ..program.specialize import Variant
 from ..program.trace import Traced
 from ..program.variants import Program
@@ -98,25 +96,12 @@ class GpuEstimate:
         return tuple(sorted(rows, key=lambda row: -row.seconds))
 
 
-def variants_of(program: Program) -> Iterator[tuple[str, Variant, Traced]]:
-    """All that is compiled for a model with a cache, with the graphs that it is made of, and the phase that runs it; of
-    what is computed once the phase is empty. What runs up to a decision comes once for each of its phases."""
-    for phase in program.plan.phases:
-        name, traced = phase_name(phase, program.plan.groups), program.traced(phase.route)
-        if program.splits(phase.route):
-            yield name, program.decision(phase.route), traced
-        yield name, program.variant(phase), traced
-    for traced in (program.full, program.half):
-        if traced is not None and traced.hoisted is not None:
-            yield "", program.once(traced), traced
-
-
 def estimate(gpu: Gpu, program: Program, plain: Traced) -> GpuEstimate:
     """Compile all programs for a GPU. ``plain``: the model's graph without caching."""
     codes: dict[str, MachineCode] = {}
     programs: dict[str, GpuProgram] = {}
     calls: dict[str, tuple[str, ...]] = {}
-    for phase, variant, traced in (("", Variant("plain", plain.gm, ()), plain), *variants_of(program)):
+    for phase, variant, traced in (("", Variant("plain", plain.gm, ()), plain), *program.all_variants()):
         if variant.name not in programs:
             programs[variant.name] = compile_for(
                 gpu, variant, traced.inputs, traced.context,

@@ -60,6 +60,11 @@ class Launch:
         return max(self.bytes_moved / gpu.bandwidth, self.flops / gpu.peak(self.dtype) if self.flops else 0.0)
 
 
+def seconds_of(launches: Sequence[Launch], gpu: Gpu) -> float:
+    """The estimate of launches: the roofline of each, and the gaps between them."""
+    return sum(launch.seconds(gpu) for launch in launches) + gpu.launch_seconds * len(launches)
+
+
 @dataclass(frozen=True)
 class GpuProgram:
     """A program compiled for a GPU.
@@ -88,7 +93,7 @@ class GpuProgram:
     @property
     def seconds(self) -> float:
         """The estimate: the roofline of each launch, and the gaps between them."""
-        return sum(launch.seconds(self.gpu) for launch in self.launches) + self.gpu.launch_seconds * len(self.launches)
+        return seconds_of(self.launches, self.gpu)
 
     @property
     def bytes_moved(self) -> int:

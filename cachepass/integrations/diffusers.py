@@ -156,7 +156,7 @@ def export(
 
     def note(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         arguments = signature.bind(*given, **named).arguments
-        kind = context_of(module), _kind(arguments)
+        kind = context_of(module), kind_of(list(arguments.values()))
         if kind in seen:
             raise _Enough
         seen[kind] = dict(arguments)
@@ -170,14 +170,9 @@ def export(
     finally:
         handle.remove()
     (context, _), first = next(iter(seen.items()))
-    others = {kind: arguments for (_, kind), arguments in seen.items()}
-    shapes = [arguments for arguments in others.values() if _kind(arguments) != _kind(first)]
+    _, *shapes = {kind: arguments for (_, kind), arguments in seen.items()}.values()
     with cache_context(context) if guidance_partner(context) is not None else nullcontext():
         return export_model(module, **first, cache=cache, path=path, shapes=shapes, options=options, **further)
-
-
-def _kind(arguments: Mapping[str, Any]) -> Hashable:
-    return kind_of(list(arguments.values()))
 
 
 def disable_cache(target: Any) -> None:

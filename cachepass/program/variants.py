@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -19,7 +20,7 @@ from ..recipe.vocabulary import WHOLE, Route
 from .dump import dump
 from .flops import count_flops
 from .lower import lower
-from .phases import Phase
+from .phases import Phase, phase_name
 from .plan import CachePlan
 from .progress import compiling
 from .rewrite import Canonical, rewrite
@@ -163,6 +164,18 @@ class Program(Runnable):
     def specialized(self, phase: Phase) -> Variant:
         """The straight-line graph of a phase."""
         return specialize(self.canonical(phase.route), self.plan, phase)
+
+    def all_variants(self) -> Iterator[tuple[str, Variant, Traced]]:
+        """All that there may be, with the graphs that it is made of, and the phase that runs it; of what is computed
+        once the phase is empty. What runs up to a decision comes once for each of its phases."""
+        for phase in self.plan.phases:
+            name, traced = phase_name(phase, self.plan.groups), self.traced(phase.route)
+            if self.splits(phase.route):
+                yield name, self.decision(phase.route), traced
+            yield name, self.variant(phase), traced
+        for traced in (self.full, self.half):
+            if traced is not None and traced.hoisted is not None:
+                yield "", self.once(traced), traced
 
     def canonical(self, route: Route = WHOLE) -> Canonical:
         """The canonical form of a route."""

@@ -178,7 +178,7 @@ def sources_of(
     Raises:
         ExportError: Two arguments are one tensor; or an input is none, nor a number that changes.
     """
-    held = _tensors_of(model)
+    held = _named(model)
     given: dict[int, list[Path]] = {}
     for path, value in leaves.items():
         if isinstance(value, torch.Tensor):
@@ -208,14 +208,18 @@ def sources_of(
     return tuple(sources), constants
 
 
-def _tensors_of(model: torch.nn.Module) -> dict[int, tuple[str, str]]:
-    """Name and kind of each parameter and buffer."""
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers and parameters of a model, under all of their names."""
+    return {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+
+
+def _named(model: torch.nn.Module) -> dict[int, tuple[str, str]]:
+    """Name and kind of each parameter and buffer, by id."""
     saved = model.state_dict(keep_vars=True).keys()
     found: dict[int, tuple[str, str]] = {}
-    for name, value in model.named_buffers(remove_duplicate=False):
-        found.setdefault(id(value), (name, "buffer" if name in saved else "constant"))
-    for name, value in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(value), (name, "parameter"))
+    for name, value in tensors_of(model).items():
+        own = "parameter" if isinstance(value, torch.nn.Parameter) else "buffer" if name in saved else "constant"
+        found.setdefault(id(value), (name, own))
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,20 +10,24 @@ import torch
 
 from ..errors import ArchiveError
 from ..run.dispatch import Dispatcher
-from .manifest import Argument, Constant, Form, Given, Items, Path, Result, Size, Template, Weight, dotted
+from .manifest import Argument, Constant, Form, Given, Items, Path, Result, Size, Template, Weight, dotted, lie_alike
 
 _ALIGNMENT = 16  # bytes: programs read vectors of so many at a time
 _Reason = tuple[str, str]  # where, and what
 
 
-class ModelOutput(OrderedDict[str, Any]):
-    """What a model returns that has named fields: by attribute, by name, or by position, as diffusers' outputs."""
+class Attributes(dict[str, Any]):
+    """Values by name or by attribute."""
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
             raise AttributeError(name) from None
+
+
+class ModelOutput(Attributes):
+    """What a model returns that has named fields: by attribute, by name, or by position, as diffusers' outputs."""
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
@@ -82,7 +85,7 @@ class SizeRun:
             if argument.number:
                 inputs[i] = torch.tensor(value, dtype=argument.form.dtype)
             else:
-                inputs[i] = value if _lies_as(value, argument.form) else self._copy(i, value, argument.form)
+                inputs[i] = value if lies_as(value, argument.form) else self._copy(i, value, argument.form)
         return self._make(self._dispatcher(*inputs), leaves)
 
     def _current_weights(self) -> list[torch.Tensor]:
@@ -134,34 +137,33 @@ def _differs(argument: Argument, value: Any) -> str | None:
         return None if is_number else f"expected a number, got a {type(value).__name__}"
     if not isinstance(value, torch.Tensor):
         return f"expected a tensor of {form}, got {value!r}"
-    if value.shape != form.shape or value.dtype != form.dtype or value.device.type != form.device:
-        return f"expected a tensor of {form}, got one of {Form.of(value)}"
-    return None
+    return None if form.is_of(value) else f"expected a tensor of {form}, got one of {Form.of(value)}"
+
+
+def require_kind(weight: Weight, value: Any) -> None:
+    """Raise an ArchiveError unless a value is a tensor of a weight's shape, dtype and device."""
+    form = weight.form
+    if not isinstance(value, torch.Tensor):
+        raise ArchiveError(f"it is {value!r}", where=f"weight {weight.name}", hint=f"give a tensor of {form}")
+    if not form.is_of(value):
+        raise ArchiveError(f"expected {form}, got {Form.of(value)}", where=f"weight {weight.name}")
 
 
 def require_form(weight: Weight, value: Any) -> None:
     """Raise an ArchiveError unless a tensor can be a weight as it lies."""
-    form = weight.form
-    if not isinstance(value, torch.Tensor):
-        raise ArchiveError(f"it is {value!r}", where=f"weight {weight.name}", hint=f"give a tensor of {form}")
-    if value.shape != form.shape or value.dtype != form.dtype or value.device.type != form.device:
-        raise ArchiveError(f"expected {form}, got {Form.of(value)}", where=f"weight {weight.name}")
-    if not _lies_as(value, form):
+    require_kind(weight, value)
+    if not lies_as(value, weight.form):
         raise ArchiveError(
-            f"its strides are {value.stride()}, and not {form.stride}; or it does not begin at a multiple of "
+            f"its strides are {value.stride()}, and not {weight.form.stride}; or it does not begin at a multiple of "
             f"{_ALIGNMENT} bytes",
             where=f"weight {weight.name}",
             hint="give a contiguous copy",
         )
 
 
-def _lies_as(value: torch.Tensor, form: Form) -> bool:
-    if value.data_ptr() % _ALIGNMENT:
-        return False
-    stride = value.stride()
-    return stride == form.stride or all(
-        one == other for one, other, size in zip(stride, form.stride, form.shape, strict=True) if size > 1
-    )
+def lies_as(value: torch.Tensor, form: Form) -> bool:
+    """A tensor of a form's shape lies in memory as programs expect it."""
+    return not value.data_ptr() % _ALIGNMENT and lie_alike(value.stride(), form.stride, form.shape)
 
 
 def laid_out(value: torch.Tensor, form: Form) -> torch.Tensor:

@@ -25,7 +25,7 @@ def content(path: str | Path) -> str:
     manifest, built = archive.manifest, archive.manifest.built
     options = options_of(archive)
     method = Method(archive.config, options.num_inference_steps)
-    held = sum(archive.reader.size(one.record) for _, one in manifest.weights)
+    held = sum(one.form.nbytes for _, one in manifest.weights)
     weights = f"{len(manifest.weights)} tensors, {human_bytes(held)}" if manifest.weights else "none"
     lines = [
         f"{built.model}, {archive.config.label}",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,13 +25,14 @@ from typing import Any, Literal
 import torch
 
 from .. import _torch
+from .._torch.archive import capability, system
 from ..config import MethodConfig
 from ..config.base import RecipeConfig
 from ..errors import CachepassError, ConfigError, ExportError, closest
 from ..method import Method
 from ..options import CompileOptions, parse_options
 from ..program.lower import make_ready, no_advice_on_complex_numbers
-from ..program.phases import Phase
+from ..program.phases import phase_name
 from ..program.progress import compiling
 from ..program.specialize import Variant
 from ..program.trace import Traced
@@ -40,7 +40,8 @@ from ..program.variants import Program
 from ..recipe.value import to_dict
 from ..run.live import original_of
 from . import manifest as told
-from .binding import signature_of
+from .binding import signature_of, tensors_of
+from .listing import Listing
 from .pieces import Pieces, cut_up
 from .records import CONFIG, MANIFEST, SEAL, TENSORS, TIMETABLES, config_of
 from .size import capture_blocks, capture_call
@@ -227,17 +228,17 @@ class _Archive:
             self.sizes.append(size)
 
     def _programs(self, program: Program) -> tuple[told.Shipped, ...]:
-        found = [self._shipped(program, program.variant(p), program.traced(p.route), p) for p in program.plan.phases]
-        routes = dict.fromkeys(phase.route for phase in program.plan.phases)
-        for route in routes:
-            if program.splits(route):
-                found.append(self._shipped(program, program.decision(route), program.traced(route)))
-        for traced in (program.full, program.half):
-            if traced is not None and traced.hoisted is not None:
-                found.append(self._shipped(program, program.once(traced), traced))
-        return tuple(found)
+        phases = {phase_name(phase, program.plan.groups): phase for phase in program.plan.phases}
+        found: dict[str, told.Shipped] = {}
+        for _, variant, traced in program.all_variants():
+            if variant.name not in found:
+                phase = phases.get(variant.name)
+                flops = None if phase is None else program.flops(phase)
+                listing = self._listing(program, variant, traced)
+                found[variant.name] = told.Shipped(listing, variant.inputs, variant.kept, flops)
+        return tuple(found.values())
 
-    def _shipped(self, program: Program, variant: Variant, traced: Traced, phase: Phase | None = None) -> told.Shipped:
+    def _listing(self, program: Program, variant: Variant, traced: Traced) -> Listing:
         ready = make_ready(variant, traced.inputs, shares=program.shares, adopts=True)
         listing = cut_up(
             ready.gm,
@@ -249,8 +250,7 @@ class _Archive:
         )
         for name in self.pieces.graphs:
             self.contexts.setdefault(name, traced.context)
-        flops = None if phase is None else program.flops(phase)
-        return told.Shipped(listing, variant.inputs, variant.kept, flops)
+        return listing
 
     # ---- the file ---------------------------------------------------------------------------------------------------
 
@@ -279,13 +279,10 @@ class _Archive:
                 for i, size in enumerate(self.sizes):
                     if size.part is None and why_none(size, self.method, self.options) is None:
                         writer.add(f"{TIMETABLES}{i}", timetable(size, self.method, self.options).encode())
-                text = json.dumps({"schema": told.SCHEMA, "manifest": saved})
-                writer.add(MANIFEST, text.encode())
-                writer.add(CONFIG, json.dumps(config).encode())
-                seal = {
-                    name: hashlib.sha256(data.encode()).hexdigest()
-                    for name, data in ((MANIFEST, text), (CONFIG, json.dumps(config)))
-                }
+                texts = {MANIFEST: json.dumps({"schema": told.SCHEMA, "manifest": saved}), CONFIG: json.dumps(config)}
+                for name, text in texts.items():
+                    writer.add(name, text.encode())
+                seal = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
                 writer.add(SEAL, json.dumps(seal).encode())
             made.replace(self.path)
 
@@ -293,10 +290,7 @@ class _Archive:
         """The weights that go into the file."""
         if not inside:
             return {}
-        held = {
-            **dict(self.module.named_buffers(remove_duplicate=False)),
-            **dict(self.module.named_parameters(remove_duplicate=False)),
-        }
+        held = tensors_of(self.module)
         names = {weight.name for size in self.sizes for weight in size.weights if weight.kind != "constant"}
         return {name: held[name].detach() for name in sorted(names)}
 
@@ -349,14 +343,9 @@ def _store(writer: Any, name: str, value: torch.Tensor) -> told.Stored:
 
 def _built(module: torch.nn.Module, size: told.Size) -> told.Built:
     device = next((source.form.device for source in size.inputs if source.form.device != "cpu"), "cpu")
-    if device == "cuda":
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    else:
-        from .._torch.archive import cpu_capability
-
-        capability = cpu_capability()
-    system = f"{platform.system()} {platform.machine()}"
-    return told.Built(version("cachepass"), str(torch.__version__), device, capability, system, type(module).__name__)
+    return told.Built(
+        version("cachepass"), str(torch.__version__), device, capability(device), system(), type(module).__name__
+    )
 
 
 def _attributes(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:

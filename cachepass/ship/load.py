@@ -10,21 +10,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from .._torch.archive import ArchiveReader, cpu_capability, load_program
-from ..errors import ArchiveError, CachepassError, listing
+from .._torch.archive import ArchiveReader, capability, load_program, system
+from ..errors import ArchiveError, listing
 from ..method import Method
 from ..options import CompileOptions
 from ..recipe.value import from_dict
 from ..run.context import hear
 from ..run.listening import listen
 from ..run.live import reset_around
-from .calls import laid_out, require_form
+from .binding import tensors_of
+from .calls import laid_out, lies_as, require_kind
 from .listing import Program
 from .loaded import LoadedProgram, dispatcher_of, weights_of
 from .manifest import SCHEMA, Built, Manifest, Weight
@@ -163,28 +163,23 @@ def programs_in(archive: Archive) -> dict[str, Program]:
 def require_here(built: Built, path: str) -> None:
     """Raise an ArchiveError unless programs can run in this process."""
     here = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    system = f"{platform.system()} {platform.machine()}"
     if ".".join(built.torch.split(".")[:2]) != here:
         raise ArchiveError(
             f"it was exported with torch {built.torch}, and this is {torch.__version__}",
             where=path,
             hint="export it anew with this version: programs are compiled for one",
         )
-    if built.system != system:
-        raise ArchiveError(f"it was exported for {built.system}, and this is {system}", where=path)
-    if built.device == "cuda":
-        if not torch.cuda.is_available():
-            raise ArchiveError("it was exported for cuda, and there is no such device here", where=path)
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        fits = capability == built.capability
-    else:
-        capability = cpu_capability()
-        order = {name: i for i, name in enumerate(_CAPABILITIES)}
-        known = capability in order and built.capability in order
-        fits = capability == built.capability or (known and order[capability] >= order[built.capability])
+    if built.system != system():
+        raise ArchiveError(f"it was exported for {built.system}, and this is {system()}", where=path)
+    if built.device == "cuda" and not torch.cuda.is_available():
+        raise ArchiveError("it was exported for cuda, and there is no such device here", where=path)
+    own = capability(built.device)
+    fits = own == built.capability
+    if built.device == "cpu" and {own, built.capability} <= set(_CAPABILITIES):
+        fits = _CAPABILITIES.index(own) >= _CAPABILITIES.index(built.capability)
     if not fits:
         raise ArchiveError(
-            f"it was exported for a {built.device} device with {built.capability}, and this one has {capability}",
+            f"it was exported for a {built.device} device with {built.capability}, and this one has {own}",
             where=path,
             hint="export it on a machine like this one",
         )
@@ -215,7 +210,7 @@ def _collected(archive: Archive, weights: object, needed: Mapping[str, Weight]) 
 
 def _given(weights: object, device: str, names: set[str]) -> dict[str, torch.Tensor]:
     if isinstance(weights, torch.nn.Module):
-        weights = {**dict(weights.named_buffers()), **dict(weights.named_parameters(remove_duplicate=False))}
+        weights = tensors_of(weights)
     if isinstance(weights, (str, Path)):
         return _from_files(Path(weights), device, names)
     if not isinstance(weights, Mapping):
@@ -255,13 +250,8 @@ def _fitting(tensors: Mapping[str, torch.Tensor], needed: Mapping[str, Weight]) 
     fitting: dict[str, torch.Tensor] = {}
     for name, weight in needed.items():
         value, form = tensors[name], weight.form
-        if value.shape == form.shape and value.dtype == form.dtype and form.device != value.device.type == "cpu":
+        if isinstance(value, torch.Tensor) and form.device != value.device.type == "cpu":
             value = value.to(form.device)
-        try:
-            require_form(weight, value)
-        except CachepassError:
-            if value.shape != form.shape or value.dtype != form.dtype or value.device.type != form.device:
-                raise
-            value = laid_out(value, form)
-        fitting[name] = value
+        require_kind(weight, value)
+        fitting[name] = value if lies_as(value, form) else laid_out(value, form)
     return fitting

@@ -7,6 +7,8 @@ into.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +38,23 @@ class Form(Value):
     def of(value: torch.Tensor) -> Form:
         return Form(tuple(value.shape), tuple(value.stride()), value.dtype, value.device.type)
 
+    def is_of(self, value: torch.Tensor) -> bool:
+        """A tensor has this shape and dtype, on such a device."""
+        return value.shape == self.shape and value.dtype == self.dtype and value.device.type == self.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape)) or "a scalar"
         return f"{size} {str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+
+def lie_alike(one: Sequence[int], other: Sequence[int], shape: Sequence[int]) -> bool:
+    """Two strides put the elements of a shape at the same places."""
+    return all(a == b for a, b, size in zip(one, other, shape, strict=True) if size > 1)
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,11 @@ from ..run.context import cache_context
 from ..run.dispatch import Dispatcher
 from ..run.live import reset_around
 from .binding import leaves_of
-from .calls import SizeRun, answer
+from .calls import Attributes, SizeRun, answer
+from .loaded import weights_of
 from .manifest import Manifest, Size, Weight
 
 _KINDS = inspect._ParameterKind
-
-
-class Attributes(dict[str, Any]):
-    """The model's configuration, by name or by attribute."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
 
 class LoadedModel(torch.nn.Module):
@@ -46,9 +37,8 @@ class LoadedModel(torch.nn.Module):
         self._manifest = manifest
         self._signature = signature(manifest.sizes[0])
         self.config = Attributes(manifest.attributes)
-        for size in manifest.sizes:
-            for weight in size.weights:
-                _place(self, weight, tensors[weight.name])
+        for weight in weights_of(manifest.sizes).values():
+            _place(self, weight, tensors[weight.name])
         self._sizes: list[SizeRun] = []
 
     def serve(self, size: Size, dispatcher: Dispatcher) -> None:

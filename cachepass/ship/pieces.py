@@ -30,6 +30,7 @@ from ..capture.nodes import copied, nodes_in, operand, operands, returned_by
 from ..errors import ExportError
 from ..program.emit import alias_root, aten
 from .listing import Call, Copy, Listing, View
+from .manifest import lie_alike
 
 _CONVERSIONS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 
@@ -41,10 +42,6 @@ class Piece:
     gm: fx.GraphModule
     reads: tuple[fx.Node, ...]
     gives: tuple[fx.Node, ...]
-
-    @property
-    def example_inputs(self) -> list[Any]:
-        return [node.meta["val"] for node in self.gm.graph.find_nodes(op="placeholder")]
 
 
 @dataclass
@@ -153,8 +150,7 @@ def _fit(gm: fx.GraphModule, call: fx.Node) -> None:
 
 
 def _lie_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    strides = zip(one.stride(), other.stride(), one.shape, strict=True)
-    return all(own == wanted for own, wanted, size in strides if size > 1)
+    return lie_alike(one.stride(), other.stride(), one.shape)
 
 
 def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
@@ -306,10 +302,10 @@ def _piece(gm: fx.GraphModule, work: Sequence[fx.Node], gives: Sequence[fx.Node]
             env[node] = graph.node_copy(node, take)
         else:
             assert node not in inside, "operations stand in the order in which they need each other"
-            env[node] = reads[node] = placeholders(node)
+            env[node] = reads[node] = read(node)
         return env[node]
 
-    def placeholders(node: fx.Node) -> fx.Node:
+    def read(node: fx.Node) -> fx.Node:
         first = next(iter(graph.nodes), None)
         with graph.inserting_before(first) if first is not None else graph.inserting_after():
             made = graph.placeholder(f"value_{len(reads)}")
@@ -321,8 +317,8 @@ def _piece(gm: fx.GraphModule, work: Sequence[fx.Node], gives: Sequence[fx.Node]
     graph.output(tuple(env[node] for node in gives))
     graph.lint()
     order = {made: node for node, made in reads.items()}
-    read = tuple(order[made] for made in graph.find_nodes(op="placeholder"))
-    return Piece(_torch.graph_module(gm, graph), read, tuple(gives))
+    given = tuple(order[made] for made in graph.find_nodes(op="placeholder"))
+    return Piece(_torch.graph_module(gm, graph), given, tuple(gives))
 
 
 def _fingerprint(gm: fx.GraphModule) -> str:

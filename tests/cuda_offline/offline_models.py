@@ -8,7 +8,6 @@ import torch
 from zoo import build, guided_inputs_of, inputs_of, timestep_scale
 
 import cachepass
-from cachepass.gpu.estimate import variants_of
 from cachepass.program.specialize import Variant
 from cachepass.program.trace import Traced
 
@@ -50,7 +49,7 @@ def explained(name: str, method: str, dtype: torch.dtype = torch.bfloat16, **kwa
 def variants(explanation: cachepass.Explanation) -> Iterator[tuple[Variant, Traced]]:
     """All programs of a model, each once, with the graphs that they are made of."""
     seen = set()
-    for _, variant, traced in variants_of(explanation.program):
+    for _, variant, traced in explanation.program.all_variants():
         if variant.name not in seen:
             seen.add(variant.name)
             yield variant, traced
