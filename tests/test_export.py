@@ -305,6 +305,12 @@ def test_it_is_called_like_the_model(archive):
     assert cachepass.summary(loaded).contexts == ("default", "another")
     cachepass.warmup(loaded, x, t)
     assert cachepass.summary(loaded).contexts == ("default", "another")
+    with (
+        cachepass.cache_context("request"),
+        loaded.cache_context("cond", step_index=0, sigma=None),
+    ):  # as Wan's pipeline
+        assert torch.equal(loaded(x, t), first)
+    assert cachepass.summary(loaded).contexts == ("default", "another", "request/cond")
     assert str(inspect.signature(loaded.forward)) and "exported for cpu" in repr(loaded)
 
 

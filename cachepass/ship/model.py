@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from ..run.context import cache_context
+from ..run.context import hear
 from ..run.dispatch import Dispatcher
 from ..run.live import reset_around
 from .binding import leaves_of
@@ -57,10 +58,14 @@ class LoadedModel(torch.nn.Module):
         return answer(self._sizes, leaves)
 
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """As of diffusers' models: calls in it are of this context. Pipelines call it."""
-        with cache_context(name):
+    def cache_context(self, name: str, **told: Any) -> Iterator[None]:
+        """As of diffusers' models: calls in it are of this context. Pipelines call it, and may tell more of the step
+        (``step_index``, ``num_inference_steps``, ``timestep``)."""
+        hear(self, SimpleNamespace(name=name, **told))
+        try:
             yield
+        finally:
+            hear(self, None)
 
     def _reset_stateful_cache(self) -> None:
         """Pipelines of diffusers say so at their end: the run is over."""
