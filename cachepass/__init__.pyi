@@ -27,6 +27,8 @@ from .errors import (
     OptionError,
     OutputError,
     PartialGraphError,
+    PoolError,
+    RowsError,
     TimestepError,
     TrainingError,
 )
@@ -38,8 +40,9 @@ from .inspect.summary import Summary, summary
 from .options import CompileOptions
 from .recipe.guidance import Guidance
 from .recipe.recipe import Group, Part, Recipe
+from .run.called import rows
 from .run.context import cache_context
-from .run.live import recompile, reset
+from .run.live import recompile, release, reset
 from .ship.apply import apply
 from .ship.export import Exported, export
 from .ship.load import load
@@ -83,8 +86,10 @@ __all__ = [
     "OutputError",
     "Part",
     "PartialGraphError",
+    "PoolError",
     "PyramidAttentionBroadcastConfig",
     "Recipe",
+    "RowsError",
     "SeaCacheConfig",
     "Summary",
     "TaylorSeerCacheConfig",
@@ -107,7 +112,9 @@ __all__ = [
     "mag_ratios",
     "memory",
     "recompile",
+    "release",
     "reset",
+    "rows",
     "schedule",
     "summary",
     "tune",

@@ -55,7 +55,7 @@ from .program.trace import Traced, hoist_alike, trace
 from .program.variants import Program
 from .recipe.frequency import LatentFormat
 from .recipe.vocabulary import Skip, Target
-from .run.context import context_of, guidance_partner, hear
+from .run.context import context_of, guidance_partner, hear, surroundings, unparted
 from .run.dispatch import Dispatcher
 from .run.guidance import comes_alone
 from .run.instance import HalfRun
@@ -94,6 +94,8 @@ def cached_inductor(
                 f"Methods: {', '.join(method_names())}",
             )
             return _torch.plain_inductor(gm, inputs, parsed.inductor)
+        if surroundings().rows is not None:
+            raise unparted()
         heard: list[str] = []
         start = time.time()
         shown = parsed.progress and parsed.lowering != "eager"

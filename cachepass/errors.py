@@ -68,6 +68,14 @@ class CaptureError(CachepassError):
     """The caller captures a CUDA graph around the model: every replay would be the one step that was captured."""
 
 
+class RowsError(CachepassError):
+    """A call of several requests at once (``cachepass.rows``) that cannot be made, or not of this model."""
+
+
+class PoolError(CachepassError):
+    """A request needs memory in a pool in which every place is taken."""
+
+
 class NotCompiledError(CachepassError):
     """``summary`` was asked about a model that no ``cached_inductor`` program belongs to."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,12 @@ class CompileOptions:
             default one.
         share_blocks: Compile blocks that are the same once, and call that for each: what compiling takes grows far less
             with the depth of the model. Not for ``lowering="cond"`` and Inductor's ``cpp_wrapper``, which has no calls.
+        pool_requests: Requests that are called as rows (``cachepass.rows``) and keep something at the same time: memory
+            for so many is taken when the first is called, for each size of latents.
+        pool_wait: Seconds that a request waits for its place there while all are taken, until another one is released;
+            0: it is an error at once.
+        row_sizes: How many rows a program takes. Rows that are in one phase are parted into calls of these sizes, the
+            largest first: nothing is computed for nobody.
         progress: Show on a terminal what is being compiled.
         inductor: Everything else, as Inductor config patches.
     """
@@ -63,6 +70,9 @@ class CompileOptions:
     invariant_bytes: int | None = 2**30
     process_group: Any = None
     share_blocks: bool = True
+    pool_requests: int = 16
+    pool_wait: float = 0.0
+    row_sizes: tuple[int, ...] = (1, 2, 4, 8)
     progress: bool = True
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -113,7 +123,7 @@ def parse_options(
             )
     if ours.get("cache") is not None:
         ours["cache"] = parse_cache(ours["cache"])
-    for key in ("invariant_inputs", "varying_inputs"):
+    for key in ("invariant_inputs", "varying_inputs", "row_sizes"):
         if isinstance(ours.get(key), list):
             ours[key] = tuple(ours[key])
     if ours.get("process_group") is not None:
@@ -157,6 +167,14 @@ def _are_names(value: object) -> bool:
     return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, tuple) and 1 in value and all(_is_int(size, 1) for size in value)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= threading.TIMEOUT_MAX
+
+
 def _is_scale(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value is None or (is_number and 0 < value < math.inf)
@@ -173,6 +191,9 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "invariant_inputs": (_are_names, "a list of names of model inputs"),
     "varying_inputs": (_are_names, "a list of names of model inputs"),
     "max_cache_bytes": (lambda v: v is None or _is_int(v, 1), "a number of bytes or None"),
+    "pool_requests": (lambda v: _is_int(v, 1), "an int >= 1"),
+    "pool_wait": (_is_time, "a number of seconds"),
+    "row_sizes": (_are_sizes, "a list of ints >= 1, with 1 among them"),
     "invariant_bytes": (lambda v: v is None or _is_int(v, 0), "a number of bytes or None"),
 }
 

@@ -115,7 +115,7 @@ def test_layouts_are_bounded():
     for size in range(4, 90):
         x = torch.randn(2, size, 8)
         model(x, torch.full((2,), 900.0 - size), tokens(3))
-    assert all(len(dispatcher._layouts) <= 64 for dispatcher, _ in programs_of(model))
+    assert all(len(dispatcher.places._layouts) <= 64 for dispatcher, _ in programs_of(model))
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "4GB"])

@@ -1,6 +1,6 @@
 from .captures import allow_captures, drop_captures, many_captures, traced_from
 from .collectives import any_of_ranks, default_group, is_collective, is_process_group, is_wait, sum_over, world_size
-from .compiled import compile_options
+from .compiled import compile_options, on_compiled_calls
 from .dynamo import (
     Frame,
     call_traced,
@@ -45,8 +45,10 @@ from .inductor import (
     is_view,
     is_wrapper,
     kernels_side_by_side,
+    map_leaves,
     map_tensors,
     number_of,
+    over_rows,
     plain_inductor,
     save_context,
     storage_of,
@@ -109,10 +111,13 @@ __all__ = [
     "is_wrapper",
     "kernels_side_by_side",
     "many_captures",
+    "map_leaves",
     "map_tensors",
     "module_of",
     "number_of",
     "offsets",
+    "on_compiled_calls",
+    "over_rows",
     "parts_traced",
     "placeholder_source",
     "plain_inductor",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+import wrapt
+
+_intercepted: list[Callable[..., Any]] = []
 
 
 def compile_options(compiled: object) -> tuple[dict[str, Any] | None, str | None] | None:
@@ -20,3 +26,24 @@ def compile_options(compiled: object) -> tuple[dict[str, Any] | None, str | None
             return kwargs.get("options"), kwargs.get("mode")
         backend = getattr(backend, "_torchdynamo_orig_backend", None)
     return None
+
+
+def on_compiled_calls(handler: Callable[..., Any]) -> None:
+    """From now on, have ``handler(module, call, args, kwargs)`` called in place of every call of a module that
+    ``torch.compile(module)`` made with this project's backend."""
+    if handler in _intercepted:
+        return
+    _intercepted.append(handler)
+
+    def install(eval_frame: Any) -> None:
+        own = eval_frame.OptimizedModule.__call__
+
+        @functools.wraps(own)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if compile_options(self) is None:
+                return own(self, *args, **kwargs)
+            return handler(self._orig_mod, functools.partial(own, self), args, kwargs)
+
+        eval_frame.OptimizedModule.__call__ = call
+
+    wrapt.register_post_import_hook(install, "torch._dynamo.eval_frame")

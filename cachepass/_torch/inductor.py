@@ -12,7 +12,12 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._C._functorch import get_unwrapped, is_batchedtensor  # pyright: ignore[reportMissingImports]
+from torch._C._functorch import (  # pyright: ignore
+    _is_vmap_fallback_enabled,  # pyright: ignore
+    _set_vmap_fallback_enabled,  # pyright: ignore
+    get_unwrapped,
+    is_batchedtensor,
+)
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops.cond import cond_op
@@ -256,6 +261,12 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     return pytree.tree_map_only(torch.Tensor, function, value)
 
 
+def map_leaves(function: Callable[[Any], Any], value: Any, is_leaf: Callable[[Any], bool]) -> Any:
+    """Nested lists, tuples and dicts, and what else torch knows to be made of values, with the function's result for
+    each leaf, and for whatever ``is_leaf`` says is one."""
+    return pytree.tree_map(function, value, is_leaf=is_leaf)
+
+
 def flatten(value: Any) -> tuple[list[Any], Any]:
     """Leaves and structure of nested lists, tuples and dicts."""
     return pytree.tree_flatten(value)
@@ -278,6 +289,24 @@ def trace(function: Callable[..., Any], leaves: Sequence[torch.Tensor], spec: An
         return outputs
 
     return make_fx(flat, decomposition_table=select_decomp_table())(*leaves), results[-1]
+
+
+def over_rows(function: Callable[..., Any], dims: Sequence[int | None]) -> Callable[..., Any]:
+    """``torch.vmap`` over the arguments that have a dimension in ``dims``, without its loop over single calls.
+
+    The result raises a RuntimeError where an operation has no rule for it.
+    """
+    mapped = torch.vmap(function, in_dims=tuple(dims))  # pyright: ignore[reportArgumentType]
+
+    def call(*args: Any) -> Any:
+        before = _is_vmap_fallback_enabled()
+        _set_vmap_fallback_enabled(False)
+        try:
+            return mapped(*args)
+        finally:
+            _set_vmap_fallback_enabled(before)
+
+    return call
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

@@ -103,7 +103,8 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions, 
     static = None if _torch.is_symbolic(gm) else kind_of([inputs[i] for i in latents])
     telling = _telling(named, inputs, {*latents, timestep}, options)
     names = tuple(named.names[i] for i in telling)
-    layout = InputLayout(named.identity, latents, timestep, static, telling, names, sizing)
+    sizes = _first_sizes(gm, named)
+    layout = InputLayout(named.identity, latents, timestep, static, telling, names, sizing, sizes)
     notes, probe = selection.notes, selection.probe
     if probe is not None and probe.region is None and not probe.of_model:
         notes = (*notes, f"the probe looks at the input {listing([named.names[i] for i in latents[:1]])}")
@@ -217,6 +218,13 @@ def _telling(
         for i in named.own
         if i not in varying and tells(inputs[i]) and not any(is_declared(named.names[i], given) for given in declared)
     )
+
+
+def _first_sizes(gm: fx.GraphModule, named: GraphInputs) -> tuple[tuple[str, int], ...]:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = [(named.names[i], placeholders[i].meta.get("example_value")) for i in named.own]
+    sizes = [(name, v.shape[0]) for name, v in values if isinstance(v, torch.Tensor) and v.ndim]
+    return tuple((name, size) for name, size in sizes if isinstance(size, int))
 
 
 def _check_declared(named: GraphInputs, options: CompileOptions, *, whole: bool) -> None:

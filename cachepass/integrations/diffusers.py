@@ -29,6 +29,7 @@ import torch
 from ..capture.inputs import kind_of
 from ..errors import ConfigError, NotCompiledError
 from ..options import parse_options
+from ..run.called import called
 from ..run.context import cache_context, context_of, guidance_partner, telling
 from ..run.live import ENABLED, denoiser_of, denoisers_of, forget
 from ..ship.export import Exported
@@ -280,7 +281,7 @@ def _forward(compiled: Callable[..., Any], original: Callable[..., Any], enabled
     @functools.wraps(original)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         with (self.__dict__.get(ENABLED) or enabled).step():
-            return compiled(self, *args, **kwargs)
+            return called(self, functools.partial(compiled, self), args, kwargs)
 
     return forward
 

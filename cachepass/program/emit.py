@@ -31,10 +31,15 @@ class Emitter:
     @contextlib.contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
         """What is emitted in this block stands before a node, and is of the same module and line."""
+        with self.graph.inserting_before(node), self.of(node):
+            yield
+
+    @contextlib.contextmanager
+    def of(self, node: fx.Node) -> Iterator[None]:
+        """What is emitted in this block is of the same module and line as a node, of this graph or another."""
         before = self._origin
         self._origin = {key: node.meta[key] for key in _ORIGIN if key in node.meta}
-        with self.graph.inserting_before(node):
-            yield
+        yield
         self._origin = before
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

@@ -36,14 +36,11 @@ def lower(
     shared: tuple[Shared, ...] = ()
     nodes = sum(node.op not in ("placeholder", "output") for node in variant.gm.graph.nodes)
     if lowering == "eager":
-        run = _eager(variant.gm)
+        run = as_it_is(variant.gm)
     else:
         ready = make_ready(variant, own_inputs, shares=shares, adopts=not context.cudagraphs)
         shared = ready.shared
-        with no_advice_on_complex_numbers(ready.gm):
-            compiled = ready.compile(context, cudagraphs=variant.repeated)
-        compiled = compiled if ready.read is None else _picking(compiled, ready.read)
-        run = _giving_numbers(compiled, ready.inputs, ready.numbers) if ready.numbers else compiled
+        run = ready.lower(context, cudagraphs=variant.repeated)
         run = adopting(run, ready.adopting) if ready.adopting else run
     return LoweredVariant.of(
         variant.name, run, variant.inputs, variant.kept, time.perf_counter() - start, nodes=nodes, shared=shared
@@ -77,6 +74,13 @@ class Ready:
         given = [*self.inputs, *self.numbers]
         return context.compile(self.gm, given, self.static, read=self.read, cudagraphs=cudagraphs)
 
+    def lower(self, context: SavedContext, *, cudagraphs: bool) -> Callable[[list[Any]], Any]:
+        """The same, which takes all inputs of the variant."""
+        with no_advice_on_complex_numbers(self.gm):
+            compiled = self.compile(context, cudagraphs=cudagraphs)
+        compiled = compiled if self.read is None else _picking(compiled, self.read)
+        return _giving_numbers(compiled, self.inputs, self.numbers) if self.numbers else compiled
+
 
 def make_ready(variant: Variant, own_inputs: Sequence[Any], *, shares: bool, adopts: bool) -> Ready:
     """The graph of a variant as it is given to Inductor. ``adopts``: slots may take over the memory of values; the
@@ -90,11 +94,18 @@ def make_ready(variant: Variant, own_inputs: Sequence[Any], *, shares: bool, ado
         if not isinstance(role, _MOVING) and not _torch.depends_on_data(inputs[i])
     ]
     adoption = adopt(variant.gm, variant.inputs, len(own_inputs)) if adopts else Adoption(variant.gm, ())
-    gm, numbers = _given_numbers(adoption.gm)
+    return ready_of(adoption, inputs, static, is_own=adoption.gm is not variant.gm, shares=shares)
+
+
+def ready_of(adoption: Adoption, inputs: Sequence[Any], static: Sequence[int], *, is_own: bool, shares: bool) -> Ready:
+    """A graph as it is given to Inductor, on inputs of which ``static`` stay where they are. ``is_own``: the graph may
+    be changed."""
+    given = adoption.gm
+    gm, numbers = _given_numbers(given)
     gm, shared = share(gm) if shares else (gm, ())
-    gm, read = _without_unread(gm, is_own=gm is not variant.gm, few=bool(adoption.slots))
+    gm, read = _without_unread(gm, is_own=is_own or gm is not given, few=bool(adoption.slots))
     read = None if read is None else tuple(read)
-    return Ready(gm, inputs, tuple(static), read, tuple(numbers), shared, adoption.slots)
+    return Ready(gm, tuple(inputs), tuple(static), read, tuple(numbers), shared, adoption.slots)
 
 
 def _given_numbers(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.SymInt]]:
@@ -171,7 +182,9 @@ def no_advice_on_complex_numbers(gm: fx.GraphModule) -> Iterator[None]:
         yield
 
 
-def _eager(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
+def as_it_is(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """A graph that runs uncompiled."""
+
     def run(inputs: list[Any]) -> Any:
         with torch.no_grad():
             return gm(*inputs)

@@ -23,6 +23,7 @@ from .sizes import SymbolBinder
 from .slots import NamedSlot
 
 if TYPE_CHECKING:
+    from .row_variant import RowRunnable
     from .share import Shared
 
 
@@ -139,6 +140,15 @@ class Runnable(ABC):
     @abstractmethod
     def compile_once(self, route: Route) -> Once | None:
         """The program that computes what is kept for a run, if a route has one."""
+
+    @abstractmethod
+    def for_rows(self, differ: frozenset[int], seats: int) -> RowRunnable:
+        """The programs for several requests at once. ``differ``: indices of the inputs that differ from row to row;
+        ``seats``: how many requests may keep something.
+
+        Raises:
+            RowsError: There are none, with the reason.
+        """
 
     def side_by_side(self) -> AbstractContextManager[None]:
         """Programs that are compiled in this block wait for each other's kernels; none of them may run in it."""

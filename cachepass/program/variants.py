@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from .. import _torch
+from ..errors import RowsError
 from ..recipe.vocabulary import WHOLE, Route
 from .dump import dump
 from .flops import count_flops
@@ -24,6 +25,7 @@ from .phases import Phase, phase_name
 from .plan import CachePlan
 from .progress import compiling
 from .rewrite import Canonical, rewrite
+from .row_programs import RowPrograms
 from .runnable import Invariants, LoweredVariant, Once, Runnable, decision_name, once_name
 from .sizes import SymbolBinder
 from .specialize import Variant, all_phases, specialize, specialize_rest, up_to_decision
@@ -49,13 +51,39 @@ class Program(Runnable):
         on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in full.inputs)
         super().__init__(plan, on_cuda=on_cuda)
         self.full, self.half, self.lowering, self.shares = full, half, lowering, shares
-        self._progress = progress and lowering != "eager"
+        self.shows_progress = progress and lowering != "eager"
         self._canonical: dict[Route, Canonical] = {}
         self._flops: dict[Phase, int | None] = {}
         self._by_phase: dict[tuple[Route, tuple[str, ...]], LoweredVariant] = {}
         self._once: dict[Traced, Once] = {}
         self._invariants = {traced: _invariants(traced) for traced in (full, half) if traced is not None}
+        self._for_rows: dict[tuple[frozenset[int], int], RowPrograms] = {}
         self._lock = threading.RLock()
+
+    def for_rows(self, differ: frozenset[int], seats: int) -> RowPrograms:
+        key = differ, seats
+        with self._lock:
+            if key not in self._for_rows:
+                self._refuse_rows()
+                self._for_rows[key] = RowPrograms(self, differ, seats)
+            return self._for_rows[key]
+
+    def _refuse_rows(self) -> None:
+        """Raise a RowsError where the programs are of a kind that has none for rows."""
+        plan, reason = self.plan, None
+        if self.lowering == "cond":
+            reason = 'lowering="cond" decides inside of a program, for one request', 'use lowering="specialize"'
+        elif plan.output is not None and plan.output.halved:
+            reason = (
+                "it was captured for guidance batches, of which steps skip a half",
+                "call it in cachepass.cache_context('cond') and then in ('uncond'), inside of the rows",
+            )
+        elif plan.process_group is not None or any(map(_torch.is_collective, self.full.gm.graph.nodes)):
+            reason = "ranks run it together", "run it on one rank, or call it once for each request"
+        elif any(cut.sized_by_data for cut in plan.live_cuts):
+            reason = "sizes of what is kept depend on data", "call it once for each request"
+        if reason is not None:
+            raise RowsError(f"this model takes no rows: {reason[0]}", where="cachepass.rows", hint=reason[1])
 
     def flops(self, phase: Phase) -> int | None:
         if phase not in self._flops:
@@ -125,7 +153,7 @@ class Program(Runnable):
         """``start``: when making the variant began."""
         start = time.perf_counter() if start is None else start
         what = f"compiling {variant.name}, program {len(self.variants) + 1} of at most {self._most}"
-        with self._lock, compiling(what, shown=self._progress):
+        with self._lock, compiling(what, shown=self.shows_progress):
             added = variant.gm.graph.find_nodes(op="placeholder")[len(traced.inputs) :]
             roles = {node.name: role for node, role in zip(added, variant.inputs, strict=True)}
             dump(variant.name, variant.gm.graph, {**traced.names, **role_names(roles, self.plan)})

@@ -12,17 +12,35 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import BatchError
+from ..errors import BatchError, RowsError
 
 DEFAULT = "default"
 WARMUP = "cachepass.warmup"  # the first name of warm-up contexts: their runs are neither counted nor kept
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """The requests whose steps one call makes, in the order of its rows.
+
+    Attributes:
+        names: Of the requests.
+        depth: How many names of contexts stand in front of theirs.
+        timesteps: Of each, in the unit of the config's ranges; None: the model's input tells.
+        dims: For inputs by name: the dimension in which the rows stand; None: the input is the same for all.
+    """
+
+    names: tuple[str, ...]
+    depth: int
+    timesteps: tuple[float, ...] | None
+    dims: Mapping[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,8 @@ class Told:
         schedule: The timesteps of the run, as an object: another one belongs to another run.
         before: What was said before the library said something.
         said_timestep: The timestep that the library said.
+        rows: The requests of a call of several.
+        is_row: The call is one of several that are made at once: its name alone tells whose step it is.
     """
 
     names: tuple[str, ...] = ()
@@ -50,6 +70,20 @@ class Told:
     schedule: Any = None
     before: Told | None = None
     said_timestep: Any = None
+    rows: RowNames | None = None
+    is_row: bool = False
+
+    def row(self, index: int) -> Told:
+        """What is said of one of the requests."""
+        rows = self.rows
+        assert rows is not None
+        names = (*self.names[: rows.depth], *rows.names[index].split("/"), *self.names[rows.depth :])
+        timestep = {} if rows.timesteps is None else {"timestep": rows.timesteps[index]}
+        return _with(self, names=names, rows=None, is_row=True, **timestep)
+
+    def without_timestep(self) -> Told:
+        """The same; the model's input tells the timestep."""
+        return _with(self, timestep=None)
 
     @property
     def context(self) -> str:
@@ -100,7 +134,14 @@ def _belong(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def telling(**more: Any) -> Iterator[None]:
     """Add to what is said of calls inside this block."""
-    token = _told.set(_with(_told.get(), **more))
+    with saying(_with(_told.get(), **more)):
+        yield
+
+
+@contextlib.contextmanager
+def saying(told: Told) -> Iterator[None]:
+    """Say this of calls inside this block, and nothing else."""
+    token = _told.set(told)
     try:
         yield
     finally:
@@ -148,11 +189,45 @@ def cache_context(name: str, *, timestep: float | None = None) -> Iterator[None]
         yield
 
 
+def check_names(names: tuple[Any, ...]) -> None:
+    """Raise unless they are names of requests, each once.
+
+    Raises:
+        TypeError: One is not a string, or empty, or there is none.
+        RowsError: One is there twice.
+    """
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"rows takes names such as 'req-7', one for each row, got {', '.join(map(repr, names))}")
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise RowsError(
+            f"{twice!r} is there twice: one call makes one step of a request",
+            where="cachepass.rows",
+            hint="name the two calls of guidance 'a/cond' and 'a/uncond'",
+        )
+
+
+def unparted() -> RowsError:
+    """The error for a call of several requests that was not parted into them."""
+    return RowsError(
+        "a call in a block of rows was not parted into its rows",
+        where="cachepass.rows",
+        hint="compile the module itself: torch.compile(model, ...), or enable_cache. One that was compiled in place "
+        "(model.compile) is parted after it was called once: cachepass.warmup(model, **inputs_of_one_request)",
+    )
+
+
+def surroundings() -> Told:
+    """What is said of calls of whatever model."""
+    return _told.get()
+
+
 @contextlib.contextmanager
 def warming_up() -> Iterator[None]:
     """Give calls inside this block states that nobody else has."""
     known = _told.get()
-    with telling(names=(WARMUP, *known.names)):
+    rows = None if known.rows is None else dataclasses.replace(known.rows, depth=known.rows.depth + 1)
+    with telling(names=(WARMUP, *known.names), rows=rows):
         yield
 
 

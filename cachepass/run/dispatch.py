@@ -9,7 +9,8 @@ the calls of modules that it runs in or, where a function was captured, from the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ from ..program.sizes import SymbolBinder
 from ..program.verdict import numbers_of
 from ..recipe.schedule import Step
 from ..recipe.vocabulary import PLAIN, Route
+from .context import surroundings, unparted
 from .decide import allows, asks
 from .evidence import Given
 from .guidance import partner_of, route_in
 from .instance import HalfRun, Instance, Instances
-from .invariants import InvariantState
 from .model import Model
+from .places import Places
 from .reach import WARMING
+from .row_step import ROWS
 from .runs import Call, Run
 from .state import OutputState, RunState
 from .step import CurrentCall, Pending, StepCall
@@ -39,7 +42,23 @@ from .stream_capture import refuse_capture
 from .watch import WATCHER
 
 LIVE: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
-_MOST_LAYOUTS = 64  # of sizes that were seen; made anew in a moment
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedStep:
+    """A step of a run that is about to be made.
+
+    Attributes:
+        call: What the schedule says.
+        once: How often what is kept for the run was computed before.
+    """
+
+    instance: Instance
+    run: Run
+    state: RunState
+    step: Step
+    call: StepCall
+    once: int
 
 
 class Dispatcher:
@@ -65,7 +84,7 @@ class Dispatcher:
         self.current = CurrentCall()
         self.capture_seconds = 0.0  # of tracing, by Dynamo and AOTAutograd
         self.warnings: list[str] = []  # of its capture, and of calls outside of the model
-        self._layouts: dict[tuple[int, ...], tuple[Hashable, Callable[[object], int]]] = {}
+        self.places = Places()
         self._warned = False
         LIVE.add(self)
 
@@ -74,12 +93,17 @@ class Dispatcher:
     def __call__(self, *inputs: Any) -> Any:
         assert self.compiled is not None
         refuse_capture(self.program)
+        batch = ROWS.get()
+        if batch is not None:
+            return batch.call(self, batch, inputs)
+        if surroundings().rows is not None:
+            self._refuse_rows()
         if self.is_part and self.program is None and not self.idle_groups:
             return self.compiled(*inputs)  # nothing in it is cached
         instance = self.instances.called(inputs)
         if instance.groups is not None and not instance.groups:
             return self._plain(inputs)  # nothing is cut in this one
-        call = self._call(instance.model, inputs)
+        call = self.call_of(instance.model, inputs)
         if call is None:
             self._warn_outside()
             return self._plain(inputs)
@@ -91,13 +115,19 @@ class Dispatcher:
             return self._plain(inputs)  # nothing tells which trajectory it is a step of
         run.acquire()
         try:
-            partner = self._partner(instance.model)
+            partner = self.partner(instance.model)
             if partner is None:
                 return self._whole_step(instance, run, call, None, inputs)
             with partner.exclusively():
                 return self._whole_step(instance, run, call, partner, inputs)
         finally:
             run.release()
+
+    def _refuse_rows(self) -> None:
+        """A call of several requests came here in one piece."""
+        if self.program is not None:
+            self.program.for_rows(frozenset(), 1)
+        raise unparted()
 
     def _whole_step(self, instance: Instance, run: Run, call: Call, partner: Run | None, inputs: Sequence[Any]) -> Any:
         """A step, and where the graph is the whole model the end of its call."""
@@ -110,58 +140,77 @@ class Dispatcher:
                 instance.model.finish(call, succeeded=succeeded)
         return result
 
-    def _partner(self, model: Model) -> Run | None:
+    def partner(self, model: Model) -> Run | None:
         """The run of the other call of a guidance step; None for a guidance batch, or without guidance."""
         if self.program is None or self.method.guidance is None:
             return None
         output = self.program.plan.output
         return partner_of(model, two_calls=output is not None and not output.halved)
 
-    def _call(self, model: Model, inputs: Sequence[Any]) -> Call | None:
-        """The model's call that this is, or is a part of; None for a part that is called by itself."""
+    def call_of(self, model: Model, inputs: Sequence[Any], timestep: float | None = None) -> Call | None:
+        """The model's call that this is, or is a part of; None for a part that is called by itself. ``timestep``: where
+        it was read already, in the model's unit."""
         if self.is_part:
             return model.current
         layout = self.layout
         kind = layout.static or kind_of([inputs[i] for i in layout.latents])
-        call = Call(kind, None if layout.timestep is None else inputs[layout.timestep])
+        if timestep is None and layout.timestep is not None:
+            timestep = inputs[layout.timestep]
+        call = Call(kind, timestep)
         latents = inputs[layout.latents[0]] if layout.latents else None
         model.find_run(call, Given(latents, layout.names, [inputs[i] for i in layout.conditioning], graph=id(self)))
         return call
 
     def _step(self, instance: Instance, run: Run, call: Call, partner: Run | None, inputs: Sequence[Any]) -> Any:
-        model = instance.model
-        model.enter(call)
         if self.program is None:
+            instance.model.enter(call)
             run.note(self.idle_groups, ())
             assert self.compiled is not None
             return self.compiled(*inputs)
+        prepared = self.prepare(instance, run, call, partner, inputs)
+        self.current.call = prepared.call
+        try:
+            result = self._run(prepared.call, inputs)
+        finally:
+            self.current.call = None
+        self.commit(prepared, self.device(inputs))
+        return result
+
+    def prepare(
+        self, instance: Instance, run: Run, call: Call, partner: Run | None, inputs: Sequence[Any]
+    ) -> PreparedStep:
+        """A call enters its run, and the schedule says what it does."""
+        assert self.program is not None
+        model = instance.model
+        model.enter(call)
         run.cached = bool(self.program.plan.scheduled)
-        state = self._state(instance, run, call, inputs)
-        outputs = self._output(model, run), None if partner is None else self._output(model, partner)
+        place = self.places.of(self, instance, call, inputs)
+        state = place.state(run)
+        outputs = place.output(run), None if partner is None else place.output(partner)
         step = Step(run.clock.index, run.timestep, self._module(instance) if self.method.needs_model else None)
         route = route_in(self.method, model, run, partner, outputs[0], step)
         doubtful = run.is_doubtful or (self.half is not None and run.beside)
         decided = self._decide(instance, state, route, outputs, step, doubtful=doubtful)
-        invariants = self._invariants(model, run, route)
+        invariants = place.invariants(run, route)
         decided.invariants, decided.epoch = invariants, run.epoch
         kept = 0 if invariants is None else invariants.computed
-        self.current.call = decided
-        try:
-            result = self._run(decided, inputs)
-        finally:
-            self.current.call = None
+        return PreparedStep(instance, run, state, step, decided, kept)
+
+    def commit(self, prepared: PreparedStep, device: torch.device) -> None:
+        """A call succeeded: what it kept is history."""
+        instance, run, decided = prepared.instance, prepared.run, prepared.call
         weights = {g: decided.weights.get(g, ()) for g in decided.phase.predicted}
-        state.commit(step, decided.computed, weights, decided.distance)
-        self._note(run, decided, step)
+        prepared.state.commit(prepared.step, decided.computed, weights, decided.distance)
+        self._note(run, decided, prepared.step)
         watcher = WATCHER.get()
         if watcher is not None and not run.warms_up:
-            watcher.saw(run, state, step)
+            watcher.saw(run, prepared.state, prepared.step)
         if run.grew:
-            model.make_room(0, self._device(inputs), run)
+            instance.model.make_room(0, device, run)
             run.grew = False
         if not run.warms_up:
-            instance.count(decided.phase, 0 if invariants is None else invariants.computed - kept)
-        return result
+            computed = 0 if decided.invariants is None else decided.invariants.computed
+            instance.count(decided.phase, computed - prepared.once)
 
     def _note(self, run: Run, call: StepCall, step: Step) -> None:
         """Count what was done; keep the times at which the difference of the branches was written or used."""
@@ -201,7 +250,7 @@ class Dispatcher:
         if not self._warned and model is not None:
             self._warned = True
             warn(
-                f"{self._prefix or 'a part of the model'} is called outside of a call of "
+                f"{self.prefix or 'a part of the model'} is called outside of a call of "
                 f"{type(model.module).__name__}, whose calls are the steps: computed without a cache",
                 self.warnings,
             )
@@ -285,68 +334,13 @@ class Dispatcher:
         return instance.model.module or (None if self.instances.root is None else self.instances.root())
 
     @property
-    def _prefix(self) -> str:
+    def prefix(self) -> str:
         """Path of the module that was captured."""
         return "" if self.instances.siblings is None else self.instances.siblings.prefix
 
-    def _state(self, instance: Instance, run: Run, call: Call, inputs: Sequence[Any]) -> RunState:
-        assert self.program is not None
-        sizes = self.binder.key(inputs)
-        if sizes not in self._layouts:
-            if len(self._layouts) >= _MOST_LAYOUTS:
-                self._layouts.clear()
-            resolve = self.binder.resolver(inputs)
-            self._layouts[sizes] = self.program.plan.layout(resolve, self._prefix), resolve
-        layout, resolve = self._layouts[sizes]
-        # Batches of both branches and conditional ones alone keep the same: the conditional half.
-        kind = call.kind if self.method.guidance is None else None
-        place = kind, instance.prefix, layout
-        key = *place, call.occurrence(place)
-        state = run.states.get(key)
-        if state is None:
-            state = RunState(self.program.plan, resolve)
-            instance.model.make_room(state.planned_bytes, self._device(inputs), run)
-            state = run.states.setdefault(key, state)
-        state.stamp = run.stamp
-        state.follow(run.epoch, run.clock.index)
-        if self.layout.sizing and state.follow_sizes([inputs[i] for i in self.layout.sizing]):
-            instance.model.warn_once(
-                "sizing",
-                "an input that the sizes of kept values depend on is another tensor in the middle of a run, "
-                "so what was kept is dropped and computed anew: give the same tensor object in all steps of a run",
-            )
-        return state
-
-    def _device(self, inputs: Sequence[Any]) -> torch.device:
+    def device(self, inputs: Sequence[Any]) -> torch.device:
         """Where the latents are, and all that is kept."""
         return inputs[self.layout.latents[0]].device if self.layout.latents else torch.device("cpu")
-
-    def _invariants(self, model: Model, run: Run, route: Route) -> InvariantState | None:
-        assert self.program is not None
-        kept = self.program.invariants(route)
-        if kept is None:
-            return None
-        state = run.invariants.get(kept)
-        if state is None:
-            state = InvariantState(kept)
-            model.make_room(kept.slot_bytes, kept.slots[0].device, run)
-            state = run.invariants.setdefault(kept, state)
-        state.stamp = run.stamp
-        return state
-
-    def _output(self, model: Model, run: Run) -> OutputState | None:
-        assert self.program is not None
-        plan = self.program.plan.output
-        if plan is None:
-            return None
-        state = run.outputs.get(plan.slots)
-        if state is None:
-            state = OutputState(plan)
-            model.make_room(plan.slot_bytes, plan.slots[0].device, run)
-            state = run.outputs.setdefault(plan.slots, state)
-        state.stamp = run.stamp
-        state.follow(run.epoch)
-        return state
 
     def modules(self, instance: Instance) -> list[str]:
         """Paths of the modules that are cut in an instance."""
@@ -357,4 +351,4 @@ class Dispatcher:
 
     def _path(self, instance: Instance, path: str) -> str:
         """The path in an instance of what has this path in the one that was captured."""
-        return instance.prefix + path.removeprefix(self._prefix) if self.is_part else path
+        return instance.prefix + path.removeprefix(self.prefix) if self.is_part else path

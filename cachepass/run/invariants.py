@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from .. import _torch
+from ..program.pools import PoolKey
 from ..program.runnable import Invariants
 from ..program.sizes import SymbolBinder
-from .state import allocate
+from .state import Memory
 from .unseen import UNSEEN
 
 
@@ -94,8 +95,8 @@ class InvariantState:
         varies: Its values were others, too; None: not looked at yet.
     """
 
-    def __init__(self, kept: Invariants) -> None:
-        self.kept = kept
+    def __init__(self, kept: Invariants, memory: Memory | None = None) -> None:
+        self.kept, self.memory = kept, memory or Memory()
         self.slots: dict[str, torch.Tensor] = {}
         self.computed = self.changes = 0
         self.stamp = 0  # of the last step that used it
@@ -109,7 +110,7 @@ class InvariantState:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(slot.untyped_storage().nbytes() for slot in self.slots.values())
+        return self.memory.bytes_of(self.slots.values())
 
     def refresh(self, inputs: Sequence[Any], epoch: int, binder: SymbolBinder, run: Callable[[list[Any]], Any]) -> None:
         """Compute the values, unless they hold for ``inputs``: the model's own, in front of what ``run`` writes.
@@ -119,7 +120,8 @@ class InvariantState:
         sizes = binder.key(inputs)
         if sizes != self._sizes or not self.slots:
             resolve = binder.resolver(inputs)
-            self.slots = {slot.name: allocate(slot, resolve) for slot in self.kept.slots}
+            made = ((slot.name, PoolKey("invariant", slot.name), slot) for slot in self.kept.slots)
+            self.slots = {name: self.memory.make(key, slot, resolve) for name, key, slot in made}
             self._sizes, self._seen = sizes, None
         self.changed = None
         unseen = UNSEEN.listen()

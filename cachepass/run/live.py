@@ -12,6 +12,7 @@ import torch
 from .. import _torch
 from ..errors import ConfigError, listing
 from ..options import CompileOptions, parse_options
+from .context import check_names, surroundings
 from .dispatch import LIVE, Dispatcher
 from .instance import Instance
 from .model import Model
@@ -102,6 +103,40 @@ def programs_of(model: object) -> Iterator[tuple[Dispatcher, Instance]]:
     for dispatcher in list(LIVE):
         for instance in dispatcher.instances.of(module):
             yield dispatcher, instance
+
+
+def programs_in(module: torch.nn.Module) -> Iterator[Dispatcher]:
+    """The graphs that calls of a module itself were captured in."""
+    for dispatcher in list(LIVE):
+        if any(i.module is not None and i.module() is module for i in list(dispatcher.instances.values())):
+            yield dispatcher
+
+
+def compiled_in_place() -> Iterator[torch.nn.Module]:
+    """Modules that were captured as they are, by ``module.compile(...)``."""
+    for dispatcher in list(LIVE):
+        for instance in list(dispatcher.instances.values()):
+            module = None if instance.module is None else instance.module()
+            if module is not None and module._compiled_call_impl is not None:
+                yield module
+
+
+def release(*names: str) -> None:
+    """Requests are over, or were cancelled: end their runs in all compiled models, and free what these keep.
+
+    Names are those of :func:`cachepass.rows` or ``cache_context``, below the contexts that the caller stands in; what
+    is below them (``"req-7/cond"``) is meant too. One that nothing is known of is no error: a request may be cancelled
+    before its first step.
+
+    Raises:
+        TypeError: A name is not a string, or empty.
+        ConcurrencyError: One of them is in the middle of a step.
+    """
+    check_names(names)
+    records = {instance.model for dispatcher in list(LIVE) for instance in list(dispatcher.instances.values())}
+    for name in names:
+        for record in records:
+            record.release((*surroundings().names, name))
 
 
 def reset(model: torch.nn.Module | Callable[..., Any] | None = None, *, context: str | None = None) -> None:

@@ -13,7 +13,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -26,17 +26,17 @@ from ..options import CompileOptions
 from ..recipe.vocabulary import Region
 from .clock import scale_of
 from .context import Told, guidance_partner, told
+from .contexts import Contexts
 from .counts import Counts
-from .evidence import Given, Habits, schedule_of
+from .evidence import Given, schedule_of
 from .hooks import watch_calls
-from .review import Review, untold
+from .pool import Pool
+from .review import Review, called_twice, untold
 from .room import Room
 from .runs import Call, Run
-from .trajectories import Beginnings, Trajectories
+from .trajectories import Trajectories
 
 logger = logging.getLogger(__name__)
-_MOST_CONTEXTS = 256  # that are remembered: a server may name one for each request
-_IDLE_CONTEXTS = 2  # whose memory waits for a next run when another context begins: a pair of guidance calls
 _stamps = itertools.count(1)
 
 
@@ -61,13 +61,13 @@ class Model:
         self._watched = options.num_inference_steps is None or method.needs_timestep
         self._scale = options.timestep_scale
         self._callback: Callable[[], float] | None = getattr(method.config, "current_timestep_callback", None)
-        self._trajectories: dict[tuple[int | None, str], Trajectories] = {}
-        self._habits = Habits()
+        self._contexts = Contexts(options.num_inference_steps, self.counts, self._end_run)
         self._review = Review(method, options.num_inference_steps)
         self._unseen: Call | None = None  # the call in which the model was first captured: hooks see no end of it
         self._local = threading.local()
         self._lock = threading.RLock()
         self._hooks: tuple[Any, ...] = ()
+        self._pools: dict[Hashable, Pool] = {}
 
     @property
     def module(self) -> torch.nn.Module | None:
@@ -78,43 +78,11 @@ class Model:
     @property
     def runs(self) -> list[Run]:
         """The runs of all contexts."""
-        with self._lock:
-            return [run for trajectories in self._trajectories.values() for run in trajectories.runs]
+        return self._contexts.runs
 
     def trajectories(self, said: Told) -> Trajectories:
-        """The trajectories of a context. Without the user's word for it they belong to this thread: a library's names
-        are the same in all of them."""
-        context = said.context
-        key = (None if said.names else threading.get_ident()), context
-        found = self._trajectories.get(key)
-        thread = threading.current_thread()
-        if found is not None and (said.names or found.is_of(thread)):
-            found.adopt(thread)
-            return found
-        with self._lock:
-            for other, known in list(self._trajectories.items()) if not said.names else ():
-                if other[0] is not None and other[1] == context and known.is_of(thread):  # of a thread that is over
-                    found = self._trajectories.pop(other)
-            if found is None:
-                self._forget_contexts()
-                steps = self.options.num_inference_steps
-                pair = guidance_partner(context)
-                both = self._trajectories.get((key[0], pair[1])) if pair is not None else None
-                beginnings = Beginnings() if both is None else both.beginnings
-                found = Trajectories(context, said.names, self._habits, beginnings, steps, self._end_run)
-            found.adopt(thread)
-            return self._trajectories.setdefault(key, found)
-
-    def _forget_contexts(self) -> None:
-        """Make room for another context: what the least recently used ones keep, and their names in the counts."""
-        free = [(key, t) for key, t in self._trajectories.items() if not any(run.in_step for run in t.runs)]
-        free.sort(key=lambda item: max((run.stamp for run in item[1].runs), default=0))
-        for key, trajectories in free[: max(len(self._trajectories) - _MOST_CONTEXTS + 1, 0)]:
-            del self._trajectories[key]
-            self.counts.merge({run.context for run in trajectories.runs})
-        idle = [t for key, t in free if key in self._trajectories and t.runs and all(run.is_idle for run in t.runs)]
-        for run in [run for t in idle[: max(len(idle) - _IDLE_CONTEXTS, 0)] for run in t.runs]:
-            run.free()
+        """The trajectories of a context."""
+        return self._contexts.trajectories(said)
 
     def find_run(self, call: Call, given: Given) -> None:
         """Find out which run a call is a step of, from its context and from what it is given."""
@@ -132,7 +100,7 @@ class Model:
                 self.finish(unseen, succeeded=not trajectories.repeats(unseen, call, given))
             if not call.hooked:
                 self._unseen = call
-            run = call.run = trajectories.find(call, given, timestep)
+            run = call.run = trajectories.find(call, given, timestep, is_row=said.is_row)
             if run is not None:
                 if timestep is None and run.clock.index == 0:  # where the next run begins is told by where this one did
                     call.read_again(lambda value: self.read_timestep(value, said, wait=True))
@@ -145,7 +113,33 @@ class Model:
         if together:
             self._doubt_together(run, given.latents.device)
         if run is None:
-            self.warn_once("untold", untold(self.module, trajectories.context, timestep))
+            message = called_twice(trajectories.context, timestep) if said.is_row else None
+            self.warn_once("untold", message or untold(self.module, trajectories.context, timestep))
+
+    def pool(self, place: Hashable, make: Callable[[], Pool], device: torch.device) -> Pool:
+        """The pool of calls of several requests at a place: for what a graph keeps at one size.
+
+        Raises:
+            PoolError: It would take more than may be kept.
+        """
+        with self._lock:
+            if place not in self._pools:
+                pool = make()
+                self.room.add_pool(pool.planned_bytes, pool.seats, device)
+                self._pools[place] = pool
+            return self._pools[place]
+
+    @property
+    def pools(self) -> list[Pool]:
+        """Those of all sizes."""
+        with self._lock:
+            return list(self._pools.values())
+
+    def free_idle(self) -> None:
+        """Free what runs keep that are over and none of whose calls is going on."""
+        for run in self.runs:
+            if run.seats and run.is_idle:
+                run.free()
 
     def _doubt_together(self, run: Run | None, device: torch.device) -> None:
         """Ranks that run one model together compute a step if one of them is in doubt whose it is: the tensors that
@@ -248,16 +242,15 @@ class Model:
     def forget_warmup(self) -> None:
         """Drop the runs of warm-up calls, with all that they keep."""
         self.settle()
-        with self._lock:
-            for key, trajectories in list(self._trajectories.items()):
-                if trajectories.warms_up:
-                    del self._trajectories[key]
+        self._contexts.forget(warmup=True)
 
     def forget(self) -> None:
         """Drop all runs, with all that they keep."""
         self.settle()
+        self._contexts.forget()
         with self._lock:
-            self._trajectories.clear()
+            self._pools.clear()
+            self.room.pools = 0
 
     def reset(self, context: str | None = None) -> None:
         """End the runs of a context, and of those in it. None: of the contexts that the caller stands in or, where it
@@ -267,20 +260,26 @@ class Model:
             ConcurrencyError: One of them is in the middle of a step.
         """
         self.settle()
-        names, thread = told(self.module).names, threading.current_thread()
+        for _, trajectories in self._contexts.meant(told(self.module), context):
+            for run in trajectories.runs:
+                with run.exclusively():
+                    self._end_run(run)
+                    run.forget()
 
-        def is_meant(trajectories: Trajectories) -> bool:
-            if context is not None:
-                named = f"{trajectories.context}/".startswith(f"{context}/")
-                return named and bool(trajectories.names or trajectories.is_of(thread))
-            return trajectories.names[: len(names)] == names and bool(names or trajectories.is_of(thread))
+    def release(self, names: tuple[str, ...]) -> None:
+        """End the runs of a context of these names, and of those in it, and free all that they keep.
 
-        with self._lock:
-            own = [trajectories for trajectories in self._trajectories.values() if is_meant(trajectories)]
-        for run in [run for trajectories in own for run in trajectories.runs]:
-            with run.exclusively():
-                self._end_run(run)
-                run.forget()
+        Raises:
+            ConcurrencyError: One of them is in the middle of a step.
+        """
+        self.settle()
+        for key, trajectories in self._contexts.named(names):
+            for run in trajectories.runs:
+                with run.exclusively():
+                    self._end_run(run)
+                    run.forget()
+                    run.free()
+            self._contexts.drop(key)
 
     def _end_run(self, run: Run, timestep: float | None = None) -> None:
         """A run is over: a call at this timestep begins another or, without one, the user says so."""
@@ -302,6 +301,11 @@ class Model:
         if about not in self._warned:
             self._warned.add(about)
             warn(message, self.warnings)
+
+    @property
+    def watches_time(self) -> bool:
+        """Timesteps are read in every step, wherever they lie."""
+        return self._watched
 
     def read_timestep(
         self, value: Any, said: Told, *, wait: bool = False, unless: Trajectories | None = None

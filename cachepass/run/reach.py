@@ -29,7 +29,7 @@ class Warming:
 
     def compile(self, program: Runnable, method: Method, options: CompileOptions) -> None:
         """Compile what a run can reach of one graph; kernels of all programs side by side."""
-        phases = reachable(program.plan, method, self._steps(method, options))
+        phases = self.phases(program, method, options)
         task = self.bar.add_task("compiling", total=len(phases))
         with program.side_by_side():
             for phase in phases:
@@ -40,6 +40,10 @@ class Warming:
                     program.compile_decision(phase.route)
                 self.bar.advance(task)
             self.bar.update(task, description="compiling kernels")
+
+    def phases(self, program: Runnable, method: Method, options: CompileOptions) -> list[Phase]:
+        """What a run can reach."""
+        return reachable(program.plan, method, self._steps(method, options))
 
     def _steps(self, method: Method, options: CompileOptions) -> list[Step] | None:
         if self.timesteps is not None:

@@ -80,3 +80,13 @@ def untold(module: torch.nn.Module | None, context: str, timestep: float | None)
         f"{name} {why} Such calls are computed without a cache{where}; give each trajectory a name, with "
         'cachepass.cache_context("image-1"): ..., or call cachepass.reset(model) between images'
     )
+
+
+def called_twice(context: str, timestep: float | None) -> str:
+    """What to say of a second call of a step of one of several requests."""
+    when = "with the same latents" if timestep is None else f"at the timestep {timestep:g}"
+    return (
+        f"the row {context!r} was called twice {when}: whose step a call is, its name alone tells. "
+        'The second one is computed without a cache; name both, with cachepass.cache_context("cond"): ... and '
+        '("uncond") inside of cachepass.rows(...)'
+    )

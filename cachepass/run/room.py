@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..errors import PoolError
 from .runs import Run
 
 _SHARE = 4  # by default a model's states take at most a quarter of a device's memory: they live beside the model
@@ -23,18 +24,19 @@ class Room:
 
     Attributes:
         limit: In bytes; None until the device is known, where the user did not say.
+        pools: Bytes of pools, which nobody can make room in.
     """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
+        self.pools = 0
 
     def make(self, needed: int, device: torch.device, runs: Iterable[Run], own: Run) -> None:
         """Drop states until ``needed`` bytes more would fit; those of the current run of ``own``, whose step this is,
         stay."""
-        if self.limit is None:
-            self.limit = memory_of(device) // _SHARE
         runs = list(runs)
-        over = sum(run.cache_bytes for run in runs) + needed - self.limit
+        held = sum(state.cache_bytes for run in runs for _, _, state, _ in _kept(run))
+        over = held + self.pools + needed - self.limit_on(device)
         if over <= 0:
             return
         kept = [one for run in runs if run is own or not run.in_step for one in _kept(run)]
@@ -49,12 +51,33 @@ class Room:
             del holder[key]
             run.dropped = run.dropped or current  # it is known when the run goes on whether it was over
 
+    def limit_on(self, device: torch.device) -> int:
+        """The bound, for what is kept on a device."""
+        if self.limit is None:
+            self.limit = memory_of(device) // _SHARE
+        return self.limit
+
+    def add_pool(self, needed: int, seats: int, device: torch.device) -> None:
+        """A pool of so many bytes is about to be made.
+
+        Raises:
+            PoolError: It is more than may be kept.
+        """
+        limit = self.limit_on(device)
+        if self.pools + needed > limit:
+            raise PoolError(
+                f"a pool for {seats} requests takes {needed} bytes, and no more than {limit - self.pools} may be kept",
+                where='options["pool_requests"]',
+                hint='give fewer, or options["max_cache_bytes"] more',
+            )
+        self.pools += needed
+
 
 def _kept(run: Run) -> Iterator[tuple[Run, Any, Any, Any]]:
-    """Every state of a run, and where it is kept."""
+    """Every state of a run that can make room, and where it is kept."""
     for holder in (run.states, run.outputs, run.invariants):
         for key, state in list(holder.items()):
-            if state.cache_bytes:
+            if state.cache_bytes and not state.memory.pooled:
                 yield run, holder, state, key
 
 

@@ -19,6 +19,7 @@ from .clock import Clock
 from .context import WARMUP
 from .evidence import Given, Memory
 from .invariants import InvariantState
+from .pool import Seat
 from .state import OutputState, RunState
 
 _RECORDED = 1000  # steps of a run that summaries show: a run whose end nobody tells must not fill up
@@ -85,6 +86,7 @@ class Run:
         distance: What the probe measured in this call.
         distances: And in each of the (last) steps; None: it was not asked.
         grew: It began to keep more in this step.
+        seats: Where it keeps it, in the pools of calls of several requests.
         dropped: What was kept in the middle of this run had to make room for others.
     """
 
@@ -110,6 +112,7 @@ class Run:
         self.states: dict[Hashable, RunState] = {}
         self.outputs: dict[Hashable, OutputState] = {}
         self.invariants: dict[Hashable, InvariantState] = {}
+        self.seats: dict[Hashable, Seat] = {}
         self._lock = threading.Lock()
 
     def acquire(self) -> None:
@@ -147,7 +150,7 @@ class Run:
 
     def free(self) -> None:
         """Keep nothing: the next run of this context allocates anew."""
-        for kept in (self.states, self.outputs, self.invariants):
+        for kept in (self.states, self.outputs, self.invariants, self.seats):
             kept.clear()
 
     @property

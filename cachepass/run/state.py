@@ -7,13 +7,14 @@ the step succeeded. Until then the newest outputs are those of the last good ste
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..program.plan import CachePlan, OutputPlan, PlannedCut
+from ..program.pools import PoolKey
 from ..program.roles import History, Next, ProbeSlot
 from ..program.slots import NamedSlot
 from ..recipe.schedule import Step
@@ -31,8 +32,9 @@ class GroupState(GroupHistory):
 class RunState:
     """What one graph keeps in one run: the slots of its cuts, and which of them hold what."""
 
-    def __init__(self, plan: CachePlan, resolve: Callable[[object], int]) -> None:
+    def __init__(self, plan: CachePlan, resolve: Callable[[object], int], memory: Memory | None = None) -> None:
         self.plan, self.resolve = plan, resolve
+        self.memory = memory or Memory()
         self.groups = {group: GroupState() for group in plan.groups}
         self.stamp = 0  # of the last step that used it
         self.rings: dict[int, list[torch.Tensor | None]] = {}
@@ -102,9 +104,8 @@ class RunState:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the slots that are allocated."""
-        probe = 0 if self._probe is None else self._probe.untyped_storage().nbytes()
         slots = [slot for ring in self.rings.values() for slot in ring if slot is not None]
-        return probe + sum(slot.untyped_storage().nbytes() for slot in slots)
+        return self.memory.bytes_of(slots if self._probe is None else [*slots, self._probe])
 
     def slot_list(self, inputs: Sequence[History | Next]) -> list[torch.Tensor]:
         """The slots for a variant's history and next placeholders (``inputs``), as the rings stand now."""
@@ -114,6 +115,32 @@ class RunState:
             known = inputs, [self._slot(role) for role in inputs]
             self._slot_lists[key] = known
         return known[1]
+
+    def make_slots(self) -> None:
+        """Make every slot: programs for several requests know them by number."""
+        for cut in self.plan.live_cuts:
+            self._ring_of(cut.index)
+        if self.plan.probe is not None:
+            self.probe_slot()
+
+    def move(self, memory: Memory) -> None:
+        """Keep the same in other memory."""
+        for index, ring in self.rings.items():
+            cut, key = self.plan.cuts[index], PoolKey("cut", index)
+            for number, slot in enumerate(ring):
+                if slot is not None:
+                    ring[number] = memory.make(key, cut, self.resolve, number).copy_(slot)
+        if self._probe is not None:
+            assert self.plan.probe is not None
+            self._probe = memory.make(PoolKey("probe"), self.plan.probe.slot, self.resolve).copy_(self._probe)
+        self.memory = memory
+        self._slot_lists.clear()
+        if memory.pooled:
+            self.make_slots()
+
+    def page(self, group: str, ring: int, age: int) -> int:
+        """Where in a ring of so many slots a group's output of this age lies, or the next one will."""
+        return (self.groups[group].head + age) % ring
 
     def _slot(self, role: History | Next) -> torch.Tensor:
         ring, head = self._ring_of(role.cut), self.groups[role.group].head
@@ -128,9 +155,11 @@ class RunState:
     def _ring_of(self, index: int) -> list[torch.Tensor | None]:
         ring = self.rings.get(index)
         if ring is None:
-            cut = self.plan.cuts[index]
+            cut, key = self.plan.cuts[index], PoolKey("cut", index)
+            make = self.memory.make
             slots = range(cut.history)
-            ring = self.rings[index] = [None if cut.sized_by_data else allocate(cut, self.resolve) for _ in slots]
+            ring = [None if cut.sized_by_data else make(key, cut, self.resolve, number) for number in slots]
+            self.rings[index] = ring
         return ring
 
     def grams(self, group: str) -> list[torch.Tensor]:
@@ -234,7 +263,7 @@ class RunState:
         """What the probe's value is compared with; anything, until one of a step of the run is kept (``probed``)."""
         if self._probe is None:
             assert self.plan.probe is not None
-            self._probe = allocate(self.plan.probe.slot, self.resolve)
+            self._probe = self.memory.make(PoolKey("probe"), self.plan.probe.slot, self.resolve)
         return self._probe
 
     def _keep(self, group: str, step: Step) -> None:
@@ -249,8 +278,8 @@ class RunState:
 class OutputState:
     """What a run keeps of the model's output, for guidance: one slot for each name, and when they were written."""
 
-    def __init__(self, plan: OutputPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: OutputPlan, memory: Memory | None = None) -> None:
+        self.plan, self.memory = plan, memory or Memory()
         self.stamp = 0  # of the last step that used it
         self.group = GroupState()
         self.slots: dict[str, torch.Tensor] = {}
@@ -265,12 +294,18 @@ class OutputState:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(slot.untyped_storage().nbytes() for slot in self.slots.values())
+        return self.memory.bytes_of(self.slots.values())
+
+    def move(self, memory: Memory) -> None:
+        """Keep the same in other memory."""
+        before, self.slots, self.memory = self.slots, {}, memory
+        for name, slot in before.items():
+            self.slot(name).copy_(slot)
 
     def slot(self, name: str) -> torch.Tensor:
         if name not in self.slots:
             slot = next(slot for slot in self.plan.slots if slot.name == name)
-            self.slots[name] = allocate(slot, int)  # pyright: ignore[reportArgumentType]
+            self.slots[name] = self.memory.make(PoolKey("output", name), slot, int)  # pyright: ignore
         return self.slots[name]
 
     def begin(self) -> None:
@@ -283,6 +318,25 @@ class OutputState:
             self.group.steps, self.group.weights = [index], ()
         else:
             self.group.weights = weights
+
+
+class Memory:
+    """Where slots lie: each in memory of its own."""
+
+    pooled = False
+
+    def make(
+        self,
+        key: PoolKey,  # noqa: ARG002
+        slot: PlannedCut | NamedSlot,
+        resolve: Callable[[object], int],
+        number: int = 0,  # noqa: ARG002
+    ) -> torch.Tensor:
+        """The slot of this number in its ring, with zeros."""
+        return allocate(slot, resolve)
+
+    def bytes_of(self, slots: Iterable[torch.Tensor]) -> int:
+        return sum(slot.untyped_storage().nbytes() for slot in slots)
 
 
 def allocate(slot: PlannedCut | NamedSlot, resolve: Callable[[object], int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -79,20 +79,28 @@ class StepCall:
             self.weights[pending.group] = pending.weights()
 
     def output_slot(self, name: str) -> torch.Tensor:
-        """A slot for what is kept of the model's output: the partner's, if it wrote one of this name."""
+        """A slot for what is kept of the model's output."""
+        return self.holder(name).slot(name)
+
+    def holder(self, name: str) -> OutputState:
+        """Who keeps what is kept of the model's output by a name: the partner, if it wrote that."""
         holder = self.partner if self.partner is not None and name in self.partner.slots else self.output
         assert holder is not None
-        return holder.slot(name)
+        return holder
+
+    def begin(self, *, writes: bool = True) -> None:
+        """The program of the call is about to run; ``writes``: into slots."""
+        if self.state is not None:
+            self.state.begin(self.computed, self.phase.predicted, writes=writes)
+        if self.output is not None and self.difference:
+            self.output.begin()
 
     def run(self, inputs: list[Any]) -> Any:
         """Run the variant of the call's phase on the model's inputs (flat, as AOTAutograd gives them)."""
         carried = self._decide(inputs) if self.program.splits(self.phase.route) else {}
         phase = self.phase
         variant = self.program.compile(phase)
-        if self.state is not None:
-            self.state.begin(self.computed, phase.predicted, writes=not (variant.kept and self.program.plan.returns))
-        if self.output is not None and self.difference:
-            self.output.begin()
+        self.begin(writes=not (variant.kept and self.program.plan.returns))
         self._add_state(inputs, variant)
         inputs.extend(carried[role.name] for role in variant.carried)
         carried.clear()
@@ -173,16 +181,23 @@ class StepCall:
 
     def _add_invariants(self, inputs: list[Any], variant: LoweredVariant) -> None:
         """What is kept for the run, computed first if it does not hold for these inputs."""
+        state = self.refresh(inputs)
+        assert state is not None
+        inputs.extend([state.slots[role.name] for role in variant.invariants])
+
+    def refresh(self, inputs: Sequence[Any]) -> InvariantState | None:
+        """What the route keeps for the run, as it is for these inputs; None: it keeps nothing."""
         route = self.phase.route
         kept = self.program.invariants(route)
-        assert kept is not None
+        if kept is None:
+            return None
         state = self.invariants or InvariantState(kept)
         once = self.program.compile_once(route)
         assert once is not None
         state.refresh(inputs, self.epoch, once.binder, once.run)
         if state.changes == RESTLESS and state.changed is not None:
             self.program.warn_restless(route, state.changed, varies=bool(state.varies))
-        inputs.extend([state.slots[role.name] for role in variant.invariants])
+        return state
 
     def _weights_tensor(self, group: str, weights: tuple[float, ...] | None) -> torch.Tensor:
         dtype, device = self.program.weights_at[group]
@@ -191,10 +206,16 @@ class StepCall:
         return self.program.device_tensor(group, weights, dtype, device)
 
 
+class Running(Protocol):
+    """What runs in place of a compiled graph: the step of one request, or of several."""
+
+    def run(self, inputs: list[Any]) -> Any: ...
+
+
 class CurrentCall(threading.local):
     """The call that a thread is in: set by the dispatcher around the compiled graph, read inside it."""
 
-    call: StepCall | None = None
+    call: Running | None = None
 
 
 def step_runner(current: CurrentCall) -> Callable[[list[Any]], Any]:

@@ -101,10 +101,12 @@ class Trajectories:
         """The latest run, or one that is yet to begin."""
         return self.latest() or self._add(self.context)
 
-    def find(self, call: Call, given: Given, timestep: float | None) -> Run | None:
+    def find(self, call: Call, given: Given, timestep: float | None, *, is_row: bool = False) -> Run | None:
         """The run that a call is a step of, which may be a new one; None: nothing tells. What the call is given is
-        remembered."""
+        remembered. ``is_row``: the name of the context tells, and what the call is given does not."""
         self.beginnings.calls += 1
+        if is_row:
+            return self._by_name(call, given, timestep)
         run = self._steady(call.kind, given, timestep)
         steady = run is not None
         if run is None:
@@ -119,6 +121,21 @@ class Trajectories:
             run.unsure = run.clock.rises_again(timestep)
             run.called = self.beginnings.calls
         self._previous = run
+        return run
+
+    def _by_name(self, call: Call, given: Given, timestep: float | None) -> Run | None:
+        """The run of this name, whose inputs lie in tensors that are made anew for each call of several requests. None:
+        its call of this step was made already."""
+        run = self.first()
+        memory = run.memories.setdefault(call.kind, Memory())
+        if run.clock.index and not run.clock.is_over and run.had(timestep, given, call.kind):
+            return None
+        if self._is_of_another_run(run, given, timestep):
+            self._end(run, timestep)
+        memory.keep(given)
+        run.doubts = ()
+        run.unsure = run.clock.rises_again(timestep)
+        run.called = self.beginnings.calls
         return run
 
     def _steady(self, kind: Hashable, given: Given, timestep: float | None) -> Run | None:

@@ -13,6 +13,7 @@ import torch
 from ..capture.half import HalfCall
 from ..capture.inputs import InputLayout
 from ..capture.siblings import Siblings
+from ..errors import RowsError
 from ..method import Method
 from ..options import CompileOptions
 from ..program.adopting import adopting
@@ -20,6 +21,7 @@ from ..program.liveness import subsets
 from ..program.phases import Phase, phase_name
 from ..program.plan import CachePlan, OutputPlan, ProbePlan
 from ..program.roles import Carried, History, Invariant, Next, Output, Parameters, ProbeSlot, Role
+from ..program.row_variant import RowRunnable
 from ..program.runnable import Invariants, LoweredVariant, Once, Runnable, decision_name, once_name
 from ..program.sizes import SymbolBinder
 from ..recipe.vocabulary import PLAIN, WHOLE, ProbeTarget, Route
@@ -81,6 +83,15 @@ def _graph(binding: Binding, current: CurrentCall) -> Callable[..., list[Any]]:
     return run
 
 
+def no_rows() -> RowsError:
+    """The error for calls of several requests."""
+    return RowsError(
+        "a loaded model takes no rows: its archive has the programs of one request",
+        where="cachepass.rows",
+        hint="call it once for each request, in a cachepass.cache_context of its own, or compile the model",
+    )
+
+
 class LoadedProgram(Runnable):
     """A program whose variants come from an archive: it can compile nothing, and needs not."""
 
@@ -109,6 +120,9 @@ class LoadedProgram(Runnable):
 
     def compile(self, phase: Phase) -> LoweredVariant:
         return self._plain if phase.route is PLAIN else self.variants[phase_name(phase, self.plan.groups)]
+
+    def for_rows(self, differ: frozenset[int], seats: int) -> RowRunnable:  # noqa: ARG002
+        raise no_rows()
 
     def compile_decision(self, route: Route) -> LoweredVariant:
         return self.variants[decision_name(route)]

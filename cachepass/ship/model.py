@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from ..run.context import hear
+from ..run.context import hear, surroundings
 from ..run.dispatch import Dispatcher
 from ..run.live import reset_around
 from .binding import leaves_of
 from .calls import Attributes, SizeRun, answer
-from .loaded import weights_of
+from .loaded import no_rows, weights_of
 from .manifest import Manifest, Size, Weight
 
 _KINDS = inspect._ParameterKind
@@ -53,7 +53,10 @@ class LoadedModel(torch.nn.Module):
             ArchiveError: There is no program for this call: an input has another size, dtype or device than any that
                 was exported, or an argument that is no tensor has another value; or a weight was replaced by one of
                 another size.
+            RowsError: It is called in a block of ``cachepass.rows``.
         """
+        if surroundings().rows is not None:
+            raise no_rows()
         leaves = leaves_of(self._signature, args, kwargs)
         return answer(self._sizes, leaves)
 
