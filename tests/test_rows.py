@@ -1,0 +1,701 @@
+"""Several requests in one call: each row is what its request is alone."""
+
+from __future__ import annotations
+
+import random
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import small_models
+import torch
+import zoo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from row_traces import Request, Server, one_request, request, samples, steps_of, together
+from torch._dynamo.utils import counters
+
+import cachepass
+from cachepass.cut import Blocks
+from cachepass.forecast import Taylor
+from cachepass.run.live import programs_of
+from cachepass.run.row_step import RowsStep
+from cachepass.schedule import Every
+
+TAYLOR = cachepass.TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, taylor_factors_dtype=None)
+PAB = {
+    "method": "pab",
+    "spatial_attention_block_skip_range": 3,
+    "temporal_attention_block_skip_range": 3,
+    "cross_attention_block_skip_range": 3,
+    "spatial_attention_timestep_skip_range": (100, 900),
+}
+METHODS: dict[str, Any] = {
+    "taylorseer": TAYLOR,
+    "pab": PAB,
+    "first block": cachepass.FirstBlockCacheConfig(threshold=0.12),
+}
+MODELS = [name for name in zoo.ZOO if zoo.is_one_graph(name)]
+NOT_ON_ROWS = {"MochiTransformer3DModel": "aten.nonzero"}  # a mask says how many tokens there are
+
+
+def compiled(model: torch.nn.Module | None = None, cache: Any = TAYLOR, **options: Any) -> Any:
+    model = model or small_models.transformer(depth=3)
+    options = {"cache": cache, "lowering": "eager", "progress": False, **options}
+    return torch.compile(model, backend="cached_inductor", fullgraph=True, options=options)
+
+
+def calls_of(seed: int, steps: int) -> list[dict[str, torch.Tensor]]:
+    """Of one request of the small transformer."""
+    made = small_models.calls(steps, seed=seed, batch=1)
+    return [{"x": x, "timestep": torch.full((1,), 900.0 - 800 * s / steps)} for s, (x, _) in enumerate(made)]
+
+
+def requests_of(model: Any, lengths: list[int], prefix: str = "req") -> list[Request]:
+    return [request(model, f"{prefix}-{i}", calls_of(i, steps)) for i, steps in enumerate(lengths)]
+
+
+# ---- every row is its request alone ---------------------------------------------------------------------------------
+
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["step", "step", "step", "join", "cancel", "fail"]), st.integers(0, 2**16)),
+    min_size=4,
+    max_size=24,
+)
+SMALL = {
+    **METHODS,
+    "pab": {key: value for key, value in PAB.items() if "temporal" not in key and "cross" not in key},
+    "first block": cachepass.FirstBlockCacheConfig(threshold=0.2),
+    "dbcache": {"method": "dbcache", "Fn_compute_blocks": 1, "residual_diff_threshold": 0.2},
+    "teacache": {"method": "teacache", "rel_l1_thresh": 0.3, "final_steps": 0},
+    "recipe": cachepass.Recipe((cachepass.Group("blocks", Every(3), (cachepass.Part(Blocks(), Taylor(2)),)),)),
+}
+
+
+@pytest.mark.parametrize("method", SMALL)
+@given(events=EVENTS)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+def test_random_traces(method, events, monkeypatch):
+    """Requests join, leave, are cancelled and fail in the middle, at different steps and of different lengths."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        _play(method, events, monkeypatch)
+
+
+def _play(method: str, events: list[tuple[str, int]], monkeypatch: Any) -> None:
+    model = compiled(cache=SMALL[method], pool_requests=9)
+    server, active, count = Server(model), list[Request](), 0
+    for event, number in [("join", 7), *events, ("step", 3)]:
+        draw = random.Random(number)
+        if event == "join" and len(active) < 8:
+            active.append(request(model, f"req-{count}", calls_of(count, draw.randint(1, 9))))
+            count += 1
+        elif event == "cancel" and active:
+            cachepass.release(active.pop(draw.randrange(len(active))).name)
+        elif active:
+            chosen = draw.sample(active, draw.randint(1, len(active)))
+            if event == "fail":
+                _fail(server, chosen, draw.randint(1, 2), monkeypatch)
+            server.step(chosen)
+        active = [one for one in active if not one.is_over]
+    assert server.worst < 1e-5
+
+
+def _fail(server: Server, chosen: list[Request], launch: int, monkeypatch: Any) -> None:
+    """A call in which one of the programs fails; it changes nothing."""
+    own, left = RowsStep._launch, [launch]
+
+    def failing(self: RowsStep, *args: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError("in the middle")
+        return own(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowsStep, "_launch", failing)
+        given = together([one.calls[one.made] for one in chosen])
+        with cachepass.rows(*(one.name for one in chosen)):
+            try:
+                server.model(**given)
+            except MemoryError:
+                return
+    for one in chosen:  # there was one program alone: the step was made
+        one.made += 1
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_ON_ROWS])
+def test_models_of_the_zoo(name, method):
+    layers = 3 if method == "first block" else None
+    try:
+        model = compiled(zoo.build(name, layers=layers), METHODS[method])
+        requests = [
+            request(model, f"req-{i}", list(steps_of(name, i + 1, steps)), return_dict=False)
+            for i, steps in enumerate((7, 9, 12, 7))
+        ]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        pytest.skip(f"Dynamo cannot trace it for one sample: {str(error).splitlines()[0]}")
+    server = Server(model, {"return_dict": False})
+    server.serve(requests, [0, 1, 3, 9], most=3)
+    assert {1, 2, 3} == set(server.calls)
+    assert server.worst < 1e-5
+
+
+@pytest.mark.parametrize(("name", "reason"), NOT_ON_ROWS.items())
+def test_models_that_take_no_rows_say_why(name, reason):
+    model = compiled(zoo.build(name))
+    given = together([next(steps_of(name, seed, 3)) for seed in (1, 2)])
+    with cachepass.rows("a", "b"), pytest.raises(cachepass.RowsError, match=reason):
+        model(**given, return_dict=False)
+
+
+# ---- one capture ----------------------------------------------------------------------------------------------------
+
+
+def test_any_number_of_rows_is_one_capture_and_one_program_for_each_size_and_phase():
+    model = compiled()
+    counters.clear()
+    server = Server(model)
+    requests = [Request(f"req-{i}", calls_of(i, 8), [torch.zeros(1)] * 8) for i in range(7)]
+    for count in (1, 7, 2, 5, 3):
+        server.step(requests[:count])
+    assert counters["stats"]["unique_graphs"] == 1
+    programs = cachepass.summary(model).variants
+    assert set(programs) <= {f"{phase} x {rows}" for phase in ("compute", "predict") for rows in (1, 2, 4)}
+    assert {"compute x 1", "compute x 4", "predict x 1"} <= set(programs)
+
+
+def test_sizes_of_programs_are_an_option():
+    model = compiled(row_sizes=[1, 3])
+    Server(model).step([Request(f"req-{i}", calls_of(i, 8), [torch.zeros(1)] * 8) for i in range(4)])
+    assert set(cachepass.summary(model).variants) == {"compute x 3", "compute x 1"}
+
+
+def test_sizes_that_are_symbols_take_rows_too():
+    model = torch.compile(
+        small_models.transformer(depth=2),
+        backend="cached_inductor",
+        fullgraph=True,
+        dynamic=True,
+        options={"cache": TAYLOR, "lowering": "eager"},
+    )
+    server = Server(model)
+    server.serve(requests_of(model, [7, 8, 5]), [0, 1, 2])
+    assert server.worst < 1e-5
+
+
+def test_the_warm_up_compiles_every_program_of_so_many_rows():
+    model = compiled(num_inference_steps=8)
+    calls = calls_of(0, 8)
+    with cachepass.rows("a", "b", "c"):
+        programs = cachepass.warmup(model, **together([calls[0]] * 3), progress=False).variants
+    server = Server(model)
+    for count in (1, 2, 3):
+        requests = [Request(f"{count}-{i}", calls_of(i, 8), [torch.zeros(1)] * 8) for i in range(count)]
+        for _ in range(8):
+            server.step(requests)
+    assert cachepass.summary(model).variants == programs
+    assert {name.split()[0] for name in programs} == {"compute", "predict"}
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("method", ["taylorseer", "first block"])
+def test_through_inductor(method):
+    model = compiled(cache=SMALL[method], lowering="specialize", row_sizes=[1, 2])
+    requests = requests_of(model, [5, 6, 4])
+    server = Server(model)
+    server.serve(requests, [0, 0, 2], most=3)
+    assert server.worst < 1e-5
+
+
+# ---- how rows are called --------------------------------------------------------------------------------------------
+
+
+def test_a_request_may_go_on_alone_and_come_back():
+    model = compiled()
+    (one, other), server = requests_of(model, [9, 9]), Server(model)
+
+    def alone(one: Request) -> None:
+        with cachepass.cache_context(one.name):
+            value = model(**one.calls[one.made])
+        server.worst = max(server.worst, zoo.relative_error(value, one.alone[one.made]))
+        one.made += 1
+
+    alone(one)
+    alone(one)
+    for who in ([one, other], [other], [one, other], [other, one]):
+        server.step(who)
+    alone(one)
+    alone(other)
+    for who in ([one, other], [other, one]):
+        server.step(who)
+    assert server.worst < 1e-6
+    marks = cachepass.summary(model).last_runs
+    assert marks[other.name] == {"taylorseer": "##.#..#"}
+    assert marks[other.name]["taylorseer"] == marks[f"{other.name} alone"]["taylorseer"][:7]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_steps_under_inference_mode(inference):
+    model = compiled()
+    with torch.inference_mode(inference):
+        requests = requests_of(model, [6, 8])
+        server = Server(model)
+        server.serve(requests, [0, 1])
+    assert server.worst < 1e-6
+
+
+def test_timesteps_that_are_given_are_not_read():
+    model = compiled(cache=SMALL["pab"], num_inference_steps=6)
+    requests = requests_of(model, [6, 6])
+    server = Server(model)
+    for step in range(6):
+        times = [float(one.calls[step]["timestep"]) for one in requests]
+        for one in requests:
+            one.calls[step]["timestep"] = one.calls[step]["timestep"].clone()
+        server.step(requests, timesteps=times)
+    assert server.worst < 1e-6
+
+
+def test_guidance_by_two_calls_in_contexts_or_as_rows():
+    model = compiled(small_models.transformer(depth=2, cross=True))
+    calls = [calls_of(seed, 7) for seed in (1, 2)]
+    prompts = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0)).split(1)
+
+    def alone(which: int, side: int) -> list[torch.Tensor]:
+        with cachepass.cache_context(f"alone-{which}-{side}"):
+            return [model(**call, context=prompts[2 * which + side]) for call in calls[which]]
+
+    wanted = [[alone(which, side) for side in (0, 1)] for which in (0, 1)]
+    order = [(0, 1), (1, 0), (1, 1), (0, 0)]
+    pairs = [[(0, 0), (1, 0)], [(0, 1), (1, 1)], order]
+    batches = [torch.cat([prompts[2 * which + side] for which, side in pair]) for pair in pairs]
+    worst = 0.0
+    for step in range(7):
+        given = together([calls[0][step], calls[1][step]])
+        with cachepass.rows("a", "b"):
+            for side, name in enumerate(("cond", "uncond")):
+                with cachepass.cache_context(name):
+                    found = model(**given, context=batches[side])
+                for which, value in enumerate(found.split(1)):
+                    worst = max(worst, zoo.relative_error(value, wanted[which][side][step]))
+        with cachepass.rows(*(f"c-{which}/{('cond', 'uncond')[side]}" for which, side in order)):
+            found = model(
+                **together([calls[which][step] for which, _ in order]),
+                context=batches[2],
+            )
+        for (which, side), value in zip(order, found.split(1), strict=True):
+            worst = max(worst, zoo.relative_error(value, wanted[which][side][step]))
+    assert worst < 1e-6
+    marks = cachepass.summary(model).last_runs
+    assert {"a/cond", "b/uncond", "c-0/cond", "c-1/uncond"} <= marks.keys()
+    cachepass.release("a", "b")
+    assert not any(context.startswith(("a/", "b/")) for context in cachepass.memory(model).contexts)
+
+
+def test_the_unconditional_branch_is_skipped_for_each_row():
+    class Denoiser(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = small_models.transformer(depth=2, cross=True)
+
+        def forward(self, hidden_states, timestep, encoder_hidden_states):
+            tokens = hidden_states.flatten(1, 2)
+            return self.model(tokens, timestep, encoder_hidden_states).unflatten(1, hidden_states.shape[1:3])
+
+    cache = cachepass.FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 901),
+        unconditional_batch_skip_range=2,
+        unconditional_batch_timestep_skip_range=(-1, 901),
+        spatial_attention_block_identifiers=("attn",),
+        tensor_format="BCHW",
+    )
+    model = compiled(Denoiser().eval().requires_grad_(False), cache, invariant_inputs=["encoder_hidden_states"])
+
+    def steps(seed: int) -> list[tuple[torch.Tensor, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        x, *prompts = (torch.randn(shape, generator=generator) for shape in ((1, 4, 4, 8), (1, 3, 8), (1, 3, 8)))
+        return [(x * (1 - 0.04 * s), torch.full((1,), 900.0 - 100 * s), *prompts) for s in range(8)]
+
+    def step(calls: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        x, t, cond, uncond = map(torch.cat, zip(*calls, strict=True))
+        with cachepass.cache_context("cond"):
+            first = model(x, t, cond)
+        with cachepass.cache_context("uncond"):
+            return [first, model(x, t, uncond)]
+
+    runs = [steps(1), steps(2)]
+    wanted = []
+    for i, run in enumerate(runs):
+        with cachepass.cache_context(f"alone-{i}"):
+            wanted.append([step([call]) for call in run])
+    for s in range(9):  # the second one begins a step later
+        active = [i for i in (0, 1) if 0 <= s - i < 8]
+        with cachepass.rows(*(f"req-{i}" for i in active)):
+            found = step([runs[i][s - i] for i in active])
+        for row, i in enumerate(active):
+            for got, want in zip(found, wanted[i][s - i], strict=True):
+                torch.testing.assert_close(got[row : row + 1], want)
+    assert cachepass.summary(model).last_runs["req-1/uncond"] == {"unconditional": "#.#.#.#."}
+
+
+def test_two_calls_of_a_step_without_names_are_right_and_warned_of():
+    model = compiled()
+    plain = small_models.transformer(depth=3)
+    calls = [calls_of(seed, 6) for seed in (1, 2)]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", cachepass.CachepassWarning)
+        for step in range(6):
+            given = together([run[step] for run in calls])
+            other = {**given, "x": given["x"] + 0.5}
+            with cachepass.rows("a", "b"):
+                model(**given)
+                torch.testing.assert_close(model(**other), plain(**other))
+    said = [str(w.message) for w in heard if w.category is cachepass.CachepassWarning]
+    assert len(said) == 1 and "called twice" in said[0] and 'cache_context("cond")' in said[0]
+    assert cachepass.summary(model).last_runs["a"] == {"taylorseer": "##.#.."}
+
+
+def test_compiled_in_place():
+    module = small_models.transformer(depth=3)
+    module.compile(
+        backend="cached_inductor", fullgraph=True, options={"cache": TAYLOR, "lowering": "eager", "progress": False}
+    )
+    calls = calls_of(0, 5)
+    with cachepass.rows("a", "b"), pytest.raises(cachepass.RowsError, match="was not parted") as raised:
+        module(**together([calls[0]] * 2))
+    assert "warmup" in (raised.value.hint or "")
+    cachepass.warmup(module, **calls[0], progress=False)
+    server = Server(module)
+    server.serve(requests_of(module, [5, 6]), [0, 1])
+    assert server.worst < 1e-6
+
+
+def test_enabled_in_place():
+    from cachepass.integrations.diffusers import disable_cache, enable_cache
+
+    module = small_models.transformer(depth=3)
+    enable_cache(module, TAYLOR, lowering="eager")
+    server = Server(module)
+    server.serve(requests_of(module, [5, 6]), [0, 1])
+    assert server.worst < 1e-6
+    disable_cache(module)
+
+
+def test_a_block_of_rows_concerns_cached_models_alone():
+    model, other = compiled(), torch.compile(torch.nn.Linear(8, 8), backend="eager")
+    calls = together([calls_of(seed, 1)[0] for seed in (1, 2)])
+    with cachepass.rows("a", "b"):
+        assert other(model(**calls)).shape == (2, 4, 8)
+
+
+def test_results_keep_their_structure():
+    class Several(small_models.Transformer):
+        def forward(self, x, timestep, table):
+            tokens = super().forward(x, timestep)
+            return {"tokens": tokens, "mean": tokens.mean((1, 2)), "first": [x[:, 0], (table, 3)], "max": tokens.max()}
+
+    torch.manual_seed(0)
+    module = Several().eval().requires_grad_(False)
+    model, calls = compiled(module), [calls_of(seed, 1)[0] for seed in (1, 2, 3)]
+    table = torch.randn(5, 8)
+    wanted = [module(**call, table=table) for call in calls]
+    with cachepass.rows("a", "b", "c"):
+        found = model(**together(calls), table=table)
+    torch.testing.assert_close(found["tokens"], torch.cat([w["tokens"] for w in wanted]))
+    torch.testing.assert_close(found["mean"], torch.cat([w["mean"] for w in wanted]))
+    torch.testing.assert_close(found["max"], torch.stack([w["max"] for w in wanted]))
+    torch.testing.assert_close(found["first"][0], torch.cat([w["first"][0] for w in wanted]))
+    assert found["first"][1][1] == 3
+
+
+def test_two_threads_call_rows_of_their_own():
+    model = compiled()
+    requests = requests_of(model, [8, 8, 8, 8])
+    servers, errors = [Server(model), Server(model)], []
+
+    def serve(server: Server, own: list[Request]) -> None:
+        try:
+            with torch.no_grad():
+                server.serve(own, [0, 1])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve, args=(servers[i], requests[2 * i : 2 * i + 2])) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert max(server.worst for server in servers) < 1e-6
+
+
+# ---- the pool -------------------------------------------------------------------------------------------------------
+
+
+def one_call(model: Any, *names: str, steps: int = 8) -> None:
+    with cachepass.rows(*names):
+        model(**together([calls_of(i, steps)[0] for i in range(len(names))]))
+
+
+def test_the_bytes_of_the_pool_are_those_of_the_plan():
+    model = compiled(pool_requests=5)
+    one_call(model, "a", "b")
+    found = cachepass.memory(model)
+    ((dispatcher, _),) = programs_of(model)
+    assert dispatcher.program is not None
+    alone = cachepass.explain(small_models.transformer(depth=3), cache=TAYLOR, **calls_of(0, 8)[0]).cache_bytes
+    assert dispatcher.program.plan.cache_bytes == alone > 0
+    assert found.pool_bytes == 5 * alone
+    assert found.contexts["a"] == (alone, 0)
+
+
+def test_what_is_held_does_not_grow_with_requests():
+    model = compiled(pool_requests=8)
+    held = []
+    for number in range(0, 1000, 4):
+        names = [f"req-{i}" for i in range(number, number + 4)]
+        one_call(model, *names)
+        held.append(cachepass.memory(model).pool_bytes)
+        cachepass.release(*names)
+    assert len(set(held)) == 1
+    assert not cachepass.memory(model).contexts
+    assert len(cachepass.summary(model).contexts) == 0
+
+
+def test_runs_of_known_length_that_are_over_make_room():
+    model = compiled(pool_requests=2, num_inference_steps=3)
+    server = Server(model)
+    for round_ in range(3):
+        requests = [Request(f"{round_}-{i}", calls_of(i, 3), [torch.zeros(1)] * 3) for i in range(2)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cachepass, "release", lambda *_: None)
+            for _ in range(3):
+                server.step(requests)
+
+
+def test_a_full_pool_raises_at_once_and_mixes_nothing():
+    model = compiled(pool_requests=2)
+    requests = requests_of(model, [8, 8])
+    server = Server(model)
+    server.step(requests)
+    with pytest.raises(cachepass.PoolError, match="all 2 places for requests are taken") as raised:
+        one_call(model, "late")
+    assert "release" in (raised.value.hint or "")
+    for _ in range(3):
+        server.step(requests)
+    assert server.worst < 1e-6
+    cachepass.release(requests[0].name)
+    one_call(model, "late")
+
+
+def test_a_request_waits_for_its_place_as_long_as_asked():
+    model = compiled(pool_requests=1, pool_wait=20.0)
+    one_call(model, "a")
+    begun, waited = threading.Event(), []
+
+    def late() -> None:
+        begun.set()
+        with torch.no_grad():
+            one_call(model, "late")
+        waited.append(True)
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    begun.wait()
+    thread.join(0.2)
+    assert thread.is_alive() and not waited
+    cachepass.release("a")
+    thread.join(20)
+    assert waited
+
+
+def test_a_pool_that_is_too_large_is_refused():
+    model = compiled(pool_requests=8, max_cache_bytes=1000)
+    with pytest.raises(cachepass.PoolError, match=r"a pool for 8 requests takes .* no more than 1000 may be kept"):
+        one_call(model, "a")
+
+
+@pytest.mark.parametrize("method", ["taylorseer", "recipe", "first block"])
+def test_what_others_left_in_a_page_never_leaks(method):
+    model = compiled(cache=SMALL[method], pool_requests=2)
+    broken = calls_of(0, 4)
+    for call in broken:
+        call["x"] = torch.full_like(call["x"], torch.inf)
+        with cachepass.rows("x", "y"):
+            model(**together([call, call]))
+    cachepass.release("x", "y")
+    server = Server(model)
+    server.serve(requests_of(model, [7, 8]), [0, 1])
+    assert server.worst < 1e-6
+
+
+def test_release_ends_what_is_below_a_name_and_forgives_unknown_ones():
+    model = compiled()
+    with cachepass.cache_context("tenant"):
+        one_call(model, "a", "b/cond")
+        cachepass.release("b", "never came")
+        assert list(cachepass.memory(model).contexts) == ["tenant/a"]
+    cachepass.release("tenant")
+    assert not cachepass.memory(model).contexts
+
+
+def test_reset_in_a_block_of_rows_begins_them_anew():
+    model = compiled()
+    requests = requests_of(model, [8, 8])
+    server = Server(model)
+    for _ in range(4):
+        server.step(requests)
+    with cachepass.rows(requests[0].name):
+        cachepass.reset(model)
+    requests[0].made = 0
+    for _ in range(4):
+        server.step(requests)
+    assert server.worst < 1e-6
+
+
+# ---- what cannot be told --------------------------------------------------------------------------------------------
+
+
+def test_names():
+    for names in ((), ("",), ("a", 3)):
+        with pytest.raises(TypeError, match="rows takes names such as 'req-7'"), cachepass.rows(*names):  # type: ignore
+            pass
+    with pytest.raises(cachepass.RowsError, match="'a' is there twice"), cachepass.rows("a", "a"):
+        pass
+    with pytest.raises(cachepass.RowsError, match="1 timesteps for 2 rows"), cachepass.rows("a", "b", timesteps=[1.0]):
+        pass
+    with (
+        cachepass.rows("a"),
+        pytest.raises(cachepass.RowsError, match="a block of rows stands in another one"),
+        cachepass.rows("b"),
+    ):
+        pass
+
+
+def test_as_many_names_as_rows():
+    model, calls = compiled(), calls_of(0, 3)
+    with cachepass.rows("a", "b", "c"), pytest.raises(cachepass.RowsError, match="3 names for 2 rows"):
+        model(**together([calls[0]] * 2))
+    with cachepass.rows("a", "b"), pytest.raises(cachepass.RowsError, match="2 names for 4 rows") as raised:
+        model(**together([calls[0]] * 4))
+    assert "a/uncond" in (raised.value.hint or "")
+
+
+def test_inputs_that_are_as_long_as_the_batch():
+    """An input that all requests share, whose first dimension is as many as there are rows."""
+
+    class Positioned(small_models.Transformer):
+        def forward(self, x, timestep, table, img_ids):
+            return super().forward(x + table.sum(0) + img_ids.sum(), timestep)
+
+    torch.manual_seed(0)
+    module = Positioned().eval().requires_grad_(False)
+    shared = {"table": torch.randn(2, 8), "img_ids": torch.randn(2, 3)}
+    calls = [calls_of(seed, 1)[0] for seed in (1, 2)]
+    wanted = torch.cat([module(**call, **shared) for call in calls])
+
+    model = compiled(module)
+    with cachepass.rows("a", "b"), pytest.raises(cachepass.RowsError, match="it may be the same for all") as raised:
+        model(**together(calls), **shared)
+    assert 'dims={"img_ids": None}' in (raised.value.hint or "")
+    with cachepass.rows("a", "b", dims={"img_ids": None, "table": None}):
+        torch.testing.assert_close(model(**together(calls), **shared), wanted)
+    cachepass.release("a", "b")
+    with cachepass.rows("a", "b"):  # one request was captured by now, and tells
+        torch.testing.assert_close(model(**together(calls), **shared), wanted)
+    with (
+        cachepass.rows("c", "d", dims={"tables": None}),
+        pytest.raises(cachepass.RowsError, match="the call has no input 'tables'"),
+    ):
+        model(**together(calls), **shared)
+
+
+def test_rows_in_another_dimension():
+    class Turned(small_models.Transformer):
+        def forward(self, x, timestep, layers):
+            return super().forward(x + layers.mean(0)[:, None], timestep)
+
+    torch.manual_seed(0)
+    module = Turned().eval().requires_grad_(False)
+    layers, calls = torch.randn(3, 2, 8), [calls_of(seed, 1)[0] for seed in (1, 2)]
+    wanted = torch.cat([module(**call, layers=layers[:, i : i + 1]) for i, call in enumerate(calls)])
+    model = compiled(module)
+    with cachepass.rows("a", "b", dims={"layers": 1}):
+        torch.testing.assert_close(model(**together(calls), layers=layers), wanted)
+    with (
+        cachepass.rows("a", "b", dims={"layers": 0}),
+        pytest.raises(cachepass.RowsError, match=r"\(3, 2, 8\) has no 2 rows in dimension 0"),
+    ):
+        model(**together(calls), layers=layers)
+
+
+def test_lists_whose_items_differ():
+    name = "ZImageTransformer2DModel"
+    model = compiled(zoo.build(name))
+    given = together([one_request(name, seed) for seed in (1, 2)])
+    given["x"][1] = torch.cat([given["x"][1]] * 2, -1)
+    with cachepass.rows("a", "b"), pytest.raises(cachepass.RowsError, match="its items are of different sizes"):
+        model(**given, return_dict=False)
+
+    class Sized(small_models.Transformer):
+        def forward(self, x, timestep, lengths):
+            return super().forward(x[:, : lengths[0]], timestep)
+
+    small = compiled(Sized().eval().requires_grad_(False))
+    calls = together([calls_of(seed, 1)[0] for seed in (1, 2)])
+    with cachepass.rows("a", "b"), pytest.raises(cachepass.RowsError, match=r"its items differ: \[3, 4\]"):
+        small(**calls, lengths=[3, 4])
+    with cachepass.rows("a", "b"):
+        assert small(**calls, lengths=[3, 3]).shape == (2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"lowering": "cond"}, "decides inside of a program"), ({"cache": "fastercache"}, "odd|names for")],
+)
+def test_kinds_of_programs_that_take_no_rows(options, reason):
+    if options.get("cache") == "fastercache":
+        model = compiled(zoo.build("CogVideoXTransformer3DModel"), **options)
+        given = together([next(steps_of("CogVideoXTransformer3DModel", seed, 3)) for seed in (1, 2)])
+        given["return_dict"] = False
+    else:
+        model, given = compiled(**options), together([calls_of(0, 1)[0]] * 2)
+    with cachepass.rows("a", "b"), pytest.raises(cachepass.CachepassError, match=reason):
+        model(**given)
+
+
+def test_many_graphs_take_no_rows():
+    class Broken(small_models.Transformer):
+        def forward(self, x, timestep):
+            x = self.blocks[0](x, timestep)
+            torch._dynamo.graph_break()
+            return self.proj_out(self.blocks[1](x, timestep))
+
+    model = torch.compile(
+        Broken().eval().requires_grad_(False), backend="cached_inductor", options={"cache": TAYLOR, "lowering": "eager"}
+    )
+    with cachepass.rows("a", "b"), pytest.raises(cachepass.RowsError, match="the model is many graphs"):
+        model(**together([calls_of(0, 1)[0]] * 2))
+
+
+def test_a_function_is_not_parted():
+    module = small_models.transformer()
+    options = {"cache": TAYLOR, "lowering": "eager"}
+    function = torch.compile(lambda **given: module(**given), backend="cached_inductor", options=options)
+    with cachepass.rows("a", "b"), pytest.raises(cachepass.RowsError, match="was not parted"):
+        function(**together([calls_of(0, 1)[0]] * 2))
+
+
+def test_a_cache_that_never_fires_is_called_row_by_row():
+    with pytest.warns(cachepass.CachepassWarning, match="never fires"):
+        model = compiled(cache=cachepass.TaylorSeerCacheConfig(cache_interval=1))
+        calls = [calls_of(seed, 1)[0] for seed in (1, 2)]
+        with cachepass.rows("a", "b"):
+            found = model(**together(calls))
+    plain = small_models.transformer(depth=3)
+    torch.testing.assert_close(found, torch.cat([plain(**call) for call in calls]))
+    assert samples(found, 2)[0].shape == (1, 4, 8)
