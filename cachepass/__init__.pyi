@@ -1,4 +1,4 @@
-from . import cut, forecast, schedule
+from . import cut, forecast, schedule, serving
 from .config import (
     FLUX_MAG_RATIOS,
     CacheConfig,
@@ -109,6 +109,7 @@ __all__ = [
     "recompile",
     "reset",
     "schedule",
+    "serving",
     "summary",
     "tune",
     "warmup",
