@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
 import math
 import random
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,6 +245,21 @@ def test_predicted_steps_catch_up_and_computed_ones_run_together():
     assert steps_of(Together(), 2, patience=None)[7:9] == ["a.", "b#"]
 
 
+def test_what_gains_nothing_from_company_waits_for_nobody():
+    costs = MeasuredCosts({"#": {1: 10.0, 2: 20.0}, ".": {1: 4.0, 2: 5.0}})
+    scheduler = StepScheduler(policy=CatchUp(costs))
+    scheduler.submit(Request("a", "#."))
+    scheduler.submit(Request("b", "#.."))
+    names = []
+    while (call := scheduler.next()).rows:
+        names.append(" ".join(f"{row.name}{row.phase}" for row in call.rows))
+        scheduler.done(call)
+    assert names == ["a# b#", "a. b.", "b."]
+    scheduler.submit(Request("c", ".#"))
+    scheduler.submit(Request("d", "#"))
+    assert scheduler.next().names == ("d",)
+
+
 def test_whoever_was_passed_over_often_is_called_with_those_that_do_the_same():
     scheduler = StepScheduler(patience=2)
     scheduler.submit(Request("a", "......"))
@@ -449,3 +467,23 @@ def test_grouping_pays_where_a_call_costs_more_than_its_rows():
     catching, first = found(CatchUp(cost)), found(FirstCome())
     assert catching.busy < 0.9 * first.busy
     assert catching.percentile(95) < first.percentile(95)
+
+
+def test_the_benchmark_compares_servers_under_the_same_traffic(monkeypatch):
+    """Calls of two rows cost as much as of one, and a predicted step a tenth of a computed one."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    serving, costs = importlib.import_module("serving"), importlib.import_module("serving_costs")
+    computed, both = {"#": {1: 1.0, 2: 1.0}}, {"#": {1: 1.0, 2: 1.0}, ".": {1: 0.1, 2: 0.1}}
+    measured = costs.Costs(
+        {"plain": computed, "alone": {phase: {1: by[1]} for phase, by in both.items()}, "rows": both},
+        {way: {4: tuple("####" if way == "plain" else "#...")} for way in ("plain", "alone", "rows")},
+    )
+    assert costs.Costs.from_json(json.loads(json.dumps(measured.as_json()))) == measured
+    rows = serving.compared(measured, (0.5,), 200, 0)
+    assert [row["server"] for row in rows] == 2 * list(serving.SERVERS)
+    most = {row["server"]: row["throughput"] for row in rows[len(serving.SERVERS) :]}
+    assert most["no cache"] == pytest.approx(2 / 4)
+    assert most["one at a time"] == pytest.approx(1 / 1.3)
+    assert most["static batches"] == most["rows"] == most["rows, FIFO"] == pytest.approx(2 / 1.3)
+    slow, fast = rows[0], rows[list(serving.SERVERS).index("rows")]
+    assert slow["load"] == fast["load"] and fast["p95"] < 0.5 * slow["p95"] and fast["busy"] < 0.6 * slow["busy"]

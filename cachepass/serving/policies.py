@@ -33,12 +33,12 @@ class Policy(ABC):
 
 
 class CatchUp(Policy):
-    """Rows of one phase at a time, the cheapest phase first: predicted steps catch up until their requests stand at a
-    computed one, and then these run together.
+    """Rows of one phase at a time; the phase that gains least from company goes first.
 
-    A computed step costs several times a predicted one, and a call costs something for being a call. So the expensive
-    programs should run with as many rows as there are; letting the cheap ones go first brings requests that are at
-    different steps to the same kind of step, and they stay together from there.
+    A row costs less the more run with it, and a computed row gains more by that than a predicted one. So predicted
+    steps go first: their requests catch up until they stand at a computed step, too, which then runs once for all of
+    them, and from there they stay together. Where it is the other way round - a model so large that computed rows gain
+    nothing from each other - computed steps go first, and predicted ones run together.
 
     Of one phase, requests that were admitted first go first: they are over soonest. There are as many rows in the call
     as make one row cheapest: 4 of 5, for example, where a program for 8 would run with three rows of nothing.
@@ -53,10 +53,8 @@ class CatchUp(Policy):
 
     def pick(self, ready: Sequence[Row], most: int, due: Row | None) -> Sequence[Row]:
         if due is None:
-            size, phase = min(
-                dict.fromkeys((row.size, row.phase) for row in ready),  # the first admitted of equal cost
-                key=lambda kind: self.cost(kind[1], 1),
-            )
+            kinds = dict.fromkeys((row.size, row.phase) for row in ready)  # of equal ones the first admitted goes first
+            size, phase = min(kinds, key=lambda kind: (self._gain(kind[1], most), self.cost(kind[1], 1)))
         else:
             size, phase = due.size, due.phase
         alike = [row for row in ready if row.phase == phase and row.size == size]
@@ -64,6 +62,11 @@ class CatchUp(Policy):
             alike.remove(due)
             alike.insert(0, due)
         return alike[: self._number(phase, min(len(alike), most))]
+
+    def _gain(self, phase: Hashable, most: int) -> float:
+        """What a row costs less in company."""
+        best = self._number(phase, most)
+        return self.cost(phase, 1) - self.cost(phase, best) / best
 
     def _number(self, phase: Hashable, most: int) -> int:
         if (phase, most) not in self._best:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import OptionError
 
@@ -20,6 +21,7 @@ class Request:
             step, asked when that step is next, may use what was decided so far.
         size: Rows of one call have equal sizes; any value that tells them apart, such as the latents' shape.
         steps: How many there are, where ``phases`` is a function.
+        payload: Whatever the engine needs to make a step, such as the latents; the scheduler does not look at it.
 
     Raises:
         OptionError: There is no name or no step, or ``steps`` says something else than ``phases``.
@@ -29,6 +31,7 @@ class Request:
     phases: Sequence[Hashable] | Callable[[int], Hashable]
     size: Hashable = None
     steps: int = 0
+    payload: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -52,29 +55,35 @@ class Row:
     """One step of one request: a row of a call.
 
     Attributes:
-        name: The request's.
+        request: Whose step it is.
         step: Which of its steps this is, from 0.
-        steps: How many it has.
         phase: What the step does.
-        size: Rows of a call have equal ones.
         arrival: Requests are numbered as they are admitted.
         passed: Calls that were handed out without it since it was ready.
         attempt: How often this step has failed.
     """
 
-    name: str
+    request: Request
     step: int
-    steps: int
     phase: Hashable
-    size: Hashable
     arrival: int
     passed: int = 0
     attempt: int = 0
 
     @property
+    def name(self) -> str:
+        """The request's."""
+        return self.request.name
+
+    @property
+    def size(self) -> Hashable:
+        """Rows of a call have equal ones."""
+        return self.request.size
+
+    @property
     def last(self) -> bool:
         """The request is over when this step is done."""
-        return self.step == self.steps - 1
+        return self.step == self.request.steps - 1
 
 
 @dataclass(frozen=True)

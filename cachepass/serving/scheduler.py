@@ -207,7 +207,7 @@ class StepScheduler:
             self._admitted += 1
 
     def _row(self, request: Request, step: int, arrival: int) -> Row:
-        return Row(request.name, step, request.steps, request.phase(step), request.size, arrival)
+        return Row(request, step, request.phase(step), arrival)
 
     def _pick(self) -> tuple[Row, ...]:
         ready = [active.row for active in self._active.values() if active.call is None]
