@@ -38,13 +38,11 @@ def phases_of(
         OptionError: There are more or fewer timesteps than steps.
         BatchError: The model was captured for guidance batches and the contexts are those of two calls, or the reverse.
     """
-    from ..inspect.explain import Explanation
-
     lanes: Sequence[Lane]
-    if isinstance(model, Explanation):
-        lanes = model.timeline(num_inference_steps, timesteps=timesteps, contexts=contexts)
-    else:
+    if callable(model):
         lanes = _compiled_lanes(model, num_inference_steps, timesteps, contexts)
+    else:
+        lanes = model.timeline(num_inference_steps, timesteps=timesteps, contexts=contexts)
     if not lanes:
         return ("#",) * num_inference_steps  # nothing is cached
     return tuple("".join(marks) for marks in zip(*(lane.marks for lane in lanes), strict=True))
