@@ -1,4 +1,4 @@
-from . import cut, forecast, schedule
+from . import cut, forecast, schedule, serving
 from .config import (
     FLUX_MAG_RATIOS,
     CacheConfig,
@@ -116,6 +116,7 @@ __all__ = [
     "reset",
     "rows",
     "schedule",
+    "serving",
     "summary",
     "tune",
     "warmup",

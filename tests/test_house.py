@@ -12,7 +12,7 @@ PACKAGE = Path(cachepass.__file__).parent
 # doors (``cachepass.cut`` and its like) hand names on to users, and no room goes through them.
 SPINE = (
     "_torch errors", "recipe", "config", "method", "options", "capture", "program", "gpu", "run", "backend", "inspect",
-    "tuning ship", "cli integrations warmup testing", "cut forecast schedule", "__init__",
+    "tuning ship", "cli integrations serving warmup testing", "cut forecast schedule", "__init__",
 )  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(SPINE) for room in rooms.split()}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from ..errors import CachepassError, OptionError
+from ..errors import CachepassError
 from ..method import Method
 from ..options import CompileOptions
 from ..program.flops import count_flops
@@ -19,9 +19,8 @@ from ..program.share import Shared, repeated_blocks
 from ..program.show import diff, readable
 from ..program.variants import Program
 from ..recipe.vocabulary import PLAIN, PLAIN_HALF, Region, Route, Skip, Target
-from ..run.clock import scaled
 from .tables import human_bytes, human_flops, table
-from .timeline import Lane, SimulatedCall, default_contexts, even_timesteps, lanes, simulate_calls
+from .timeline import Lane, SimulatedCall, default_contexts, lanes, run_timesteps, simulate_calls
 
 if TYPE_CHECKING:
     from ..gpu.estimate import GpuEstimate
@@ -162,16 +161,7 @@ class Findings:
         self, num_inference_steps: int | None, timesteps: Sequence[float] | None, contexts: Sequence[str] | None
     ) -> tuple[SimulatedCall, ...]:
         steps = num_inference_steps or (len(timesteps) if timesteps else self.options.num_inference_steps or _STEPS)
-        if timesteps is None:
-            given: Sequence[float] = even_timesteps(steps)
-        elif len(timesteps) != steps:
-            raise OptionError(
-                f"{len(timesteps)} timesteps for {steps} steps",
-                where="timeline",
-                hint="give one of the two, or one timestep for each step",
-            )
-        else:
-            given = scaled(timesteps, self.options.timestep_scale)
+        given = run_timesteps(steps, timesteps, self.options.timestep_scale)
         return simulate_calls(self.method, self.plan, given, contexts or default_contexts(self.plan))
 
     def _phase(self, name: str) -> Phase:

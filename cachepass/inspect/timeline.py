@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import BatchError
+from ..errors import BatchError, OptionError
 from ..method import Method
 from ..program.phases import Phase, phase_name
 from ..program.plan import CachePlan
 from ..recipe.schedule import Step
 from ..recipe.vocabulary import PLAIN, Route
+from ..run.clock import scaled
 from ..run.context import DEFAULT, guidance_partner
 from ..run.decide import Rehearsal, allows, route_of
 
@@ -71,10 +72,16 @@ class Lane:
         """Steps of which the data decide."""
         return sum(cell.state == "decided" for cell in self.cells)
 
+    @property
+    def marks(self) -> str:
+        """What it does in each step: ``"##..#"``."""
+        return "".join(_MARKS[cell.state] for cell in self.cells)
+
     def __str__(self) -> str:
-        marks = "".join(_MARKS[cell.state] for cell in self.cells)
         decided = f", {self.decided} decided by the data" if self.decided else ""
-        return f"{self.context} {self.group}: {marks}  {self.computed} computed, {self.predicted} predicted{decided}"
+        return (
+            f"{self.context} {self.group}: {self.marks}  {self.computed} computed, {self.predicted} predicted{decided}"
+        )
 
 
 _MARKS: dict[State, str] = {
@@ -102,6 +109,23 @@ class _Context:
 def even_timesteps(num_inference_steps: int) -> tuple[float, ...]:
     """An even descent from 1000 that ends one interval above 0, as most schedulers make it."""
     return tuple(1000.0 * (1 - step / num_inference_steps) for step in range(num_inference_steps))
+
+
+def run_timesteps(steps: int, timesteps: Sequence[float] | None, scale: float | None) -> tuple[float, ...]:
+    """Those of one run, in the unit of the config's ranges. ``scale``: what the user said of the model's unit.
+
+    Raises:
+        OptionError: There are more or fewer timesteps than steps.
+    """
+    if timesteps is None:
+        return even_timesteps(steps)
+    if len(timesteps) != steps:
+        raise OptionError(
+            f"{len(timesteps)} timesteps for {steps} steps",
+            where="timeline",
+            hint="give one of the two, or one timestep for each step",
+        )
+    return tuple(scaled(timesteps, scale))
 
 
 def default_contexts(plan: CachePlan) -> tuple[str, ...]:
