@@ -12,7 +12,7 @@ import zoo
 import cachepass
 
 # Inputs that are the same for all requests, in the zoo's models.
-SHARED = {"img_ids", "txt_ids", "image_rotary_emb", "style", "image_meta_size"}
+SHARED = {"img_ids", "txt_ids", "image_rotary_emb"}
 
 Inputs = dict[str, Any]
 
@@ -20,7 +20,7 @@ Inputs = dict[str, Any]
 def one_request(name: str, seed: int) -> Inputs:
     """The inputs of one call of one request; those that requests share have the values of seed 1."""
     given, first = zoo.inputs_of(name, seed), zoo.inputs_of(name, 1)
-    batch = len(given.get("hidden_states", given.get("x")))
+    batch = len(next(given[key] for key in ("hidden_states", "x", "input_ids") if key in given))
     return {key: _first_of(key, first[key] if key in SHARED else value, batch) for key, value in given.items()}
 
 
@@ -29,7 +29,7 @@ def _first_of(key: str, value: Any, batch: int) -> Any:
     if isinstance(value, dict):
         return {name: _first_of(name, item, batch) for name, item in value.items()}
     if isinstance(value, list):
-        return value[:1] if len(value) == batch else value
+        return value[:1] if len(value) == batch and key not in SHARED else value
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or (key in SHARED and value.ndim == 2):
         return value
     return value[: len(value) // batch] if len(value) % batch == 0 else value
@@ -44,6 +44,8 @@ def _together(key: str, values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, dict):
         return {name: _together(name, [value[name] for value in values]) for name in first}
+    if isinstance(first, list) and key in SHARED:
+        return first
     if isinstance(first, list):
         return [item for value in values for item in value]
     if not isinstance(first, torch.Tensor) or first.ndim == 0 or (key in SHARED and first.ndim == 2):
@@ -54,7 +56,7 @@ def _together(key: str, values: list[Any]) -> Any:
 def steps_of(name: str, seed: int, steps: int) -> Iterator[Inputs]:
     """The calls of one request: the latents change smoothly with some noise, the timestep falls from 950."""
     base, clock = one_request(name, seed), zoo.clock_of(name)
-    latents = next(key for key in ("hidden_states", "x", "encoder_hidden_states") if key in base)
+    latents = next(key for key in ("hidden_states", "x", "input_ids") if key in base)
     generator = torch.Generator().manual_seed(100 + seed)
 
     def move(value: Any, step: int) -> Any:

@@ -35,7 +35,13 @@ from .specialize import Variant
 
 
 def over_rows(
-    variant: Variant, own: Sequence[Any], differ: Collection[int], rows: int, plan: CachePlan, seats: int
+    variant: Variant,
+    own: Sequence[Any],
+    differ: Collection[int],
+    rows: int,
+    plan: CachePlan,
+    seats: int,
+    shared: Collection[str] = (),
 ) -> RowGraph:
     """The graph of a variant for so many rows.
 
@@ -46,11 +52,12 @@ def over_rows(
         rows: How many there are.
         plan: What is kept.
         seats: How many requests the pools have room for.
+        shared: What is kept for a run and is the same for all requests, by name.
 
     Raises:
         NotImplementedError: An operation cannot be done on rows; the message says which.
     """
-    return _Writer(variant, own, frozenset(differ), rows, plan, seats).write()
+    return _Writer(variant, own, frozenset(differ), rows, plan, seats, frozenset(shared)).write()
 
 
 class _Writer:
@@ -62,8 +69,10 @@ class _Writer:
         rows: int,
         plan: CachePlan,
         seats: int,
+        shared: frozenset[str],
     ) -> None:
         self.variant, self.own, self.differ, self.rows, self.plan, self.seats = variant, own, differ, rows, plan, seats
+        self.shared = shared
         self.source = variant.gm.graph
         self.graph = fx.Graph()
         placeholders = self.source.find_nodes(op="placeholder")
@@ -77,7 +86,7 @@ class _Writer:
         self.roles = dict(zip(placeholders[len(own) :], variant.inputs, strict=True))
 
     def write(self) -> RowGraph:
-        scalars, carried = self._inputs()
+        shared, scalars, carried = self._inputs()
         slots = list(self.page_of)
         keys = tuple(dict.fromkeys(page for _, page in self.page_of.values()))
         if keys:
@@ -102,28 +111,33 @@ class _Writer:
         inputs = tuple(node.meta["val"] for node in self.graph.find_nodes(op="placeholder"))
         led = tuple(value in self.over.led for value in results)
         gm = _torch.graph_module(self.variant.gm, self.graph)
-        return RowGraph(gm, inputs, scalars, carried, tuple(self.pools), keys, led)
+        return RowGraph(gm, inputs, shared, scalars, carried, tuple(self.pools), keys, led)
 
     # ---- inputs -----------------------------------------------------------------------------------------------------
 
-    def _inputs(self) -> tuple[tuple[Weights | Parameters, ...], tuple[Carried, ...]]:
+    def _inputs(self) -> tuple[tuple[str, ...], tuple[Weights | Parameters, ...], tuple[Carried, ...]]:
         """Placeholders for everything but the pages; what they are."""
         placeholders = self.source.find_nodes(op="placeholder")
         for i, node in enumerate(placeholders[: len(self.own)]):
             value = node.meta.get("val", self.own[i])
             self.env[node] = self._placeholder(node, value, led=i in self.differ)
+        invariants = [(n, role) for n, role in self.roles.items() if isinstance(role, Invariant)]
+        shared = [(node, role) for node, role in invariants if role.name in self.shared]
+        for node, _ in shared:
+            self.env[node] = self._placeholder(node, node.meta["val"], led=False)
         scalars = [(n, role) for n, role in self.roles.items() if isinstance(role, (Weights, Parameters))]
         carried = [(n, role) for n, role in self.roles.items() if isinstance(role, Carried)]
         for node, _ in (*scalars, *carried):
             self.env[node] = self._placeholder(node, node.meta["val"], led=True)
         for node, role in self.roles.items():
-            if isinstance(role, (Weights, Parameters, Carried)):
+            if node in self.env:
                 continue
             pool, page = self._place(role)
             self.page_of[node] = pool, page
             if pool not in self.pools:
                 self.pools[pool] = self._pool(page, node)
-        return tuple(role for _, role in scalars), tuple(role for _, role in carried)
+        names = tuple(role.name for _, role in shared)
+        return names, tuple(role for _, role in scalars), tuple(role for _, role in carried)
 
     def _placeholder(self, node: fx.Node, value: Any, *, led: bool) -> fx.Node:
         if not led or not isinstance(value, torch.Tensor):

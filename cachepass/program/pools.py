@@ -43,16 +43,14 @@ class Page:
     output: str = ""
 
 
-def pooled(plan: CachePlan, invariants: Sequence[NamedSlot]) -> dict[PoolKey, tuple[PlannedCut | NamedSlot, int]]:
-    """Everything that a request keeps: the slot, and how many of them."""
+def pooled(plan: CachePlan) -> dict[PoolKey, tuple[PlannedCut | NamedSlot, int]]:
+    """What a request keeps by the plan: the slot, and how many of them."""
     found: dict[PoolKey, tuple[PlannedCut | NamedSlot, int]] = {
         PoolKey("cut", cut.index): (cut, cut.history) for cut in plan.live_cuts if cut.history
     }
     if plan.probe is not None:
         found[PoolKey("probe")] = plan.probe.slot, 1
-    for kind, slots in (("output", () if plan.output is None else plan.output.slots), ("invariant", invariants)):
-        found |= {PoolKey(kind, slot.name): (slot, 1) for slot in slots}
-    return found
+    return found | {PoolKey("output", slot.name): (slot, 1) for slot in (plan.output.slots if plan.output else ())}
 
 
 def pool_strides(shape: Sequence[Any], stride: Sequence[Any]) -> tuple[Any, ...]:

@@ -14,13 +14,15 @@ from typing import Protocol
 from ..errors import RowsError
 from ..recipe.vocabulary import Route
 from .adopt import Adoption
-from .lower import as_it_is, ready_of
+from .lower import as_it_is, lower, ready_of
 from .over_rows import over_rows
 from .phases import Phase
 from .plan import CachePlan
 from .progress import compiling
-from .row_variant import RowGraph, RowRunnable, RowVariant
-from .runnable import LoweredVariant, decision_name
+from .row_once import Sorted, in_every_step, part_of, sort_kept
+from .row_variant import KeptOnce, RowGraph, RowRunnable, RowVariant
+from .runnable import Invariants, LoweredVariant, Once, decision_name
+from .sizes import SymbolBinder
 from .specialize import Variant
 from .trace import Traced
 
@@ -37,6 +39,7 @@ class Source(Protocol):
     variants: dict[str, LoweredVariant]
 
     def variant(self, phase: Phase) -> Variant: ...
+    def invariants(self, route: Route) -> Invariants | None: ...
     def decision(self, route: Route) -> Variant: ...
     def traced(self, route: Route) -> Traced: ...
 
@@ -52,6 +55,8 @@ class RowPrograms(RowRunnable):
     def __init__(self, program: Source, differ: frozenset[int], seats: int) -> None:
         self.program, self.differ, self.seats = program, differ, seats
         self._known: dict[tuple[object, ...], RowVariant] = {}
+        self._once: dict[tuple[Traced, bool], KeptOnce | None] = {}
+        self._sorted: dict[Traced, Sorted] = {}
         self._lock = threading.RLock()
 
     def compile(self, phase: Phase, rows: int) -> RowVariant:
@@ -66,6 +71,36 @@ class RowPrograms(RowRunnable):
         """The program up to the decision of a route."""
         key = decision_name(route), rows
         return self._compile(key, lambda: self.program.decision(route), route, rows)
+
+    def shared_once(self, route: Route) -> KeptOnce | None:
+        return self._kept_once(route, shared=True)
+
+    def own_once(self, route: Route) -> KeptOnce | None:
+        return self._kept_once(route, shared=False)
+
+    def _kept_once(self, route: Route, *, shared: bool) -> KeptOnce | None:
+        traced, kept = self.program.traced(route), self.program.invariants(route)
+        if kept is None:
+            return None
+        key = traced, shared
+        with self._lock:
+            if key not in self._once:
+                kinds = self._kinds(traced)
+                part = part_of(traced, kept, kinds.shared if shared else kinds.own, self.differ)
+                self._once[key] = None if part is None else self._lower_once(traced, *part)
+            return self._once[key]
+
+    def _lower_once(self, traced: Traced, kept: Invariants, variant: Variant) -> KeptOnce:
+        program = self.program
+        lowered = lower(variant, traced.inputs, program.lowering, traced.context, shares=program.shares)
+        values = [node.meta.get("val") for node in variant.gm.graph.find_nodes(op="placeholder")]
+        sizes = [size for slot in kept.slots for size in (*slot.shape, *slot.stride)]
+        return KeptOnce(kept, Once(lowered.run, SymbolBinder.of(values[: len(traced.inputs)], sizes)))
+
+    def _kinds(self, traced: Traced) -> Sorted:
+        if traced not in self._sorted:
+            self._sorted[traced] = sort_kept(traced, self.differ)
+        return self._sorted[traced]
 
     def _compile(self, key: tuple[object, ...], make: Callable[[], Variant], route: Route, rows: int) -> RowVariant:
         known = self._known.get(key)
@@ -100,8 +135,10 @@ class RowPrograms(RowRunnable):
         Raises:
             RowsError: An operation of the model cannot be done on rows.
         """
+        kinds = self._kinds(traced)
+        whole = in_every_step(variant, traced, kinds.every_step)
         try:
-            return over_rows(variant, traced.inputs, self.differ, rows, self.program.plan, self.seats)
+            return over_rows(whole, traced.inputs, self.differ, rows, self.program.plan, self.seats, kinds.shared)
         except NotImplementedError as error:
             raise RowsError(
                 f"the model cannot be run on several rows at once: {error}",

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ..recipe.vocabulary import Route
+from .once import Invariants, Once
 from .phases import Phase
 from .pools import Page, PoolKey
 from .roles import Carried, Parameters, Role, Weights
@@ -24,9 +25,10 @@ class RowGraph:
     """The graph of a variant for several rows.
 
     Attributes:
-        gm: It takes the model's own inputs, those that differ with rows in front; then ``scalars`` and ``carried``,
-            with rows in front; then the pools; then the page numbers, ``[len(pages), R]``, where there are any.
+        gm: It takes the model's own inputs, those that differ with rows in front; then ``shared``; then ``scalars`` and
+            ``carried``, with rows in front; then the pools; then the page numbers, ``[len(pages), R]``, if there are.
         inputs: As fake tensors and numbers.
+        shared: What is kept for all requests, by name.
         scalars: Weights and parameters.
         carried: What the program up to the decision computed.
         pools: What requests keep.
@@ -36,6 +38,7 @@ class RowGraph:
 
     gm: fx.GraphModule
     inputs: tuple[Any, ...]
+    shared: tuple[str, ...]
     scalars: tuple[Weights | Parameters, ...]
     carried: tuple[Carried, ...]
     pools: tuple[PoolKey, ...]
@@ -58,6 +61,14 @@ class RowVariant:
     kept: tuple[Role, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class KeptOnce:
+    """What is kept for a run, and the program that computes it, of one request's inputs."""
+
+    kept: Invariants
+    once: Once
+
+
 class RowRunnable(ABC):
     """A model's programs for several requests.
 
@@ -70,6 +81,14 @@ class RowRunnable(ABC):
     @abstractmethod
     def compile(self, phase: Phase, rows: int) -> RowVariant:
         """The program of a phase for so many rows."""
+
+    @abstractmethod
+    def shared_once(self, route: Route) -> KeptOnce | None:
+        """What a route keeps for all requests, if anything: the same object each time."""
+
+    @abstractmethod
+    def own_once(self, route: Route) -> KeptOnce | None:
+        """What each request keeps for its run on a route, if anything: the same object each time."""
 
     @abstractmethod
     def compile_decision(self, route: Route, rows: int) -> RowVariant:

@@ -16,11 +16,10 @@ import torch
 from ..errors import warn
 from ..recipe.frequency import wide_dtype
 from ..recipe.vocabulary import WHOLE, Route
+from .once import Invariants, Once
 from .phases import Phase
 from .plan import CachePlan
 from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
-from .sizes import SymbolBinder
-from .slots import NamedSlot
 
 if TYPE_CHECKING:
     from .row_variant import RowRunnable
@@ -75,35 +74,6 @@ class LoweredVariant:
 PARTS: tuple[tuple[type[Role], ...], ...] = (
     (Invariant,), (Predicate, Weights, Parameters, Limit), (ProbeSlot,), (History, Next), (Output,), (Carried,),
 )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Once:
-    """The program that computes what is kept for a run, and how the sizes of what it writes are found."""
-
-    run: Callable[[list[Any]], Any]
-    binder: SymbolBinder
-
-
-@dataclass(frozen=True, eq=False)
-class Invariants:
-    """What is kept for a run.
-
-    Attributes:
-        slots: The values.
-        checked: Indices of the inputs that they depend on, but those that the user declared.
-        resized: Those of them whose sizes may differ from call to call.
-        regions: Ids of the regions that are in what is computed once, and would have been cut.
-    """
-
-    slots: tuple[NamedSlot, ...]
-    checked: tuple[int, ...]
-    resized: frozenset[int]
-    regions: tuple[str, ...]
-
-    @property
-    def slot_bytes(self) -> int:
-        return sum(slot.slot_bytes for slot in self.slots)
 
 
 class Runnable(ABC):

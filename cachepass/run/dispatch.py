@@ -32,7 +32,7 @@ from .evidence import Given
 from .guidance import partner_of, route_in
 from .instance import HalfRun, Instance, Instances
 from .model import Model
-from .places import Places
+from .places import Place, Places
 from .reach import WARMING
 from .row_step import ROWS
 from .runs import Call, Run
@@ -49,12 +49,14 @@ class PreparedStep:
     """A step of a run that is about to be made.
 
     Attributes:
+        place: Where its state is found.
         call: What the schedule says.
         once: How often what is kept for the run was computed before.
     """
 
     instance: Instance
     run: Run
+    place: Place
     state: RunState
     step: Step
     call: StepCall
@@ -191,10 +193,11 @@ class Dispatcher:
         route = route_in(self.method, model, run, partner, outputs[0], step)
         doubtful = run.is_doubtful or (self.half is not None and run.beside)
         decided = self._decide(instance, state, route, outputs, step, doubtful=doubtful)
-        invariants = place.invariants(run, route)
+        kept = None if place.in_pool else self.program.invariants(route)
+        invariants = place.invariants(run, kept)
         decided.invariants, decided.epoch = invariants, run.epoch
-        kept = 0 if invariants is None else invariants.computed
-        return PreparedStep(instance, run, state, step, decided, kept)
+        computed = 0 if invariants is None else invariants.computed
+        return PreparedStep(instance, run, place, state, step, decided, computed)
 
     def commit(self, prepared: PreparedStep, device: torch.device) -> None:
         """A call succeeded: what it kept is history."""

@@ -116,17 +116,11 @@ class Model:
             message = called_twice(trajectories.context, timestep) if said.is_row else None
             self.warn_once("untold", message or untold(self.module, trajectories.context, timestep))
 
-    def pool(self, place: Hashable, make: Callable[[], Pool], device: torch.device) -> Pool:
-        """The pool of calls of several requests at a place: for what a graph keeps at one size.
-
-        Raises:
-            PoolError: It would take more than may be kept.
-        """
+    def pool(self, place: Hashable, make: Callable[[], Pool]) -> Pool:
+        """The pool of calls of several requests at a place: for what a graph keeps at one size."""
         with self._lock:
             if place not in self._pools:
-                pool = make()
-                self.room.add_pool(pool.planned_bytes, pool.seats, device)
-                self._pools[place] = pool
+                self._pools[place] = make()
             return self._pools[place]
 
     @property

@@ -16,9 +16,8 @@ from ..capture.inputs import InputLayout
 from ..method import Method
 from ..options import CompileOptions
 from ..program.pools import pooled
-from ..program.runnable import Runnable
+from ..program.runnable import Invariants, Runnable
 from ..program.sizes import SymbolBinder
-from ..recipe.vocabulary import PLAIN, Route
 from .context import surroundings
 from .instance import Instance
 from .invariants import InvariantState
@@ -111,18 +110,17 @@ class Place:
             )
         return state
 
-    def invariants(self, run: Run, route: Route) -> InvariantState | None:
-        """What a run keeps until its end, on a route that has such values."""
-        kept = self.program.invariants(route)
+    def invariants(self, run: Run, kept: Invariants | None) -> InvariantState | None:
+        """What a run keeps until its end."""
         if kept is None:
             return None
         state = run.invariants.get(kept)
-        if state is None or state.memory.pooled != self.in_pool:
+        if state is None:
             memory = self._memory(run)
             state = InvariantState(kept, memory)
             if not memory.pooled:
                 self.instance.model.make_room(kept.slot_bytes, kept.slots[0].device, run)
-            run.invariants[kept] = state
+            state = run.invariants.setdefault(kept, state)
         state.stamp = run.stamp
         return state
 
@@ -160,12 +158,13 @@ class Place:
         Raises:
             PoolError: They would take more than may be kept.
         """
-        options = self.graph.options
+        options, model = self.graph.options, self.instance.model
+        device = self.graph.device(self.inputs)
 
         def make() -> Pool:
-            routes = {phase.route for phase in self.program.plan.phases if phase.route is not PLAIN}
-            kept = {invariants.slots: None for route in routes if (invariants := self.program.invariants(route))}
-            slots = pooled(self.program.plan, [slot for slots in kept for slot in slots])
-            return Pool(slots, self.resolve, options.pool_requests, options.pool_wait)
+            seats = options.pool_requests
+            pool = Pool(seats, options.pool_wait, lambda needed: model.room.add_pool(needed, seats, device))
+            pool.add(pooled(self.program.plan), self.resolve)
+            return pool
 
-        return self.instance.model.pool(self.key, make, self.graph.device(self.inputs))
+        return model.pool(self.key, make)

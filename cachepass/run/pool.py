@@ -14,14 +14,32 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import PoolError
+from ..program.once import Invariants
 from ..program.plan import PlannedCut
 from ..program.pools import PoolKey, pool_strides
 from ..program.slots import NamedSlot
+from .invariants import InvariantState
 from .state import Memory
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """The pages of one request in one tensor: ``ring`` of this form."""
+
+    ring: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def page_bytes(self) -> int:
+        return self.ring * math.prod(self.shape) * self.dtype.itemsize
 
 
 class Pool:
@@ -31,65 +49,74 @@ class Pool:
         seats: How many requests there is room for.
     """
 
-    def __init__(
-        self,
-        slots: Mapping[PoolKey, tuple[PlannedCut | NamedSlot, int]],
-        resolve: Callable[[object], int],
-        seats: int,
-        wait: float,
-    ) -> None:
+    def __init__(self, seats: int, wait: float, reserve: Callable[[int], None]) -> None:
+        """``reserve`` is told of the bytes of whatever is added, and raises if it is too much."""
         self.seats = seats
-        self._slots, self._resolve, self._wait = slots, resolve, wait
+        self._local = threading.local()
+        self._shared: weakref.WeakSet[InvariantState] = weakref.WeakSet()
+        self._reserve, self._wait = reserve, wait
+        self._pages: dict[PoolKey, _Pages] = {}
         self._tensors: dict[PoolKey, torch.Tensor] = {}
         self._free = list(reversed(range(seats)))
         self._changed = threading.Condition()
 
-    @property
-    def request_bytes(self) -> int:
-        """Bytes that one request keeps."""
-        numels = [(ring * math.prod(map(self._resolve, slot.shape)), slot) for slot, ring in self._slots.values()]
-        return sum(numel * slot.slot_dtype.itemsize for numel, slot in numels)
+    def add(
+        self, slots: Mapping[PoolKey, tuple[PlannedCut | NamedSlot, int]], resolve: Callable[[object], int]
+    ) -> None:
+        """Requests keep these slots, too; of each as many as said.
+
+        Raises:
+            PoolError: That is more than may be kept.
+        """
+        with self._changed:
+            new = {key: _pages_of(*slot, resolve) for key, slot in slots.items() if key not in self._pages}
+            if new:
+                self._reserve(self.seats * sum(pages.page_bytes for pages in new.values()))
+                self._pages |= new
 
     @property
     def planned_bytes(self) -> int:
-        return self.seats * self.request_bytes
+        """Bytes of all that is kept, by all requests."""
+        return self.seats * sum(pages.page_bytes for pages in self._pages.values())
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of the tensors that are made."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors.values())
+        shared = sum(state.cache_bytes for state in list(self._shared))
+        return shared + sum(tensor.untyped_storage().nbytes() for tensor in self._tensors.values())
 
     @property
     def taken(self) -> int:
         """Requests that have a seat."""
         return self.seats - len(self._free)
 
-    @property
-    def device(self) -> torch.device:
-        return next(slot.device for slot, _ in self._slots.values())
-
     def tensor(self, key: PoolKey) -> torch.Tensor:
         """The pages of all requests: ``[seats * ring, *slot]``."""
         tensor = self._tensors.get(key)
         if tensor is None:
             with self._changed:
-                tensor = self._tensors.get(key)
-                if tensor is None:
-                    tensor = self._tensors[key] = self._make(key)
+                if key not in self._tensors:
+                    self._tensors[key] = self._make(self._pages[key])
+                tensor = self._tensors[key]
         return tensor
 
-    def _make(self, key: PoolKey) -> torch.Tensor:
-        slot, ring = self._slots[key]
-        shape, stride = [self._resolve(n) for n in slot.shape], [self._resolve(n) for n in slot.stride]
+    def _make(self, pages: _Pages) -> torch.Tensor:
+        shape, stride = (self.seats * pages.ring, *pages.shape), pool_strides(pages.shape, pages.stride)
         with torch.inference_mode(False), torch.no_grad():
-            pages = torch.empty_strided(
-                (self.seats * ring, *shape), pool_strides(shape, stride), dtype=slot.slot_dtype, device=slot.device
-            )
-            return pages.zero_()
+            return torch.empty_strided(shape, stride, dtype=pages.dtype, device=pages.device).zero_()
+
+    def shared(self, kept: Invariants, *, anew: bool) -> InvariantState:
+        """What is kept for all requests together, by each thread that calls: what is computed anew is written into the
+        same memory, and another thread's call may be reading. ``anew``: nothing that was kept before holds."""
+        states: dict[Invariants, InvariantState] = self._local.__dict__.setdefault("shared", {})
+        if anew or kept not in states:
+            states[kept] = InvariantState(kept)
+            self._shared.add(states[kept])
+        return states[kept]
 
     def ring(self, key: PoolKey) -> int:
         """Pages that a request has in a tensor."""
-        return self._slots[key][1]
+        return self._pages[key].ring
 
     def take(self, name: str, make_room: Callable[[], None]) -> Seat:
         """A seat for a request. ``make_room`` frees those of requests that are over.
@@ -138,13 +165,20 @@ class Seat(Memory):
     def make(
         self,
         key: PoolKey,
-        slot: PlannedCut | NamedSlot,  # noqa: ARG002
-        resolve: Callable[[object], int],  # noqa: ARG002
+        slot: PlannedCut | NamedSlot,
+        resolve: Callable[[object], int],
         number: int = 0,
     ) -> torch.Tensor:
         """The page itself, emptied: whoever had the seat before left something in it."""
+        if key.kind == "invariant":  # which of these requests keep, no plan says
+            self.pool.add({key: (slot, 1)}, resolve)
         with torch.inference_mode(False), torch.no_grad():
             return self.pool.tensor(key)[self.number * self.pool.ring(key) + number].zero_()
 
     def bytes_of(self, slots: Iterable[torch.Tensor]) -> int:
         return sum(slot.nbytes for slot in slots)
+
+
+def _pages_of(slot: PlannedCut | NamedSlot, ring: int, resolve: Callable[[object], int]) -> _Pages:
+    shape, stride = tuple(map(resolve, slot.shape)), tuple(map(resolve, slot.stride))
+    return _Pages(ring, shape, stride, slot.slot_dtype, slot.device)

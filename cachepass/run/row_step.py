@@ -17,13 +17,15 @@ import torch
 
 from .. import _torch
 from ..errors import RowsError
+from ..program.once import Invariants
 from ..program.phases import Phase
 from ..program.pools import Page
 from ..program.roles import Carried, Weights
 from ..program.row_variant import RowRunnable, RowVariant, is_fit, parts_of
 from ..program.runnable import Runnable
-from ..recipe.vocabulary import Route
+from ..recipe.vocabulary import PLAIN, Route
 from .context import Told
+from .invariants import InvariantState
 from .pool import Pool, Seat
 from .step import StepCall
 
@@ -64,6 +66,7 @@ class RowsStep:
         calls: What the schedule says of each.
         pool: What those keep that are of a run.
         sizes: How many rows programs take.
+        kept: For each row, what finds what it keeps until its run is over.
         seats: How many requests the pool has room for.
         warming: The phases of which every program is compiled first.
     """
@@ -73,10 +76,12 @@ class RowsStep:
     batch: RowsCall
     pool: Pool | None
     sizes: Sequence[int]
+    kept: Sequence[Callable[[Invariants], InvariantState | None]]
     seats: int = 1
     warming: list[Phase] | None = None
     _carried: dict[str, torch.Tensor] = field(default_factory=dict)
     _carried_at: dict[int, int] = field(default_factory=dict)
+    _constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def phase(self) -> Phase:
@@ -89,17 +94,18 @@ class RowsStep:
         programs = self.program.for_rows(differ, self.seats)
         if self.warming is not None:
             self._warm(programs, self.warming)
-        for index, call in enumerate(self.calls):
-            if self.program.invariants(call.phase.route) is not None:
-                call.refresh(_row_of(own, differ, index))
+        self._renew(programs, own)
         for route in dict.fromkeys(call.phase.route for call in self.calls):
             if self.program.splits(route):
                 self._decide(programs, route, own)
-        pieces: list[tuple[list[int], RowVariant, list[Any]]] = []
+        pieces: list[_Piece] = []
         for members in _grouped([call.phase for call in self.calls]):
             for call in (self.calls[row] for row in members):
                 call.begin()
             phase = self.calls[members[0]].phase
+            if phase.route is PLAIN:
+                pieces += [([row], None, self.calls[row].run(_row_of(own, differ, row))) for row in members]
+                continue
             for start, end in parts_of(len(members), self.sizes):
                 rows = members[start:end]
                 variant = programs.compile(phase, len(rows))
@@ -130,6 +136,28 @@ class RowsStep:
                     hint="give the model tensors that are not views of each other",
                 )
         return own, frozenset(differ)
+
+    def _renew(self, programs: RowRunnable, own: Sequence[Any]) -> None:
+        """Compute what is kept until runs are over, where it does not hold any more. What is kept for all requests is
+        computed when a run begins, as a request's own is: a write that leaves no trace is seen then."""
+        begins = any(not any(s.steps for s in call.state.groups.values()) for call in self.calls if call.state)
+        renewed = set[Invariants]()
+        for row, call in enumerate(self.calls):
+            route = call.phase.route
+            shared, ours = (None, None) if route is PLAIN else (programs.shared_once(route), programs.own_once(route))
+            if shared is None and ours is None:
+                continue
+            inputs = _row_of(own, programs.differ, row)
+            if shared is not None:
+                assert self.pool is not None, "a row that is no plain call is a step of a run"
+                state = self.pool.shared(shared.kept, anew=begins and shared.kept not in renewed)
+                renewed.add(shared.kept)
+                call.renew(state, shared.once, inputs, 0)
+                self._constants.update(state.slots)
+            if ours is not None:
+                state = self.kept[row](ours.kept)
+                assert state is not None, "a row that is no plain call is a step of a run"
+                call.renew(state, ours.once, inputs, call.epoch)
 
     def _warm(self, programs: RowRunnable, phases: Sequence[Phase]) -> None:
         sizes = [size for size in self.sizes if size <= len(self.calls)]
@@ -166,6 +194,7 @@ class RowsStep:
     ) -> list[Any]:
         graph = variant.graph
         given = [self._rows_of(value, rows, graph.inputs[i]) if i in differ else value for i, value in enumerate(own)]
+        given += [self._constants[name] for name in graph.shared]
         given += [self._scalars(role, rows) for role in graph.scalars]
         places = [self._carried_at[row] for row in rows] if graph.carried else []
         start = len(given)
@@ -174,7 +203,7 @@ class RowsStep:
         if graph.pools:
             assert self.pool is not None, "a program that keeps something runs for a run"
             given += [self.pool.tensor(key) for key in graph.pools]
-            given.append(self._pages(graph.pages, rows))
+            given.append(self._pages(graph.pages, rows, given[-1].device))
         return list(variant.run(given))
 
     def _rows_of(self, value: torch.Tensor, rows: Sequence[int], like: torch.Tensor) -> torch.Tensor:
@@ -206,10 +235,9 @@ class RowsStep:
     def _numbers(self, name: str, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
         return self.program.device_tensor(name, tuple(numbers), torch.int64, device)
 
-    def _pages(self, pages: Sequence[Page], rows: Sequence[int]) -> torch.Tensor:
-        assert self.pool is not None
+    def _pages(self, pages: Sequence[Page], rows: Sequence[int], device: torch.device) -> torch.Tensor:
         numbers = [self._page(page, self.calls[row]) for page in pages for row in rows]
-        return self._numbers("pages", numbers, self.pool.device).view(len(pages), len(rows))
+        return self._numbers("pages", numbers, device).view(len(pages), len(rows))
 
     def _page(self, page: Page, call: StepCall) -> int:
         holder = call.holder(page.output) if page.output else call.state
@@ -257,20 +285,32 @@ class _Led:
     tensor: torch.Tensor
 
 
-def _joined(pieces: Sequence[tuple[list[int], RowVariant, list[Any]]], count: int) -> list[Any]:
-    """The model's results of all rows, in their order."""
+_Piece = tuple[list[int], "RowVariant | None", "list[Any]"]
+
+
+def _joined(pieces: Sequence[_Piece], count: int) -> list[Any]:
+    """The model's results of all rows, in their order. Those of a row that ran by itself have no rows in front."""
     order = [row for rows, _, _ in pieces for row in rows]
     places = sorted(range(count), key=order.__getitem__)
-    width = len(pieces[0][2]) - len(pieces[0][1].kept)
-    results: list[Any] = []
-    for k in range(width):
-        values = [(variant.graph.led[k], len(rows), found[k]) for rows, variant, found in pieces]
-        if not any(led for led, _, _ in values):
-            results.append(values[0][2])
-            continue
-        parts = [value if led else value.expand(size, *value.shape) for led, size, value in values]
-        joined = _cat(parts)
-        if places != list(range(count)):
-            joined = joined.index_select(0, torch.tensor(places, device=joined.device))
-        results.append(_Led(joined))
-    return results
+    _, first, found = pieces[0]
+    width = len(found) - (0 if first is None else len(first.kept))
+    return [_column([_value(piece, k) for piece in pieces], places) for k in range(width)]
+
+
+def _value(piece: _Piece, k: int) -> tuple[Any, int, bool]:
+    """A result of one program, of how many rows it is, and whether it may differ between them."""
+    rows, variant, found = piece
+    value = found[k]
+    if variant is None:
+        tensor = isinstance(value, torch.Tensor)
+        return (value.unsqueeze(0) if tensor else value), 1, tensor
+    return value, len(rows), variant.graph.led[k]
+
+
+def _column(values: Sequence[tuple[Any, int, bool]], places: list[int]) -> Any:
+    if not any(led for _, _, led in values):
+        return values[0][0]
+    joined = _cat([value if led else value.expand(size, *value.shape) for value, size, led in values])
+    if places != list(range(len(places))):
+        joined = joined.index_select(0, torch.tensor(places, device=joined.device))
+    return _Led(joined)

@@ -9,18 +9,20 @@ out to be in one phase run together, in calls of the sizes that there are progra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import RowsError
+from ..program.once import Invariants
 from ..program.phases import Phase
 from ..recipe.vocabulary import PLAIN
 from .context import Told, saying
 from .dispatch import Dispatcher, PreparedStep
 from .instance import Instance
+from .invariants import InvariantState
 from .model import is_far
 from .pool import Pool
 from .reach import WARMING, Warming
@@ -122,9 +124,11 @@ def _step(
         with saying(row.said):
             if row.call.run is not None:
                 row.prepared = dispatcher.prepare(instance, row.call.run, row.call, row.partner, row.inputs)
-                row.pool = dispatcher.places.of(dispatcher, instance, row.call, row.inputs).pool()
+                row.pool = row.prepared.place.pool()
     calls = [row.prepared.call if row.prepared else StepCall(dispatcher.program, Phase(route=PLAIN)) for row in rows]
-    step = RowsStep(dispatcher.program, calls, batch, rows[0].pool, dispatcher.options.row_sizes)
+    kept = [_keeper(row) for row in rows]
+    pool = next((row.pool for row in rows if row.pool is not None), None)
+    step = RowsStep(dispatcher.program, calls, batch, pool, dispatcher.options.row_sizes, kept)
     warming = WARMING.get()
     step.warming = None if warming is None else _reached(dispatcher, warming)
     step.seats = dispatcher.options.pool_requests
@@ -138,6 +142,19 @@ def _step(
             with saying(row.said):
                 dispatcher.commit(row.prepared, device)
     return result
+
+
+def _keeper(row: _Row) -> Callable[[Invariants], InvariantState | None]:
+    """What a row keeps until the end of its run, found in the middle of its step."""
+    prepared = row.prepared
+    if prepared is None:
+        return lambda _: None
+
+    def find(kept: Invariants) -> InvariantState | None:
+        state = prepared.call.invariants = prepared.place.invariants(prepared.run, kept)
+        return state
+
+    return find
 
 
 def _reached(dispatcher: Dispatcher, warming: Warming) -> list[Phase]:

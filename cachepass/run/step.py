@@ -15,7 +15,7 @@ import torch
 
 from ..program.phases import Phase
 from ..program.roles import Carried, Parameters, Predicate, Role, Verdict, Weights
-from ..program.runnable import LoweredVariant, Runnable
+from ..program.runnable import LoweredVariant, Once, Runnable
 from ..program.verdict import BOUND_NUMBERS, quotient
 from .invariants import RESTLESS, InvariantState
 from .state import OutputState, RunState
@@ -191,13 +191,17 @@ class StepCall:
         kept = self.program.invariants(route)
         if kept is None:
             return None
-        state = self.invariants or InvariantState(kept)
         once = self.program.compile_once(route)
         assert once is not None
-        state.refresh(inputs, self.epoch, once.binder, once.run)
-        if state.changes == RESTLESS and state.changed is not None:
-            self.program.warn_restless(route, state.changed, varies=bool(state.varies))
+        state = self.invariants or InvariantState(kept)
+        self.renew(state, once, inputs, self.epoch)
         return state
+
+    def renew(self, state: InvariantState, once: Once, inputs: Sequence[Any], epoch: int) -> None:
+        """Compute what is kept for the run ``epoch``, unless it holds for these inputs; say so where it never does."""
+        state.refresh(inputs, epoch, once.binder, once.run)
+        if state.changes == RESTLESS and state.changed is not None:
+            self.program.warn_restless(self.phase.route, state.changed, varies=bool(state.varies))
 
     def _weights_tensor(self, group: str, weights: tuple[float, ...] | None) -> torch.Tensor:
         dtype, device = self.program.weights_at[group]
