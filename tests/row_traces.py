@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import zoo
+from torch import fx
 
 import cachepass
+from cachepass.program.row_once import in_every_step
 
 # Inputs that are the same for all requests, in the zoo's models.
 SHARED = {"img_ids", "txt_ids", "image_rotary_emb"}
@@ -145,3 +148,27 @@ class Server:
             if active:
                 self.step(active)
             active = [one for one in active if not one.is_over]
+
+
+# ---- programs -------------------------------------------------------------------------------------------------------
+
+
+def products(graph: fx.Graph) -> Counter[str]:
+    """Matrix products and attentions of a graph."""
+    found: Counter[str] = Counter()
+    for node in graph.nodes:
+        name = str(node.target)
+        found["attention"] += "scaled_dot_product" in name
+        found["product"] += name.split(".")[1:2] in (["mm"], ["addmm"], ["bmm"], ["baddbmm"], ["convolution"])
+    return found
+
+
+def assert_as_many_products(program: Any, rows: Any) -> None:
+    """Programs for three rows have as many products and attentions as those for one that compute the same."""
+    variants = [(program.variant(phase), phase.route) for phase in program.plan.phases]
+    variants += [(program.decision(route), route) for _, route in variants[:1] if program.splits(route)]
+    for variant, route in variants:
+        traced = program.traced(route)
+        graph = rows.graph(variant, traced, 3)
+        alone = in_every_step(variant, traced, rows._kinds(traced).every_step)
+        assert products(graph.gm.graph) == products(alone.gm.graph), variant.name

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from row_traces import Request, Server, one_request, request, samples, steps_of, together
+from row_traces import Request, Server, assert_as_many_products, one_request, request, samples, steps_of, together
 from torch._dynamo.utils import counters
 
 import cachepass
@@ -23,6 +25,7 @@ from cachepass.run.live import programs_of
 from cachepass.run.row_step import RowsStep
 from cachepass.schedule import Every
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TAYLOR = cachepass.TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, taylor_factors_dtype=None)
 PAB = {
     "method": "pab",
@@ -196,6 +199,32 @@ def test_models_of_the_zoo(name, method):
     server.serve(requests, [0, 1, 3, 9], most=3)
     assert {1, 2, 3} == set(server.calls)
     assert server.worst < 1e-5
+    ((dispatcher, _),) = programs_of(model)
+    program: Any = dispatcher.program
+    (rows,) = program._for_rows.values()
+    assert_as_many_products(program, rows)
+
+
+def test_a_tuned_cache():
+    """Of the digits' model, whose runs of other lengths than it was tuned for are steps at the timesteps of those."""
+    sys.path.insert(0, str(EXAMPLES / "digits"))
+    from models import load_dit
+
+    model = compiled(load_dit(), str(EXAMPLES / "digits" / "tuned-10.json"), num_inference_steps=50)
+
+    def calls(seed: int) -> list[dict[str, Any]]:
+        noise = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+        label = torch.tensor([seed])
+        times = [1000.0 * (1 - step / 50) for step in range(50)]
+        return [
+            {"hidden_states": noise * t / 1000, "timestep": torch.tensor([t]), "class_labels": label} for t in times
+        ]
+
+    requests = [request(model, f"req-{seed}", calls(seed), return_dict=False) for seed in (1, 2, 3)]
+    server = Server(model, {"return_dict": False})
+    server.serve(requests, [0, 3, 7])
+    assert server.worst < 1e-5
+    assert len(set(map(str, cachepass.summary(model).last_runs.values()))) == 1
 
 
 @pytest.mark.parametrize(("name", "reason"), NOT_ON_ROWS.items())
@@ -253,6 +282,29 @@ def test_the_warm_up_compiles_every_program_of_so_many_rows():
             server.step(requests)
     assert cachepass.summary(model).variants == programs
     assert {name.split()[0] for name in programs} == {"compute", "predict"}
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("name", "method"),
+    zoo.sweep_over(
+        [
+            case
+            for case in CASES
+            if case[0] in ("FluxTransformer2DModel", "WanTransformer3DModel", "ZImageTransformer2DModel")
+        ],
+        [("FluxTransformer2DModel", "taylorseer")],
+    ),
+)
+@pytest.mark.filterwarnings("ignore:.*has no effect:cachepass.CachepassWarning")
+def test_models_of_the_zoo_through_inductor(name, method):
+    cache = cachepass.FirstBlockCacheConfig(threshold=THRESHOLDS[name]) if method == "first block" else METHODS[method]
+    layers = 3 if method == "first block" else None
+    model = compiled(zoo.build(name, layers=layers), cache, lowering="specialize", row_sizes=[1, 2])
+    requests = [request(model, f"req-{i}", list(steps_of(name, i + 1, 6)), return_dict=False) for i in range(2)]
+    server = Server(model, {"return_dict": False})
+    server.serve(requests, [0, 1])
+    assert server.worst < 1e-5
 
 
 @pytest.mark.inductor
@@ -667,6 +719,25 @@ def test_inputs_that_are_as_long_as_the_batch():
         pytest.raises(cachepass.RowsError, match="the call has no input 'tables'"),
     ):
         model(**together(calls), **shared)
+
+
+def test_a_call_of_as_many_samples_that_are_no_rows_tells_nothing():
+    """A batch of two images of one trajectory was captured before."""
+    model = compiled()
+    calls = [calls_of(seed, 4) for seed in (1, 2)]
+    with cachepass.cache_context("images"):
+        model(**together([run[0] for run in calls]))
+    server = Server(model)
+    server.serve(requests_of(model, [4, 5]), [0, 1])
+    assert server.worst < 1e-6
+    other = compiled(small_models.transformer(1))
+    with cachepass.cache_context("images"):
+        other(**together([run[0] for run in calls]))
+    with cachepass.rows("a", "b"):
+        found = other(**together([run[0] for run in calls]))
+    plain = small_models.transformer(1)
+    torch.testing.assert_close(found, torch.cat([plain(**run[0]) for run in calls]))
+    assert set(cachepass.summary(other).variants) == {"compute", "compute x 2"}
 
 
 def test_rows_in_another_dimension():

@@ -107,6 +107,7 @@ class InputLayout:
         static: Shape, dtype and device of the latents, where they are the same in all calls.
         conditioning: Indices of what tells one conditioning from another, and their names.
         sizing: Indices of what the sizes of kept values come from, where these depend on data.
+        samples: How many samples the latents have; None: it may differ from call to call.
         first_sizes: The first dimensions of the inputs that a call brings, by name; of those that may differ from call
             to call, nothing.
     """
@@ -118,6 +119,7 @@ class InputLayout:
     conditioning: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     sizing: tuple[int, ...] = ()
+    samples: int | None = None
     first_sizes: tuple[tuple[str, int], ...] = ()
 
 

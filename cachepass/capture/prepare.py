@@ -104,7 +104,8 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: CompileOptions, 
     telling = _telling(named, inputs, {*latents, timestep}, options)
     names = tuple(named.names[i] for i in telling)
     sizes = _first_sizes(gm, named)
-    layout = InputLayout(named.identity, latents, timestep, static, telling, names, sizing, sizes)
+    samples = _samples([named.names[i] for i in latents], dict(sizes))
+    layout = InputLayout(named.identity, latents, timestep, static, telling, names, sizing, samples, sizes)
     notes, probe = selection.notes, selection.probe
     if probe is not None and probe.region is None and not probe.of_model:
         notes = (*notes, f"the probe looks at the input {listing([named.names[i] for i in latents[:1]])}")
@@ -218,6 +219,12 @@ def _telling(
         for i in named.own
         if i not in varying and tells(inputs[i]) and not any(is_declared(named.names[i], given) for given in declared)
     )
+
+
+def _samples(latents: Sequence[str], first_sizes: dict[str, int]) -> int | None:
+    """How many samples the latents of these names are: one tensor, or a list of them."""
+    listed = latents and all(name.rpartition(".")[2].isdigit() for name in latents)
+    return len(latents) if listed or len(latents) > 1 else first_sizes.get(latents[0]) if latents else None
 
 
 def _first_sizes(gm: fx.GraphModule, named: GraphInputs) -> tuple[tuple[str, int], ...]:

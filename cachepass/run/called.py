@@ -146,6 +146,7 @@ class _Parting:
         self.leading: dict[int, torch.Tensor] = {}
         self.given: list[Any] = []
         self.listed = False
+        self._latents: str | None = None
         self._alone = _sizes_alone(module)
         self._asked = dict.fromkeys(rows.dims, False)
 
@@ -175,6 +176,7 @@ class _Parting:
         latents: Any = given[names[found[0]]] if found else None
         size = len(latents) if isinstance(latents, (list, tuple)) or _has_rows(latents) else None
         self.listed = isinstance(latents, (list, tuple))
+        self._latents = names[found[0]] if found else None
         if found and size != self.count and self._dim(names[found[0]]) is _UNSAID:
             several = size is not None and size % self.count == 0 and size > self.count
             raise RowsError(
@@ -212,7 +214,7 @@ class _Parting:
 
     def _tensor(self, name: str, value: torch.Tensor, dim: Any) -> torch.Tensor:
         if dim is _UNSAID:
-            if not _has_rows(value) or not self._is_parted(name, value):
+            if not (_has_rows(value) and self._is_parted(name, value)):
                 return value
             dim = 0
         elif not -value.ndim <= dim < value.ndim or value.shape[dim] != self.count:
@@ -222,15 +224,21 @@ class _Parting:
         return self._note(first, value.movedim(dim, 0).unsqueeze(dim + 1))
 
     def _is_parted(self, name: str, value: torch.Tensor) -> bool:
-        """Whether an input whose first dimension is as many as there are names has a row for each."""
-        if value.shape[0] != self.count:
-            return False
-        alone = self._alone.get(name)
-        if self.count == 1 or alone == 1:
+        """Whether an input has a row for each name."""
+        if self.count == 1:  # any answer is right; the one of calls of several has programs already
+            known = _parted.get(self.module, {}).get(name)
+            return value.shape[0] == 1 and (not _is_table(name, value) if known is None else known)
+        parted = value.shape[0] == self.count and self._has_a_row_for_each(name, value)
+        _parted.setdefault(self.module, {})[name] = parted
+        return parted
+
+    def _has_a_row_for_each(self, name: str, value: torch.Tensor) -> bool:
+        if name == self._latents:
             return True
+        alone = self._alone.get(name)
         if alone is not None:
-            return False  # it has as many in the call of one request
-        if value.ndim < 3 and any(part in _POSITIONS for part in name.split(".")):
+            return alone == 1  # else it has as many in the call of one request
+        if _is_table(name, value):
             raise RowsError(
                 f"its first dimension is {self.count}, as many as there are rows, and it may be the same for all",
                 where=f"input {name}",
@@ -266,6 +274,12 @@ class _Parting:
 
 
 _UNSAID: Any = object()
+_parted: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
+
+
+def _is_table(name: str, value: torch.Tensor) -> bool:
+    """By its name, an input may be a table of positions; of those that have samples, rows have two dimensions."""
+    return value.ndim < 3 and any(part in _POSITIONS for part in name.split("."))
 
 
 def _has_rows(value: object) -> bool:
@@ -284,10 +298,12 @@ def _argument_names(module: torch.nn.Module, count: int) -> list[str]:
 
 
 def _sizes_alone(module: torch.nn.Module) -> dict[str, int]:
-    """The first dimensions of the inputs of calls of one request, as far as they were captured."""
+    """The first dimensions of the inputs of calls of one sample, as far as they were captured."""
     found: dict[str, int] = {}
     for dispatcher in programs_in(module):
-        found.update((name.removeprefix("kwargs."), size) for name, size in dispatcher.layout.first_sizes)
+        if dispatcher.layout.samples == 1:
+            sizes = dispatcher.layout.first_sizes
+            found.update((name.removeprefix("kwargs."), size) for name, size in sizes)
     return found
 
 

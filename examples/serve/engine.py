@@ -9,13 +9,12 @@ import itertools
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import call_rows, free
 
 import cachepass
 from cachepass import serving
@@ -76,14 +75,18 @@ class Job:
 
 
 class Engine:
-    """A cached model, a scheduler, and the thread that they belong to."""
+    """A cached model, a scheduler, and the thread that they belong to.
+
+    A step of a request is two rows of a call, one for each of its trajectories: a call makes a step of ``max_requests``
+    at most, and ``max_active`` have places in the model's pool.
+    """
 
     def __init__(self, *, lowering: str = "specialize", max_requests: int = 4, max_active: int = 8) -> None:
-        options: Any = {"cache": CACHE, "lowering": lowering, "progress": False}
+        options: Any = {"cache": CACHE, "lowering": lowering, "progress": False, "pool_requests": 2 * max_active}
         self.model: Any = torch.compile(load_dit(), backend="cached_inductor", fullgraph=True, options=options)
-        one = {key: value[:1] for key, value in Job(0, 0, 20, print).inputs(0).items()}
-        with torch.no_grad():
-            cachepass.warmup(self.model, **one, progress=False)
+        most = _together([Job(0, seed, 20, print).inputs(0) for seed in range(max_requests)])
+        with torch.no_grad(), cachepass.rows(*map(str, range(2 * max_requests))):
+            cachepass.warmup(self.model, **most, progress=False)
         self.scheduler = serving.StepScheduler(max_rows=max_requests, max_active=max_active)
         self._numbers = itertools.count(1)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -111,8 +114,8 @@ class Engine:
     def _run(self) -> None:
         with torch.no_grad():
             while call := self.scheduler.next(timeout=None):
-                for name in call.over:
-                    free(self.model, _trajectories(name))
+                if call.over:
+                    cachepass.release(*call.over)
                 if call.rows:
                     self._call(call)
 
@@ -133,16 +136,15 @@ class Engine:
 
     def _step(self, rows: tuple[serving.Row, ...]) -> list[Job]:
         jobs: list[Job] = [row.request.payload for row in rows]
-        parts = [job.inputs(row.step) for job, row in zip(jobs, rows, strict=True)]
-        inputs = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        names = [name for row in rows for name in _trajectories(row.name)]
-        velocities = call_rows(self.model, names, inputs).split(2)
+        inputs = _together([job.inputs(row.step) for job, row in zip(jobs, rows, strict=True)])
+        with cachepass.rows(*(f"{row.name}/{side}" for row in rows for side in ("uncond", "cond"))):
+            velocities = self.model(**inputs).sample.split(2)
         moved = [job.moved(row.step, out) for job, row, out in zip(jobs, rows, velocities, strict=True)]
         for job, latents in zip(jobs, moved, strict=True):  # all or none: a step that raises is made again
             job.latents = latents
         return jobs
 
 
-def _trajectories(name: str) -> tuple[str, str]:
-    """The two of a request."""
-    return f"{name}/uncond", f"{name}/cond"
+def _together(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The inputs of one call for several requests."""
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
