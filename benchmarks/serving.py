@@ -160,8 +160,9 @@ def main(
         print(markdown({f"servers of {title}": served}, COLUMNS))
         results |= {f"a call of {title}": measured, f"servers of {title}": served}
     about = {"costs": {name: found.as_json() for name, found in costs.items()}, "requests": count, "seed": seed}
-    path = write(results, "cpu", "torch.float32", out or results_path("cpu", "-serving"), **about)
-    print(f"wrote {path}")
+    if saved is None or out is not None:  # simulating again takes nothing from what was measured
+        path = write(results, "cpu", "torch.float32", out or results_path("cpu", "-serving"), **about)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

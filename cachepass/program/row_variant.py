@@ -104,7 +104,7 @@ def parts_of(count: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         start += size
 
 
-def is_fit(tensor: torch.Tensor, like: torch.Tensor) -> bool:
-    """A tensor lies in memory as a program expects it; strides of dimensions of one element do not matter."""
-    strides = zip(tensor.stride(), like.stride(), tensor.shape, strict=True)
-    return all(own == wanted or size == 1 for own, wanted, size in strides)
+def is_fit(tensor: torch.Tensor, strides: Sequence[int]) -> bool:
+    """A tensor has these strides; those of dimensions of one element do not matter."""
+    known = zip(tensor.stride(), strides, tensor.shape, strict=True)
+    return all(own == wanted or size == 1 for own, wanted, size in known)

@@ -160,7 +160,11 @@ class Dispatcher:
             timestep = inputs[layout.timestep]
         call = Call(kind, timestep)
         latents = inputs[layout.latents[0]] if layout.latents else None
-        model.find_run(call, Given(latents, layout.names, [inputs[i] for i in layout.conditioning], graph=id(self)))
+        if surroundings().is_row:  # its name tells
+            given = Given(latents, (), (), graph=id(self))
+        else:
+            given = Given(latents, layout.names, [inputs[i] for i in layout.conditioning], graph=id(self))
+        model.find_run(call, given)
         return call
 
     def _step(self, instance: Instance, run: Run, call: Call, partner: Run | None, inputs: Sequence[Any]) -> Any:

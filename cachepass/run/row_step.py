@@ -8,7 +8,8 @@ Rows that turn out to be in one phase run together, in calls of the sizes that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from .. import _torch
 from ..errors import RowsError
+from ..options import CompileOptions
 from ..program.once import Invariants
 from ..program.phases import Phase
 from ..program.pools import Page
@@ -65,9 +67,8 @@ class RowsStep:
     Attributes:
         calls: What the schedule says of each.
         pool: What those keep that are of a run.
-        sizes: How many rows programs take.
+        options: Of the compilation: the sizes of calls, the places of the pool.
         kept: For each row, what finds what it keeps until its run is over.
-        seats: How many requests the pool has room for.
         warming: The phases of which every program is compiled first.
     """
 
@@ -75,23 +76,19 @@ class RowsStep:
     calls: list[StepCall]
     batch: RowsCall
     pool: Pool | None
-    sizes: Sequence[int]
+    options: CompileOptions
     kept: Sequence[Callable[[Invariants], InvariantState | None]]
-    seats: int = 1
     warming: list[Phase] | None = None
     _carried: dict[str, torch.Tensor] = field(default_factory=dict)
     _carried_at: dict[int, int] = field(default_factory=dict)
     _constants: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def phase(self) -> Phase:
-        return self.calls[0].phase
+    _strides: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of a row of each input that differs
 
     def run(self, inputs: list[Any]) -> Any:
         """Run the programs of all rows on the model's inputs, of which the first row's came; its results."""
         own, differ = self._all_rows(inputs)
         inputs.clear()
-        programs = self.program.for_rows(differ, self.seats)
+        programs = self.program.for_rows(differ, self.options.pool_requests)
         if self.warming is not None:
             self._warm(programs, self.warming)
         self._renew(programs, own)
@@ -106,15 +103,14 @@ class RowsStep:
             if phase.route is PLAIN:
                 pieces += [([row], None, self.calls[row].run(_row_of(own, differ, row))) for row in members]
                 continue
-            for start, end in parts_of(len(members), self.sizes):
+            for start, end in parts_of(len(members), self.options.row_sizes):
                 rows = members[start:end]
                 variant = programs.compile(phase, len(rows))
                 pieces.append((rows, variant, self._launch(variant, rows, own, differ)))
         self._carried.clear()
-        self.batch.results = results = _joined(pieces, len(self.calls))
-        led = [isinstance(value, _Led) for value in results]
-        self.batch.results = [value.tensor if isinstance(value, _Led) else value for value in results]
-        return [value[0] if is_led else value for value, is_led in zip(self.batch.results, led, strict=True)]
+        columns = list(self._joined(pieces))
+        self.batch.results = [value for value, _ in columns]
+        return [value[0] if led else value for value, led in columns]
 
     def _all_rows(self, inputs: Sequence[Any]) -> tuple[list[Any], frozenset[int]]:
         """The inputs of all rows, and the indices of those that differ, with rows in front.
@@ -128,6 +124,7 @@ class RowsStep:
         for i, value in enumerate(inputs):
             if id(value) in leading:
                 own[i] = leading[id(value)]
+                self._strides[i] = value.stride()
                 differ.add(i)
             elif _lies_in(value, storages):
                 raise RowsError(
@@ -160,7 +157,7 @@ class RowsStep:
                 call.renew(state, ours.once, inputs, call.epoch)
 
     def _warm(self, programs: RowRunnable, phases: Sequence[Phase]) -> None:
-        sizes = [size for size in self.sizes if size <= len(self.calls)]
+        sizes = [size for size in self.options.row_sizes if size <= len(self.calls)]
         with self.program.side_by_side():
             for phase in phases:
                 for size in sizes:
@@ -174,7 +171,7 @@ class RowsStep:
         members = [row for row, call in enumerate(self.calls) if call.phase.route == route]
         found: list[list[Any]] = []
         roles: Sequence[Any] = ()
-        for start, end in parts_of(len(members), self.sizes):
+        for start, end in parts_of(len(members), self.options.row_sizes):
             variant = programs.compile_decision(route, end - start)
             roles = variant.kept
             found.append(self._launch(variant, members[start:end], own, programs.differ))
@@ -187,13 +184,30 @@ class RowsStep:
             if pending is not None:
                 self.calls[row].settle(predict=pending.decide(distance), distance=distance)
 
+    def _joined(self, pieces: Sequence[_Piece]) -> Iterator[tuple[Any, bool]]:
+        """The model's results of all rows, in their order, and whether they have rows in front."""
+        order = [row for rows, _, _ in pieces for row in rows]
+        places = sorted(range(len(order)), key=order.__getitem__)
+        _, first, found = pieces[0]
+        for k in range(len(found) - (0 if first is None else len(first.kept))):
+            values = [_value(piece, k) for piece in pieces]
+            if not any(led for _, _, led in values):
+                yield values[0][0], False
+                continue
+            joined = _cat([value if led else value.expand(size, *value.shape) for value, size, led in values])
+            if places != list(range(len(places))):
+                joined = joined.index_select(0, self._numbers("rows", places, joined.device))
+            yield joined, True
+
     # ---- one program ------------------------------------------------------------------------------------------------
 
     def _launch(
         self, variant: RowVariant, rows: Sequence[int], own: Sequence[Any], differ: frozenset[int]
     ) -> list[Any]:
         graph = variant.graph
-        given = [self._rows_of(value, rows, graph.inputs[i]) if i in differ else value for i, value in enumerate(own)]
+        given = list(own)
+        for i in differ:
+            given[i] = self._rows_of(own[i], rows, graph.inputs[i], self._strides[i])
         given += [self._constants[name] for name in graph.shared]
         given += [self._scalars(role, rows) for role in graph.scalars]
         places = [self._carried_at[row] for row in rows] if graph.carried else []
@@ -206,18 +220,22 @@ class RowsStep:
             given.append(self._pages(graph.pages, rows, given[-1].device))
         return list(variant.run(given))
 
-    def _rows_of(self, value: torch.Tensor, rows: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Some rows of a value, in memory as a program expects it; not copied if it lies so."""
+    def _rows_of(
+        self, value: torch.Tensor, rows: Sequence[int], like: torch.Tensor, strides: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Some rows of a value, in memory as a program expects it: like the example, or, where its sizes are symbols,
+        each row with these strides. It is not copied if it lies so."""
         first, count = rows[0], len(rows)
         if list(rows) == list(range(first, first + count)):
             value = value[first : first + count]
         else:
             value = value.index_select(0, self._numbers("rows", rows, value.device))
-        if is_fit(value, like):
+        known = all(isinstance(step, int) for step in like.stride())
+        wanted = like.stride() if known else (math.prod(value.shape[1:]), *(strides or value.stride()[1:]))
+        if is_fit(value, wanted):
             return value
         with torch.no_grad():
-            strides = [int(step) for step in like.stride()]
-            return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+            return torch.empty_strided(value.shape, wanted, dtype=value.dtype, device=value.device).copy_(value)
 
     def _scalars(self, role: Any, rows: Sequence[int]) -> torch.Tensor:
         """The weights of a group's forecast, or the parameters of the probe, for each row."""
@@ -278,39 +296,15 @@ def _cat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-@dataclass(frozen=True, eq=False)
-class _Led:
-    """A result with rows in front."""
-
-    tensor: torch.Tensor
-
-
 _Piece = tuple[list[int], "RowVariant | None", "list[Any]"]
 
 
-def _joined(pieces: Sequence[_Piece], count: int) -> list[Any]:
-    """The model's results of all rows, in their order. Those of a row that ran by itself have no rows in front."""
-    order = [row for rows, _, _ in pieces for row in rows]
-    places = sorted(range(count), key=order.__getitem__)
-    _, first, found = pieces[0]
-    width = len(found) - (0 if first is None else len(first.kept))
-    return [_column([_value(piece, k) for piece in pieces], places) for k in range(width)]
-
-
 def _value(piece: _Piece, k: int) -> tuple[Any, int, bool]:
-    """A result of one program, of how many rows it is, and whether it may differ between them."""
+    """A result of one program, of how many rows it is, and whether it has rows in front. Of a row that ran by itself
+    it gets them."""
     rows, variant, found = piece
     value = found[k]
     if variant is None:
         tensor = isinstance(value, torch.Tensor)
         return (value.unsqueeze(0) if tensor else value), 1, tensor
     return value, len(rows), variant.graph.led[k]
-
-
-def _column(values: Sequence[tuple[Any, int, bool]], places: list[int]) -> Any:
-    if not any(led for _, _, led in values):
-        return values[0][0]
-    joined = _cat([value if led else value.expand(size, *value.shape) for value, size, led in values])
-    if places != list(range(len(places))):
-        joined = joined.index_select(0, torch.tensor(places, device=joined.device))
-    return _Led(joined)

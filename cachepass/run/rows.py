@@ -51,7 +51,7 @@ def call_rows(dispatcher: Dispatcher, batch: RowsCall, inputs: Sequence[Any]) ->
         ConcurrencyError: One of them is in the middle of a step.
         PoolError: There is no place for another request.
     """
-    if dispatcher.is_part:
+    if dispatcher.is_part or batch.results is not None:
         raise RowsError(
             "the model is many graphs, and rows are those of a whole one",
             where="cachepass.rows",
@@ -59,14 +59,17 @@ def call_rows(dispatcher: Dispatcher, batch: RowsCall, inputs: Sequence[Any]) ->
         )
     led = {i: batch.leading[id(value)] for i, value in enumerate(inputs) if id(value) in batch.leading}
     instance = dispatcher.instances.called(inputs)
+    rows: list[_Row] = []
     with contextlib.ExitStack() as stack:
-        rows = list(_enter(dispatcher, instance, batch, led, inputs, stack))
         succeeded = False
         try:
+            rows.extend(_enter(dispatcher, instance, batch, led, inputs, stack))
             result = _step(dispatcher, instance, batch, rows, inputs)
             succeeded = True
         finally:
             for row in rows:
+                if row.call.run is not None and not row.call.joined:
+                    row.call.run.failed = True  # another row failed before it: its call comes again
                 instance.model.finish(row.call, succeeded=succeeded)
     return result
 
@@ -128,10 +131,9 @@ def _step(
     calls = [row.prepared.call if row.prepared else StepCall(dispatcher.program, Phase(route=PLAIN)) for row in rows]
     kept = [_keeper(row) for row in rows]
     pool = next((row.pool for row in rows if row.pool is not None), None)
-    step = RowsStep(dispatcher.program, calls, batch, pool, dispatcher.options.row_sizes, kept)
+    step = RowsStep(dispatcher.program, calls, batch, pool, dispatcher.options, kept)
     warming = WARMING.get()
     step.warming = None if warming is None else _reached(dispatcher, warming)
-    step.seats = dispatcher.options.pool_requests
     dispatcher.current.call = step
     try:
         result = dispatcher.compiled(*inputs)

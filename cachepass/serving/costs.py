@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -36,8 +35,8 @@ def typical_cost(phase: Hashable, rows: int) -> float:
 class MeasuredCosts:
     """Costs from a table: ``MeasuredCosts({"#": {1: 0.020, 4: 0.052}, ".": {1: 0.004, 4: 0.009}})``, in seconds.
 
-    A program runs a fixed number of rows, so rows of another number are filled up to the next one in the table, and
-    more than its largest are called in pieces.
+    Rows of another number run in calls of the table's sizes, the largest first, as ``options["row_sizes"]`` has them
+    run; what is left of less than the smallest costs as much as that.
 
     Raises:
         OptionError: The table is empty, or has a number that is no number of rows or seconds.
@@ -68,10 +67,11 @@ class MeasuredCosts:
                 where="MeasuredCosts",
                 hint=f"measured: {', '.join(map(repr, self.table))}",
             )
-        known = sorted(seconds)
-        pieces, rest = divmod(rows, known[-1])
-        filled = seconds[known[bisect.bisect_left(known, rest)]] if rest else 0.0
-        return pieces * seconds[known[-1]] + filled
+        total = 0.0
+        for size in sorted(seconds, reverse=True):
+            pieces, rows = divmod(rows, size)
+            total += pieces * seconds[size]
+        return total + (seconds[min(seconds)] if rows else 0.0)
 
 
 def cost_of(rows: Iterable[Row], cost: Cost) -> float:

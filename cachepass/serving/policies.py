@@ -41,7 +41,7 @@ class CatchUp(Policy):
     nothing from each other - computed steps go first, and predicted ones run together.
 
     Of one phase, requests that were admitted first go first: they are over soonest. There are as many rows in the call
-    as make one row cheapest: 4 of 5, for example, where a program for 8 would run with three rows of nothing.
+    as make one row cheapest: 4 of 5, for example, of which the fifth would run by itself.
 
     Args:
         cost: What a call costs.
