@@ -40,9 +40,9 @@ from .inspect.summary import Summary, summary
 from .options import CompileOptions
 from .recipe.guidance import Guidance
 from .recipe.recipe import Group, Part, Recipe
-from .run.called import rows
 from .run.context import cache_context
 from .run.live import recompile, release, reset
+from .run.rows.called import rows
 from .ship.apply import apply
 from .ship.export import Exported, export
 from .ship.load import load

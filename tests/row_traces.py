@@ -12,7 +12,7 @@ import zoo
 from torch import fx
 
 import cachepass
-from cachepass.program.row_once import in_every_step
+from cachepass.program.rows.once import in_every_step
 
 # Inputs that are the same for all requests, in the zoo's models.
 SHARED = {"img_ids", "txt_ids", "image_rotary_emb"}

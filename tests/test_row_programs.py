@@ -18,9 +18,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 import cachepass
-from cachepass.program.over_rows import over_rows
 from cachepass.program.plan import CachePlan
-from cachepass.program.row_variant import RowGraph, parts_of
+from cachepass.program.rows.graph import over_rows
+from cachepass.program.rows.variant import RowGraph, parts_of
 from cachepass.program.show import readable
 from cachepass.program.specialize import Variant
 from cachepass.run.live import programs_of

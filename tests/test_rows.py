@@ -22,7 +22,7 @@ import cachepass
 from cachepass.cut import Blocks
 from cachepass.forecast import Fit, Fitted, Taylor
 from cachepass.run.live import programs_of
-from cachepass.run.row_step import RowsStep
+from cachepass.run.rows.step import RowsStep
 from cachepass.schedule import Every, KeySteps
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

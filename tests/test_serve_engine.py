@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cachepass
-from cachepass.run.row_step import RowsStep
+from cachepass.run.rows.step import RowsStep
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "serve"))
 STEPS = 8

@@ -29,9 +29,9 @@ import torch
 from ..capture.inputs import kind_of
 from ..errors import ConfigError, NotCompiledError
 from ..options import parse_options
-from ..run.called import called
 from ..run.context import cache_context, context_of, guidance_partner, telling
 from ..run.live import ENABLED, denoiser_of, denoisers_of, forget
+from ..run.rows.called import called
 from ..ship.export import Exported
 from ..ship.export import export as export_model
 from ..tuning.tune import tune as tune_model

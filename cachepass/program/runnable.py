@@ -22,7 +22,7 @@ from .plan import CachePlan
 from .roles import Carried, History, Invariant, Limit, Next, Output, Parameters, Predicate, ProbeSlot, Role, Weights
 
 if TYPE_CHECKING:
-    from .row_variant import RowRunnable
+    from .rows.variant import RowRunnable
     from .share import Shared
 
 

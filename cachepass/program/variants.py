@@ -25,7 +25,7 @@ from .phases import Phase, phase_name
 from .plan import CachePlan
 from .progress import compiling
 from .rewrite import Canonical, rewrite
-from .row_programs import RowPrograms
+from .rows.programs import RowPrograms
 from .runnable import Invariants, LoweredVariant, Once, Runnable, decision_name, once_name
 from .sizes import SymbolBinder
 from .specialize import Variant, all_phases, specialize, specialize_rest, up_to_decision

@@ -34,7 +34,7 @@ from .instance import HalfRun, Instance, Instances
 from .model import Model
 from .places import Place, Places
 from .reach import WARMING
-from .row_step import ROWS
+from .rows.step import ROWS
 from .runs import Call, Run
 from .state import OutputState, RunState
 from .step import CurrentCall, Pending, StepCall

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import _torch
-from ..program.pools import PoolKey
+from ..program.rows.pools import PoolKey
 from ..program.runnable import Invariants
 from ..program.sizes import SymbolBinder
 from .state import Memory

@@ -30,9 +30,9 @@ from .contexts import Contexts
 from .counts import Counts
 from .evidence import Given, schedule_of
 from .hooks import watch_calls
-from .pool import Pool
 from .review import Review, called_twice, untold
 from .room import Room
+from .rows.pool import Pool
 from .runs import Call, Run
 from .trajectories import Trajectories
 

@@ -15,13 +15,13 @@ import torch
 from ..capture.inputs import InputLayout
 from ..method import Method
 from ..options import CompileOptions
-from ..program.pools import pooled
+from ..program.rows.pools import pooled
 from ..program.runnable import Invariants, Runnable
 from ..program.sizes import SymbolBinder
 from .context import surroundings
 from .instance import Instance
 from .invariants import InvariantState
-from .pool import Pool
+from .rows.pool import Pool
 from .runs import Call, Run
 from .state import Memory, OutputState, RunState
 

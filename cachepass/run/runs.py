@@ -19,7 +19,7 @@ from .clock import Clock
 from .context import WARMUP
 from .evidence import Given, Memory
 from .invariants import InvariantState
-from .pool import Seat
+from .rows.pool import Seat
 from .state import OutputState, RunState
 
 _RECORDED = 1000  # steps of a run that summaries show: a run whose end nobody tells must not fill up

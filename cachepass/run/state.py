@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..program.plan import CachePlan, OutputPlan, PlannedCut
-from ..program.pools import PoolKey
 from ..program.roles import History, Next, ProbeSlot
+from ..program.rows.pools import PoolKey
 from ..program.slots import NamedSlot
 from ..recipe.schedule import Step
 from ..recipe.vocabulary import GroupHistory

@@ -21,7 +21,7 @@ from ..program.liveness import subsets
 from ..program.phases import Phase, phase_name
 from ..program.plan import CachePlan, OutputPlan, ProbePlan
 from ..program.roles import Carried, History, Invariant, Next, Output, Parameters, ProbeSlot, Role
-from ..program.row_variant import RowRunnable
+from ..program.rows.variant import RowRunnable
 from ..program.runnable import Invariants, LoweredVariant, Once, Runnable, decision_name, once_name
 from ..program.sizes import SymbolBinder
 from ..recipe.vocabulary import PLAIN, WHOLE, ProbeTarget, Route

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import _torch
-from ..capture.nodes import returned_by
-from .emit import CONVERT, Emitter, aten
-from .liveness import is_impure
-from .plan import CachePlan
+from ... import _torch
+from ...capture.nodes import returned_by
+from ..emit import CONVERT, Emitter, aten
+from ..liveness import is_impure
+from ..plan import CachePlan
+from ..roles import Carried, Distance, History, Invariant, Next, Output, Parameters, ProbeSlot, Role, Weights
+from ..slots import dense_strides
+from ..specialize import Variant
 from .pools import NEXT, Page, PoolKey, pool_strides
-from .roles import Carried, Distance, History, Invariant, Next, Output, Parameters, ProbeSlot, Role, Weights
-from .row_rules import RowsEmitter, on_rows
-from .row_variant import RowGraph
-from .slots import dense_strides
-from .specialize import Variant
+from .rules import RowsEmitter, on_rows
+from .variant import RowGraph
 
 
 def over_rows(

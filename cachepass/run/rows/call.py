@@ -3,7 +3,7 @@
     names, inputs -> a run and a phase for each row -> rows of one phase in one program -> results in the rows' order
 
 Every row is a step of its run as if it were called alone: its own clock, schedule, history and decision. Rows that turn
-out to be in one phase run together, in calls of the sizes that there are programs for (``program/row_programs.py``).
+out to be in one phase run together, in calls of the sizes that there are programs for (``program/rows/programs.py``).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
-from ..errors import RowsError
-from ..program.once import Invariants
-from ..program.phases import Phase
-from ..recipe.vocabulary import PLAIN
-from .context import Told, saying
-from .dispatch import Dispatcher, PreparedStep
-from .instance import Instance
-from .invariants import InvariantState
-from .model import is_far
+from ...errors import RowsError
+from ...program.once import Invariants
+from ...program.phases import Phase
+from ...recipe.vocabulary import PLAIN
+from ..context import Told, saying
+from ..dispatch import Dispatcher, PreparedStep
+from ..instance import Instance
+from ..invariants import InvariantState
+from ..model import is_far
+from ..reach import WARMING, Warming
+from ..runs import Call, Run
+from ..step import StepCall
 from .pool import Pool
-from .reach import WARMING, Warming
-from .row_step import RowsCall, RowsStep
-from .runs import Call, Run
-from .step import StepCall
+from .step import RowsCall, RowsStep
 
 
 @dataclass(eq=False)

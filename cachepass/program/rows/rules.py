@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import _torch
-from .emit import CONVERT, Emitter, aten
+from ... import _torch
+from ..emit import CONVERT, Emitter, aten
 
 _LAST = 2**63 - 1  # how ATen writes "to the end"
 

@@ -3,7 +3,7 @@
     steps of all rows -> what the run keeps -> decisions -> rows of one phase in one program -> results in their order
 
 Rows that turn out to be in one phase run together, in calls of the sizes that there are programs for
-(``program/row_programs.py``).
+(``program/rows/programs.py``).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
-from .. import _torch
-from ..errors import RowsError
-from ..options import CompileOptions
-from ..program.once import Invariants
-from ..program.phases import Phase
-from ..program.pools import Page
-from ..program.roles import Carried, Weights
-from ..program.row_variant import RowRunnable, RowVariant, is_fit, parts_of
-from ..program.runnable import Runnable
-from ..recipe.vocabulary import PLAIN, Route
-from .context import Told
-from .invariants import InvariantState
+from ... import _torch
+from ...errors import RowsError
+from ...options import CompileOptions
+from ...program.once import Invariants
+from ...program.phases import Phase
+from ...program.roles import Carried, Weights
+from ...program.rows.pools import Page
+from ...program.rows.variant import RowRunnable, RowVariant, is_fit, parts_of
+from ...program.runnable import Runnable
+from ...recipe.vocabulary import PLAIN, Route
+from ..context import Told
+from ..invariants import InvariantState
+from ..step import StepCall
 from .pool import Pool, Seat
-from .step import StepCall
 
 
 @dataclass(eq=False)

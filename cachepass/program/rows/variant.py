@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..recipe.vocabulary import Route
-from .once import Invariants, Once
-from .phases import Phase
+from ...recipe.vocabulary import Route
+from ..once import Invariants, Once
+from ..phases import Phase
+from ..roles import Carried, Parameters, Role, Weights
 from .pools import Page, PoolKey
-from .roles import Carried, Parameters, Role, Weights
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import CachePlan, PlannedCut
-from .slots import NamedSlot
+from ..plan import CachePlan, PlannedCut
+from ..slots import NamedSlot
 
 NEXT = -1  # the age of the slot that a step writes
 

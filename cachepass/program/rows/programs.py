@@ -11,20 +11,20 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from ..errors import RowsError
-from ..recipe.vocabulary import Route
-from .adopt import Adoption
-from .lower import as_it_is, lower, ready_of
-from .over_rows import over_rows
-from .phases import Phase
-from .plan import CachePlan
-from .progress import compiling
-from .row_once import Sorted, in_every_step, part_of, sort_kept
-from .row_variant import KeptOnce, RowGraph, RowRunnable, RowVariant
-from .runnable import Invariants, LoweredVariant, Once, decision_name
-from .sizes import SymbolBinder
-from .specialize import Variant
-from .trace import Traced
+from ...errors import RowsError
+from ...recipe.vocabulary import Route
+from ..adopt import Adoption
+from ..lower import as_it_is, lower, ready_of
+from ..phases import Phase
+from ..plan import CachePlan
+from ..progress import compiling
+from ..runnable import Invariants, LoweredVariant, Once, decision_name
+from ..sizes import SymbolBinder
+from ..specialize import Variant
+from ..trace import Traced
+from .graph import over_rows
+from .once import Sorted, in_every_step, part_of, sort_kept
+from .variant import KeptOnce, RowGraph, RowRunnable, RowVariant
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@
         velocity = compiled(latents, timestep, prompt)       # [2, ...], [2], [2, ...]
 
 The compiled model is called once, with the first row's part of every input: what Dynamo knows of it is one request, so
-any number of rows is the same capture. Its graph then makes the steps of all rows (``run/rows.py``), and whatever the
-model makes of its results for the first row is made of the others' too.
+any number of rows is the same capture. Its graph then makes the steps of all rows (``call.py``), and whatever the model
+makes of its results for the first row is made of the others' too.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from .. import _torch
-from ..capture.inputs import find_latents
-from ..errors import RowsError
-from ..options import is_declared
-from .context import RowNames, Told, check_names, saying, surroundings, telling
-from .live import compiled_in_place, programs_in
-from .row_step import ROWS, RowsCall
-from .rows import call_rows
+from ... import _torch
+from ...capture.inputs import find_latents
+from ...errors import RowsError
+from ...options import is_declared
+from ..context import RowNames, Told, check_names, saying, surroundings, telling
+from ..live import compiled_in_place, programs_in
+from .call import call_rows
+from .step import ROWS, RowsCall
 
 # Inputs that are tables of positions in the models known today: the same for all samples, and often short.
 _POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb", "rotary_emb", "freqs_cis", "pos_embed", "position_ids")

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import PoolError
-from ..program.once import Invariants
-from ..program.plan import PlannedCut
-from ..program.pools import PoolKey, pool_strides
-from ..program.slots import NamedSlot
-from .invariants import InvariantState
-from .state import Memory
+from ...errors import PoolError
+from ...program.once import Invariants
+from ...program.plan import PlannedCut
+from ...program.rows.pools import PoolKey, pool_strides
+from ...program.slots import NamedSlot
+from ..invariants import InvariantState
+from ..state import Memory
 
 
 @dataclass(frozen=True)

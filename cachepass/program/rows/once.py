@@ -17,15 +17,15 @@ from typing import Any
 
 from torch import fx
 
-from .. import _torch
-from ..capture.markers import reach_back
-from ..capture.nodes import copied, operand
-from .emit import aten
-from .liveness import is_impure
-from .once import Invariants
-from .roles import Invariant
-from .specialize import Variant
-from .trace import Traced
+from ... import _torch
+from ...capture.markers import reach_back
+from ...capture.nodes import copied, operand
+from ..emit import aten
+from ..liveness import is_impure
+from ..once import Invariants
+from ..roles import Invariant
+from ..specialize import Variant
+from ..trace import Traced
 
 
 @dataclass(frozen=True)

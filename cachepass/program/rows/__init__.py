@@ -1,0 +1,1 @@
+"""Rows: the programs of one request for several of them."""
