@@ -49,7 +49,8 @@ class CompileOptions:
         share_blocks: Compile blocks that are the same once, and call that for each: what compiling takes grows far less
             with the depth of the model. Not for ``lowering="cond"`` and Inductor's ``cpp_wrapper``, which has no calls.
         pool_requests: Requests that are called as rows (``cachepass.rows``) and keep something at the same time: memory
-            for so many is taken when the first is called, for each size of latents.
+            for so many is taken when the first is called, for each size of latents. None: 16, or as many as three
+            quarters of what may be kept (``max_cache_bytes``) have room for.
         pool_wait: Seconds that a request waits for its place there while all are taken, until another one is released;
             0: it is an error at once.
         row_sizes: How many rows a program takes. Rows that are in one phase are parted into calls of these sizes, the
@@ -70,7 +71,7 @@ class CompileOptions:
     invariant_bytes: int | None = 2**30
     process_group: Any = None
     share_blocks: bool = True
-    pool_requests: int = 16
+    pool_requests: int | None = None
     pool_wait: float = 0.0
     row_sizes: tuple[int, ...] = (1, 2, 4, 8)
     progress: bool = True
@@ -191,7 +192,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "invariant_inputs": (_are_names, "a list of names of model inputs"),
     "varying_inputs": (_are_names, "a list of names of model inputs"),
     "max_cache_bytes": (lambda v: v is None or _is_int(v, 1), "a number of bytes or None"),
-    "pool_requests": (lambda v: _is_int(v, 1), "an int >= 1"),
+    "pool_requests": (lambda v: v is None or _is_int(v, 1), "an int >= 1 or None"),
     "pool_wait": (_is_time, "a number of seconds"),
     "row_sizes": (_are_sizes, "a list of ints >= 1, with 1 among them"),
     "invariant_bytes": (lambda v: v is None or _is_int(v, 0), "a number of bytes or None"),

@@ -630,6 +630,17 @@ def test_a_request_waits_for_its_place_as_long_as_asked():
     assert waited
 
 
+def test_where_nobody_says_how_many_places_there_are_as_many_as_fit():
+    model = compiled()
+    one_call(model, "a")
+    found = cachepass.memory(model)
+    assert found.places == (1, 16)
+    each = found.pool_bytes // 16
+    small = compiled(small_models.transformer(1, depth=3), max_cache_bytes=10 * each)
+    one_call(small, "a", "b")
+    assert cachepass.memory(small).places == (2, 7)
+
+
 def test_a_pool_that_is_too_large_is_refused():
     model = compiled(pool_requests=8, max_cache_bytes=1000)
     with pytest.raises(cachepass.PoolError, match=r"a pool for 8 requests takes .* no more than 1000 may be kept"):

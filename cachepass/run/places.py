@@ -21,10 +21,11 @@ from ..program.sizes import SymbolBinder
 from .context import surroundings
 from .instance import Instance
 from .invariants import InvariantState
-from .rows.pool import Pool
+from .rows.pool import Pool, bytes_of_request
 from .runs import Call, Run
 from .state import Memory, OutputState, RunState
 
+_MOST_SEATS = 16  # where the user did not say how many requests there are
 _MOST_LAYOUTS = 64  # of sizes that were seen; made anew in a moment
 
 
@@ -162,9 +163,13 @@ class Place:
         device = self.graph.device(self.inputs)
 
         def make() -> Pool:
+            slots = pooled(self.program.plan)
             seats = options.pool_requests
+            if seats is None:  # a quarter is left for what the plan does not know, and for other sizes
+                fit = 3 * model.room.left_for_pools(device) // 4 // max(bytes_of_request(slots, self.resolve), 1)
+                seats = max(1, min(_MOST_SEATS, fit))
             pool = Pool(seats, options.pool_wait, lambda needed: model.room.add_pool(needed, seats, device))
-            pool.add(pooled(self.program.plan), self.resolve)
+            pool.add(slots, self.resolve)
             return pool
 
         return model.pool(self.key, make)

@@ -57,16 +57,20 @@ class Room:
             self.limit = memory_of(device) // _SHARE
         return self.limit
 
+    def left_for_pools(self, device: torch.device) -> int:
+        """Bytes that pools may still take."""
+        return self.limit_on(device) - self.pools
+
     def add_pool(self, needed: int, seats: int, device: torch.device) -> None:
         """A pool of so many bytes is about to be made.
 
         Raises:
             PoolError: It is more than may be kept.
         """
-        limit = self.limit_on(device)
-        if self.pools + needed > limit:
+        left = self.left_for_pools(device)
+        if needed > left:
             raise PoolError(
-                f"a pool for {seats} requests takes {needed} bytes, and no more than {limit - self.pools} may be kept",
+                f"a pool for {seats} requests takes {needed} bytes, and no more than {left} may be kept",
                 where='options["pool_requests"]',
                 hint='give fewer, or options["max_cache_bytes"] more',
             )

@@ -131,7 +131,7 @@ def _step(
     calls = [row.prepared.call if row.prepared else StepCall(dispatcher.program, Phase(route=PLAIN)) for row in rows]
     kept = [_keeper(row) for row in rows]
     pool = next((row.pool for row in rows if row.pool is not None), None)
-    step = RowsStep(dispatcher.program, calls, batch, pool, dispatcher.options, kept)
+    step = RowsStep(dispatcher.program, calls, batch, pool, dispatcher.options.row_sizes, kept)
     warming = WARMING.get()
     step.warming = None if warming is None else _reached(dispatcher, warming)
     dispatcher.current.call = step

@@ -179,6 +179,13 @@ class Seat(Memory):
         return sum(slot.nbytes for slot in slots)
 
 
+def bytes_of_request(
+    slots: Mapping[PoolKey, tuple[PlannedCut | NamedSlot, int]], resolve: Callable[[object], int]
+) -> int:
+    """What one request keeps."""
+    return sum(_pages_of(slot, ring, resolve).page_bytes for slot, ring in slots.values())
+
+
 def _pages_of(slot: PlannedCut | NamedSlot, ring: int, resolve: Callable[[object], int]) -> _Pages:
     shape, stride = tuple(map(resolve, slot.shape)), tuple(map(resolve, slot.stride))
     return _Pages(ring, shape, stride, slot.slot_dtype, slot.device)

@@ -18,7 +18,6 @@ import torch
 
 from ... import _torch
 from ...errors import RowsError
-from ...options import CompileOptions
 from ...program.once import Invariants
 from ...program.phases import Phase
 from ...program.roles import Carried, Weights
@@ -67,7 +66,7 @@ class RowsStep:
     Attributes:
         calls: What the schedule says of each.
         pool: What those keep that are of a run.
-        options: Of the compilation: the sizes of calls, the places of the pool.
+        sizes: How many rows programs take.
         kept: For each row, what finds what it keeps until its run is over.
         warming: The phases of which every program is compiled first.
     """
@@ -76,7 +75,7 @@ class RowsStep:
     calls: list[StepCall]
     batch: RowsCall
     pool: Pool | None
-    options: CompileOptions
+    sizes: Sequence[int]
     kept: Sequence[Callable[[Invariants], InvariantState | None]]
     warming: list[Phase] | None = None
     _carried: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -88,7 +87,7 @@ class RowsStep:
         """Run the programs of all rows on the model's inputs, of which the first row's came; its results."""
         own, differ = self._all_rows(inputs)
         inputs.clear()
-        programs = self.program.for_rows(differ, self.options.pool_requests)
+        programs = self.program.for_rows(differ, 1 if self.pool is None else self.pool.seats)
         if self.warming is not None:
             self._warm(programs, self.warming)
         self._renew(programs, own)
@@ -103,7 +102,7 @@ class RowsStep:
             if phase.route is PLAIN:
                 pieces += [([row], None, self.calls[row].run(_row_of(own, differ, row))) for row in members]
                 continue
-            for start, end in parts_of(len(members), self.options.row_sizes):
+            for start, end in parts_of(len(members), self.sizes):
                 rows = members[start:end]
                 variant = programs.compile(phase, len(rows))
                 pieces.append((rows, variant, self._launch(variant, rows, own, differ)))
@@ -157,7 +156,7 @@ class RowsStep:
                 call.renew(state, ours.once, inputs, call.epoch)
 
     def _warm(self, programs: RowRunnable, phases: Sequence[Phase]) -> None:
-        sizes = [size for size in self.options.row_sizes if size <= len(self.calls)]
+        sizes = [size for size in self.sizes if size <= len(self.calls)]
         with self.program.side_by_side():
             for phase in phases:
                 for size in sizes:
@@ -171,7 +170,7 @@ class RowsStep:
         members = [row for row, call in enumerate(self.calls) if call.phase.route == route]
         found: list[list[Any]] = []
         roles: Sequence[Any] = ()
-        for start, end in parts_of(len(members), self.options.row_sizes):
+        for start, end in parts_of(len(members), self.sizes):
             variant = programs.compile_decision(route, end - start)
             roles = variant.kept
             found.append(self._launch(variant, members[start:end], own, programs.differ))
