@@ -15,6 +15,7 @@ import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pipelines import PIPELINES
 from row_traces import Request, Server, assert_as_many_products, one_request, request, samples, steps_of, together
 from torch._dynamo.utils import counters
 
@@ -292,6 +293,40 @@ def test_the_warm_up_compiles_every_program_of_so_many_rows():
             server.step(requests)
     assert cachepass.summary(model).variants == programs
     assert {name.split()[0] for name in programs} == {"compute", "predict"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("method", ["taylorseer", "first block"])
+def test_on_a_gpu(method, mode):
+    module = small_models.transformer(depth=3).to("cuda")
+    model = compiled(module, SMALL[method], lowering="specialize", row_sizes=[1, 2], mode=mode)
+    calls = [[{name: value.to("cuda") for name, value in c.items()} for c in calls_of(i, 7)] for i in range(3)]
+    requests = [request(model, f"req-{i}", own) for i, own in enumerate(calls)]
+    server = Server(model)
+    server.serve(requests, [0, 0, 2], most=3)
+    assert server.worst < 1e-4
+
+
+@pytest.mark.parametrize("name", zoo.sweep_over(["Flux", "Wan", "QwenImage", "HunyuanVideo"], ["Wan"]))
+def test_a_pipeline_in_a_block_of_rows(name):
+    """Two pictures of one call of a pipeline, which names both calls of a step: each is a request of its own."""
+    from cachepass.integrations.diffusers import enable_cache
+
+    case = PIPELINES[name]
+    several = {"num_videos_per_prompt" if "V" in name or name == "Wan" else "num_images_per_prompt": 2}
+    pipes = [case.make(), case.make()]
+    for pipe in pipes:
+        enable_cache(pipe, "taylorseer", lowering="eager")
+    wanted = case.run(pipes[0], 8, **several)
+    with cachepass.rows("a", "b"):
+        found = case.run(pipes[1], 8, **several)
+    assert zoo.relative_error(found, wanted) < 1e-4
+    marks = cachepass.summary(pipes[1]).last_runs
+    assert {name: set(run.values()) for name, run in marks.items()} == {
+        f"{row}/{side}": {"###.#..."} for row in "ab" for side in ("cond", "uncond")
+    }
 
 
 @pytest.mark.inductor
