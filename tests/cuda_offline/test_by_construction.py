@@ -18,12 +18,20 @@ pytest.importorskip("triton")
 from offline_models import METHODS, explained, variants
 
 from cachepass._torch import offline
-from cachepass.gpu.program import write_for
+from cachepass.gpu.program import compile_for, write_for
 from cachepass.gpu.table import GPUS
+from cachepass.program.specialize import Variant
 
 # A program up to a decision copies two numbers to the host at its end; on the CPU, where it was captured, that is none.
 WAITS = (".item()", ".tolist()", ".cpu()", "synchronize", "_local_scalar_dense", "nonzero", "empty_strided_cpu")
 HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
+
+
+def waits_of(code: str) -> list[str]:
+    """What a program waits for."""
+    lines = [line for line in code.splitlines() if not line.lstrip().startswith("#")]
+    body = "\n".join(lines[lines.index(next(line for line in lines if "def call(" in line)) :])
+    return [wait for wait in WAITS if wait in body]
 
 
 @pytest.mark.parametrize("method", sweep_over(METHODS, ["taylorseer", "first_block"]))
@@ -33,10 +41,29 @@ def test_programs_wait_for_nothing_and_fit_into_cuda_graphs(method):
         with offline.pretending(gpu.title, gpu.properties):
             made[variant.name] = write_for(variant, traced.inputs, traced.context, shares=True)
     for name, program in made.items():
-        lines = [line for line in program.written.code.splitlines() if not line.lstrip().startswith("#")]
-        body = "\n".join(lines[lines.index(next(line for line in lines if "def call(" in line)) :])
-        assert [wait for wait in WAITS if wait in body] == [], name
+        assert waits_of(program.written.code) == [], name
         assert program.no_graph is None, (name, program.no_graph)
+
+
+@pytest.mark.parametrize("method", sweep_over(METHODS, ["first_block"]))
+def test_two_rows_launch_as_many_kernels_as_one(method):
+    """Pages are read in the kernels that forecast and written in those that compute; CUDA graphs can hold them."""
+    if method == "fastercache":
+        pytest.skip("guidance batches take no rows")
+    explanation, gpu = explained("DiTTransformer2DModel", method), GPUS["h100"]
+    program, codes = explanation.program, {}
+    own = program.full.inputs
+    differ = frozenset(i for i in range(len(own)) if i not in program.full.parameters and own[i].ndim)
+    rows = program.for_rows(differ, 4)
+    for variant, traced in variants(explanation):
+        if variant.name == "once":
+            continue
+        one = compile_for(gpu, variant, own, traced.context, shares=True, machine_code=codes)
+        graph = rows.graph(variant, traced, 2)
+        for_two = Variant(f"{variant.name} x 2", graph.gm, (), repeated=variant.repeated)
+        two = compile_for(gpu, for_two, graph.inputs, traced.context, shares=True, machine_code=codes)
+        assert len(two.launches) <= len(one.launches), variant.name
+        assert two.no_graph is None and waits_of(two.written.code) == [], variant.name
 
 
 @pytest.mark.parametrize("method", ["taylorseer", "pab", "first_block"])
