@@ -67,7 +67,7 @@ CASES = [(m, k) for m in MODELS for k in METHODS if m in FORMATS or "fastercache
     sweep_over(
         CASES,
         [
-            ("WanTransformer3DModel", "first_block_cache"),
+            ("DiTTransformer2DModel", "first_block_cache"),
             ("DiTTransformer2DModel", "fastercache, two calls"),
             ("DiTTransformer2DModel", "fastercache, a batch"),
         ],
