@@ -564,6 +564,30 @@ def test_results_keep_their_structure():
     assert found["first"][1][1] == 3
 
 
+def test_results_that_are_inputs_or_views_of_each_other():
+    class Returning(small_models.Transformer):
+        def forward(self, x, timestep, items, table):
+            tokens = super().forward(x[0], timestep)
+            first, rest = tokens.split([1, 3], 1)
+            return [first], rest, [x[0]], [items[0]], x[0].transpose(1, 2), table, table.sum(0), timestep
+
+    torch.manual_seed(0)
+    module = Returning().eval().requires_grad_(False)
+    model = compiled(module)
+    calls = [calls_of(seed, 1)[0] for seed in (1, 2)]
+    table, items = torch.randn(5, 8), [torch.randn(3), torch.randn(3)]
+    wanted = [module([call["x"]], call["timestep"], [item], table) for call, item in zip(calls, items, strict=True)]
+    with cachepass.rows("a", "b"):
+        found = model([call["x"] for call in calls], torch.cat([c["timestep"] for c in calls]), list(items), table)
+    for row in (0, 1):
+        for listed in (0, 2, 3):
+            torch.testing.assert_close(found[listed][row], wanted[row][listed][0])
+        for joined in (1, 4, 7):
+            torch.testing.assert_close(found[joined].chunk(2)[row], wanted[row][joined])
+    torch.testing.assert_close(found[5], torch.cat([table, table]))
+    torch.testing.assert_close(found[6], torch.cat([table.sum(0)] * 2))
+
+
 def test_two_threads_call_rows_of_their_own():
     model = compiled()
     requests = requests_of(model, [8, 8, 8, 8])

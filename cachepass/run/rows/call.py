@@ -174,5 +174,6 @@ def _one_by_one(dispatcher: Dispatcher, instance: Instance, batch: RowsCall, row
             row.call.run.note(dispatcher.idle_groups, ())
         found.append(dispatcher.compiled(*row.inputs))
     columns = list(zip(*found, strict=True))
-    batch.results = [torch.stack(c) if isinstance(c[0], torch.Tensor) else c[0] for c in columns]
-    return [value[0] if isinstance(value, torch.Tensor) else value for value in batch.results]
+    led = [isinstance(column[0], torch.Tensor) for column in columns]
+    batch.results = [(torch.stack(c) if is_led else c[0], is_led) for c, is_led in zip(columns, led, strict=True)]
+    return [value[0] if is_led else value for value, is_led in batch.results]

@@ -118,7 +118,7 @@ def called(
             where="cachepass.rows",
             hint='compile it with backend="cached_inductor" and options={"cache": ...}',
         )
-    return _Joining(batch, listed=parted.listed).join(first)
+    return _Joining(batch, parted).join(first)
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -147,6 +147,7 @@ class _Parting:
         self.given: list[Any] = []
         self.listed = False
         self._latents: str | None = None
+        self._known: dict[tuple[int, int], torch.Tensor] = {}
         self._alone = _sizes_alone(module)
         self._asked = dict.fromkeys(rows.dims, False)
 
@@ -220,8 +221,10 @@ class _Parting:
         elif not -value.ndim <= dim < value.ndim or value.shape[dim] != self.count:
             raise RowsError(f"{tuple(value.shape)} has no {self.count} rows in dimension {dim}", where=f"input {name}")
         dim %= value.ndim
-        first = value.narrow(dim, 0, 1)
-        return self._note(first, value.movedim(dim, 0).unsqueeze(dim + 1))
+        if (id(value), dim) not in self._known:  # a tensor that is given twice is given twice to the first row
+            first = value.narrow(dim, 0, 1)
+            self._known[id(value), dim] = self._note(first, value.movedim(dim, 0).unsqueeze(dim + 1))
+        return self._known[id(value), dim]
 
     def _is_parted(self, name: str, value: torch.Tensor) -> bool:
         """Whether an input has a row for each name."""
@@ -313,12 +316,26 @@ def _sizes_alone(module: torch.nn.Module) -> dict[str, int]:
 class _Joining:
     """Makes of what a model returned for the first row what it returns for all of them."""
 
-    def __init__(self, batch: RowsCall, *, listed: bool) -> None:
-        self.count, self.listed = batch.count, listed
-        known = [value for value in batch.results or () if isinstance(value, torch.Tensor)]
-        self._bases = {_torch.storage_of(value): value for value in (*batch.leading.values(), *known) if value.ndim}
+    def __init__(self, batch: RowsCall, parted: _Parted) -> None:
+        self.count, self.listed = batch.count, parted.listed
+        results = [(value, led) for value, led in batch.results or () if isinstance(value, torch.Tensor)]
+        firsts = [(value[0], value) for value, led in results if led]
+        firsts += [(first, batch.leading[id(first)]) for first in batch.given]
+        # What the first row has, and all rows of it, by the memory that the former lies in.
+        self._led: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for first, rows in firsts:
+            if first.stride() == rows.stride()[1:]:  # items of a list are joined anew
+                self._led.setdefault(_torch.storage_of(first), []).append((first, rows))
+        self._items = {id(first): batch.leading[id(first)] for first in batch.given}
+        given = [value for value in _torch.flatten((parted.args, parted.kwargs))[0] if isinstance(value, torch.Tensor)]
+        same = (*(value for value, led in results if not led), *(v for v in given if id(v) not in self._items))
+        self._same = {_torch.storage_of(value) for value in same}
 
     def join(self, value: Any) -> Any:
+        """
+        Raises:
+            RowsError: Something in it is neither of the graph's results nor of the inputs.
+        """
         return _torch.map_leaves(self._leaf, value, self._is_list)
 
     def _is_list(self, value: Any) -> bool:
@@ -334,9 +351,28 @@ class _Joining:
         return rows if value.ndim == 0 else rows.flatten(0, 1)
 
     def _rows(self, value: torch.Tensor) -> torch.Tensor:
-        """A value that is a view of the first row's memory, of all rows: rows in front. One that is no such view is the
-        same for all."""
-        base = self._bases.get(_torch.storage_of(value))
-        if base is None:
-            return value.expand(self.count, *value.shape)
-        return value.as_strided((self.count, *value.shape), (base.stride(0), *value.stride()), value.storage_offset())
+        """A value of the first row, for all rows: they are in front. Where it is a view of what the first row has, the
+        others are the same views of theirs."""
+        if id(value) in self._items:
+            return self._items[id(value)]
+        known = self._led.get(_torch.storage_of(value))
+        if known is not None:
+            first, rows = next((pair for pair in known if _is_like(value, pair[0])), known[0])
+            offset = rows.storage_offset() + int(value.storage_offset()) - int(first.storage_offset())
+            return rows.as_strided((self.count, *value.shape), (rows.stride(0), *value.stride()), offset)
+        if _torch.storage_of(value) not in self._same:
+            raise RowsError(
+                f"a result of the size {tuple(value.shape)} is made outside of the model's graph",
+                where="cachepass.rows",
+                hint="call the model once for each request, in a cachepass.cache_context of its own",
+            )
+        return value.expand(self.count, *value.shape)
+
+
+def _is_like(value: torch.Tensor, first: torch.Tensor) -> bool:
+    """It is all of it, not a view."""
+    return (value.shape, value.stride(), value.storage_offset()) == (
+        first.shape,
+        first.stride(),
+        first.storage_offset(),
+    )

@@ -40,14 +40,14 @@ class RowsCall:
         leading: What all rows are given, rows in front, by the id of what the first row is given of it.
         given: The latter, which must exist as long as their ids are asked for.
         call: Calls the dispatcher of the graph, with the first row's inputs.
-        results: What the graph returned, of all rows; None: it has not run.
+        results: What the graph returned, each with whether it has rows in front; None: it has not run.
     """
 
     said: Told
     leading: dict[int, torch.Tensor]
     given: list[Any]
     call: Callable[[Any, RowsCall, Sequence[Any]], Any]
-    results: list[Any] | None = None
+    results: list[tuple[Any, bool]] | None = None
 
     @property
     def count(self) -> int:
@@ -107,9 +107,8 @@ class RowsStep:
                 variant = programs.compile(phase, len(rows))
                 pieces.append((rows, variant, self._launch(variant, rows, own, differ)))
         self._carried.clear()
-        columns = list(self._joined(pieces))
-        self.batch.results = [value for value, _ in columns]
-        return [value[0] if led else value for value, led in columns]
+        self.batch.results = results = list(self._joined(pieces))
+        return [value[0] if led else value for value, led in results]
 
     def _all_rows(self, inputs: Sequence[Any]) -> tuple[list[Any], frozenset[int]]:
         """The inputs of all rows, and the indices of those that differ, with rows in front.
