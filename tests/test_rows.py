@@ -788,7 +788,12 @@ def test_inputs_that_are_as_long_as_the_batch():
     model = compiled(module)
     with cachepass.rows("a", "b"), pytest.raises(cachepass.RowsError, match="it may be the same for all") as raised:
         model(**together(calls), **shared)
-    assert 'dims={"img_ids": None}' in (raised.value.hint or "")
+    assert 'dims={"table": None}' in (raised.value.hint or "")
+    with (
+        cachepass.rows("a", "b", dims={"table": None}),
+        pytest.raises(cachepass.RowsError, match="input img_ids: its first dimension is 2"),
+    ):
+        model(**together(calls), **shared)
     with cachepass.rows("a", "b", dims={"img_ids": None, "table": None}):
         torch.testing.assert_close(model(**together(calls), **shared), wanted)
     cachepass.release("a", "b")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ... import _torch
-from ...capture.inputs import find_latents
+from ...capture.inputs import TIMESTEP_NAMES, find_latents
 from ...errors import RowsError
 from ...options import is_declared
 from ..context import RowNames, Told, check_names, saying, surroundings, telling
@@ -29,7 +29,13 @@ from ..live import compiled_in_place, programs_in
 from .call import call_rows
 from .step import ROWS, RowsCall
 
-# Inputs that are tables of positions in the models known today: the same for all samples, and often short.
+# Inputs that have a sample of each image in all models known today, beside latents and timestep.
+_SAMPLES = {
+    "encoder_hidden_states", "encoder_hidden_states_t5", "encoder_attention_mask", "attention_mask",
+    "text_embedding_mask", "text_embedding_mask_t5", "pooled_projections", "guidance", "class_labels", "prompt",
+    "prompt_embeds", "text", "context", "y", "labels", *TIMESTEP_NAMES,
+}  # fmt: skip
+# Those that are tables of positions: the same for all samples.
 _POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb", "rotary_emb", "freqs_cis", "pos_embed", "position_ids")
 
 
@@ -231,21 +237,22 @@ class _Parting:
         if self.count == 1:  # any answer is right; the one of calls of several has programs already
             known = _parted.get(self.module, {}).get(name)
             return value.shape[0] == 1 and (not _is_table(name, value) if known is None else known)
-        parted = value.shape[0] == self.count and self._has_a_row_for_each(name, value)
+        parted = value.shape[0] == self.count and self._has_a_row_for_each(name)
         _parted.setdefault(self.module, {})[name] = parted
         return parted
 
-    def _has_a_row_for_each(self, name: str, value: torch.Tensor) -> bool:
+    def _has_a_row_for_each(self, name: str) -> bool:
         if name == self._latents:
             return True
         alone = self._alone.get(name)
         if alone is not None:
             return alone == 1  # else it has as many in the call of one request
-        if _is_table(name, value):
+        if name.rpartition(".")[2] not in _SAMPLES:
             raise RowsError(
                 f"its first dimension is {self.count}, as many as there are rows, and it may be the same for all",
                 where=f"input {name}",
-                hint=f'say so: cachepass.rows(..., dims={{"{name}": None}}), or 0 if it has a row for each',
+                hint=f'say so: cachepass.rows(..., dims={{"{name}": None}}), or 0 if it has a row for each. '
+                "Nothing is asked once one request was called alone, which warmup does: that tells",
             )
         return True
 
