@@ -31,9 +31,9 @@ from .step import ROWS, RowsCall
 
 # Inputs that have a sample of each image in all models known today, beside latents and timestep.
 _SAMPLES = {
-    "encoder_hidden_states", "encoder_hidden_states_t5", "encoder_attention_mask", "attention_mask",
-    "text_embedding_mask", "text_embedding_mask_t5", "pooled_projections", "guidance", "class_labels", "prompt",
-    "prompt_embeds", "text", "context", "y", "labels", *TIMESTEP_NAMES,
+    "encoder_attention_mask", "attention_mask", "text_embedding_mask", "text_embedding_mask_t5", "pooled_projections",
+    "guidance", "class_labels", "image_embeds", "prompt", "prompt_embeds", "text", "context", "y", "labels",
+    *TIMESTEP_NAMES,
 }  # fmt: skip
 # Those that are tables of positions: the same for all samples.
 _POSITIONS = ("img_ids", "txt_ids", "image_rotary_emb", "rotary_emb", "freqs_cis", "pos_embed", "position_ids")
@@ -247,7 +247,8 @@ class _Parting:
         alone = self._alone.get(name)
         if alone is not None:
             return alone == 1  # else it has as many in the call of one request
-        if name.rpartition(".")[2] not in _SAMPLES:
+        short = name.rpartition(".")[2]
+        if short not in _SAMPLES and not short.startswith("encoder_hidden_states"):
             raise RowsError(
                 f"its first dimension is {self.count}, as many as there are rows, and it may be the same for all",
                 where=f"input {name}",
