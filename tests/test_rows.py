@@ -700,6 +700,26 @@ def test_where_nobody_says_how_many_places_there_are_as_many_as_fit():
     assert cachepass.memory(small).places == (2, 7)
 
 
+def test_pools_of_other_sizes_make_room():
+    def call(model: Any, tokens: int, *names: str) -> None:
+        with cachepass.rows(*names):
+            model(x=torch.randn(len(names), tokens, 8), timestep=torch.full((len(names),), 900.0))
+
+    model = compiled()
+    call(model, 4, "a")
+    each = cachepass.memory(model).pool_bytes // 16
+    model = compiled(small_models.transformer(1, depth=3), pool_requests=2, max_cache_bytes=5 * each)
+    call(model, 4, "a", "b")
+    call(model, 2, "c")
+    assert cachepass.memory(model).places == (3, 4)
+    with pytest.raises(cachepass.PoolError, match=f"no more than {2 * each} may be kept"):
+        call(model, 8, "d")
+    cachepass.release("a", "b")
+    call(model, 8, "d")
+    assert cachepass.memory(model).places == (2, 4)
+    call(model, 8, "e")
+
+
 def test_a_pool_that_is_too_large_is_refused():
     model = compiled(pool_requests=8, max_cache_bytes=1000)
     with pytest.raises(cachepass.PoolError, match=r"a pool for 8 requests takes .* no more than 1000 may be kept"):

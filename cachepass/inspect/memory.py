@@ -52,7 +52,7 @@ def memory(model: torch.nn.Module | Callable[..., Any]) -> Memory:
             before = contexts.get(run.context, (0, 0))
             contexts[run.context] = before[0] + histories, before[1] + kept
     limits = [record.room.limit for record in models if record.room.limit is not None]
-    pools = [pool for record in models for pool in record.pools]
+    pools = [pool for record in models for pool in record.pools.all]
     places = sum(pool.taken for pool in pools), sum(pool.seats for pool in pools)
     held = sum(a + b for a, b in contexts.values())
     pool_bytes = sum(pool.pool_bytes for pool in pools)

@@ -13,7 +13,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from .evidence import Given, schedule_of
 from .hooks import watch_calls
 from .review import Review, called_twice, untold
 from .room import Room
-from .rows.pool import Pool
+from .rows.pools import Pools
 from .runs import Call, Run
 from .trajectories import Trajectories
 
@@ -67,7 +67,7 @@ class Model:
         self._local = threading.local()
         self._lock = threading.RLock()
         self._hooks: tuple[Any, ...] = ()
-        self._pools: dict[Hashable, Pool] = {}
+        self.pools = Pools(self.room)
 
     @property
     def module(self) -> torch.nn.Module | None:
@@ -115,19 +115,6 @@ class Model:
         if run is None:
             message = called_twice(trajectories.context, timestep) if said.is_row else None
             self.warn_once("untold", message or untold(self.module, trajectories.context, timestep))
-
-    def pool(self, place: Hashable, make: Callable[[], Pool]) -> Pool:
-        """The pool of calls of several requests at a place: for what a graph keeps at one size."""
-        with self._lock:
-            if place not in self._pools:
-                self._pools[place] = make()
-            return self._pools[place]
-
-    @property
-    def pools(self) -> list[Pool]:
-        """Those of all sizes."""
-        with self._lock:
-            return list(self._pools.values())
 
     def free_idle(self) -> None:
         """Free what runs keep that are over and none of whose calls is going on."""
@@ -242,9 +229,7 @@ class Model:
         """Drop all runs, with all that they keep."""
         self.settle()
         self._contexts.forget()
-        with self._lock:
-            self._pools.clear()
-            self.room.pools = 0
+        self.pools.clear()
 
     def reset(self, context: str | None = None) -> None:
         """End the runs of a context, and of those in it. None: of the contexts that the caller stands in or, where it

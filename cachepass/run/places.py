@@ -165,11 +165,11 @@ class Place:
         def make() -> Pool:
             slots = pooled(self.program.plan)
             seats = options.pool_requests
-            if seats is None:  # a quarter is left for what the plan does not know, and for other sizes
-                fit = 3 * model.room.left_for_pools(device) // 4 // max(bytes_of_request(slots, self.resolve), 1)
+            if seats is None:  # a quarter is left for what the plan does not know
+                fit = 3 * model.room.limit_on(device) // 4 // max(bytes_of_request(slots, self.resolve), 1)
                 seats = max(1, min(_MOST_SEATS, fit))
-            pool = Pool(seats, options.pool_wait, lambda needed: model.room.add_pool(needed, seats, device))
+            pool = Pool(seats, options.pool_wait, lambda needed: model.pools.reserve(needed, seats, device))
             pool.add(slots, self.resolve)
             return pool
 
-        return model.pool(self.key, make)
+        return model.pools.at(self.key, make)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..errors import PoolError
 from .runs import Run
 
 _SHARE = 4  # by default a model's states take at most a quarter of a device's memory: they live beside the model
@@ -56,25 +55,6 @@ class Room:
         if self.limit is None:
             self.limit = memory_of(device) // _SHARE
         return self.limit
-
-    def left_for_pools(self, device: torch.device) -> int:
-        """Bytes that pools may still take."""
-        return self.limit_on(device) - self.pools
-
-    def add_pool(self, needed: int, seats: int, device: torch.device) -> None:
-        """A pool of so many bytes is about to be made.
-
-        Raises:
-            PoolError: It is more than may be kept.
-        """
-        left = self.left_for_pools(device)
-        if needed > left:
-            raise PoolError(
-                f"a pool for {seats} requests takes {needed} bytes, and no more than {left} may be kept",
-                where='options["pool_requests"]',
-                hint='give fewer, or options["max_cache_bytes"] more',
-            )
-        self.pools += needed
 
 
 def _kept(run: Run) -> Iterator[tuple[Run, Any, Any, Any]]:
