@@ -208,7 +208,7 @@ def test_models_of_the_zoo(name, method):
     ]
     server = Server(model, {"return_dict": False})
     server.serve(requests, [0, 1, *(draw.randint(0, 9) for _ in range(3))], most=draw.randint(3, 5))
-    assert {2, 3} <= set(server.calls)
+    assert len(set(server.calls)) > 1 and max(server.calls) >= 3
     assert server.worst < 1e-5
     ((dispatcher, _),) = programs_of(model)
     program: Any = dispatcher.program
