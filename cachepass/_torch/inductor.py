@@ -291,18 +291,18 @@ def trace(function: Callable[..., Any], leaves: Sequence[torch.Tensor], spec: An
     return make_fx(flat, decomposition_table=select_decomp_table())(*leaves), results[-1]
 
 
-def over_rows(function: Callable[..., Any], dims: Sequence[int | None]) -> Callable[..., Any]:
+def mapped(function: Callable[..., Any], dims: Sequence[int | None]) -> Callable[..., Any]:
     """``torch.vmap`` over the arguments that have a dimension in ``dims``, without its loop over single calls.
 
     The result raises a RuntimeError where an operation has no rule for it.
     """
-    mapped = torch.vmap(function, in_dims=tuple(dims))  # pyright: ignore[reportArgumentType]
+    over_all = torch.vmap(function, in_dims=tuple(dims))  # pyright: ignore[reportArgumentType]
 
     def call(*args: Any) -> Any:
         before = _is_vmap_fallback_enabled()
         _set_vmap_fallback_enabled(False)
         try:
-            return mapped(*args)
+            return over_all(*args)
         finally:
             _set_vmap_fallback_enabled(before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -29,6 +30,12 @@ def copied(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {})).meta = dict(graph.output_node().meta)
     return copy
+
+
+def arguments_of(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What an ATen operation is given, by the names of its parameters; what it is not given is not there."""
+    names = [argument.name for argument in operation._schema.arguments]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def operand(node: fx.Node, index: int = 0) -> fx.Node:

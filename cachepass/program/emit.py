@@ -17,6 +17,7 @@ from .plan import PlannedCut
 
 aten = torch.ops.aten
 EMITTED = "cached_"  # how the names of emitted nodes begin
+TO_THE_END = 2**63 - 1  # how ATen writes the end of a slice that has none
 CONVERT = torch.ops.prims.convert_element_type.default
 _ORIGIN = "nn_module_stack", "stack_trace"  # which module and line of the model a node is of
 

@@ -23,7 +23,7 @@ from torch import fx
 from .. import _torch
 from ..capture.annotate import CUT, OUTPUT
 from ..capture.markers import reach_back
-from ..capture.nodes import copied
+from ..capture.nodes import arguments_of, copied
 from .emit import Emitter, aten
 from .kept import LeftOut, choose, is_heavy
 from .liveness import is_impure
@@ -110,9 +110,7 @@ def _is_attention(node: fx.Node) -> bool:
     """An attention kernel without dropout (the tag is on all of them)."""
     if "scaled_dot_product" not in str(node.target):
         return False
-    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return not given.get("dropout_p")
+    return not arguments_of(node.target, node.args, node.kwargs).get("dropout_p")
 
 
 def _leaves(value: Any) -> Iterable[Any]:

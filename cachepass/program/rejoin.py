@@ -16,10 +16,8 @@ import torch
 from torch import fx
 
 from ..capture.nodes import operand, returned_by
-from .emit import alias_root, aten
+from .emit import TO_THE_END, alias_root, aten
 from .liveness import is_impure
-
-_LAST = 2**63 - 1  # how ATen writes "to the end"
 
 
 def rejoin(graph: fx.Graph) -> None:
@@ -57,12 +55,12 @@ def _whole(parts: Sequence[object], dim: int, joined: fx.Node) -> fx.Node | None
 
 def _slice(node: fx.Node) -> tuple[fx.Node, int, object, int, object]:
     """Of what, along which dimension, from where, to where, in which steps."""
-    defaults = (None, 0, 0, _LAST, 1)
+    defaults = (None, 0, 0, TO_THE_END, 1)
     args = [node.args[i] if i < len(node.args) else default for i, default in enumerate(defaults)]
     source, dim, start, stop, step = args
     dim = int(dim) % operand(node).meta["val"].ndim if isinstance(dim, int) else -1
     size = operand(node).meta["val"].shape[dim]
     start = 0 if start is None else start + size if isinstance(start, int) and start < 0 else start
-    stop = _LAST if stop is None else stop + size if isinstance(stop, int) and stop < 0 else stop
+    stop = TO_THE_END if stop is None else stop + size if isinstance(stop, int) and stop < 0 else stop
     assert isinstance(source, fx.Node)
     return source, dim, start, stop if isinstance(stop, int) else -1, step

@@ -20,9 +20,8 @@ import torch
 from torch import fx
 
 from ... import _torch
-from ..emit import CONVERT, Emitter, aten
-
-_LAST = 2**63 - 1  # how ATen writes "to the end"
+from ...capture.nodes import arguments_of
+from ..emit import CONVERT, TO_THE_END, Emitter, aten
 
 
 class RowsEmitter:
@@ -139,7 +138,7 @@ def _mapped(over: RowsEmitter, target: Any, args: tuple[Any, ...], kwargs: dict[
 
     dims = tuple(0 if node in over.led else None for node in nodes)
     try:
-        result = over.emit.traced(_torch.over_rows(on_one, dims), *nodes)
+        result = over.emit.traced(_torch.mapped(on_one, dims), *nodes)
     except (RuntimeError, ValueError, TypeError) as error:
         raise NotImplementedError(f"{target}: {str(error).strip().splitlines()[0]}") from error
     fx.map_arg(result, over.led.add)
@@ -215,8 +214,8 @@ def _unsqueeze(over: RowsEmitter, target: Any, value: fx.Node, dim: int) -> Any:
 )  # fmt: skip
 def _along(over: RowsEmitter, target: Any, value: fx.Node, *args: Any, **kwargs: Any) -> Any:
     """Operations along one dimension, wherever it stands among the arguments."""
-    names = [argument.name for argument in target._schema.arguments]
-    given = dict(zip(names[1:], args, strict=False)) | kwargs
+    given = arguments_of(target, (value, *args), kwargs)
+    del given[target._schema.arguments[0].name]
     if value not in over.led or any(map(over.is_led, given.values())):
         return NotImplemented
     given["dim"] = given.get("dim", 0) % max(over.ndim(value), 1) + 1
@@ -250,7 +249,7 @@ def _slice_scatter(
     step: int = 1,
 ) -> Any:  # fmt: skip
     dim = dim % over.ndim(base) + 1
-    return over(target, over.lead(base), over.lead(value), dim, start, _LAST if end is None else end, step)
+    return over(target, over.lead(base), over.lead(value), dim, start, TO_THE_END if end is None else end, step)
 
 
 @_rule(aten.select_scatter.default)
@@ -311,8 +310,7 @@ def _is_attention(target: Any) -> bool:
 
 def _attention(over: RowsEmitter, target: Any, *args: Any, **kwargs: Any) -> Any:
     """All rows in one batch: query, key, value ``[r * b, heads, tokens, features]``, and a mask if there is one."""
-    names = [argument.name for argument in target._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = arguments_of(target, args, kwargs)
     batch = over.shape(given["query"])[0]
     for name, value in given.items():
         if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], torch.Tensor):
@@ -323,7 +321,7 @@ def _attention(over: RowsEmitter, target: Any, *args: Any, **kwargs: Any) -> Any
             given[name] = _mask(over, value, batch, over.ndim(given["query"]))
         else:
             return NotImplemented
-    ordered = [given.pop(name) for name in names[: len(args)]]
+    ordered = [given.pop(argument.name) for argument in target._schema.arguments[: len(args)]]
     whole = over.emit(target, *ordered, **given)
     results = []
     for i, value in enumerate(whole.meta["val"]):

@@ -27,7 +27,6 @@ from ..model import is_far
 from ..reach import WARMING, Warming
 from ..runs import Call, Run
 from ..step import StepCall
-from .pool import Pool
 from .step import RowsCall, RowsStep
 
 
@@ -40,7 +39,6 @@ class _Row:
     call: Call
     partner: Run | None = None
     prepared: PreparedStep | None = None
-    pool: Pool | None = None
 
 
 def call_rows(dispatcher: Dispatcher, batch: RowsCall, inputs: Sequence[Any]) -> Any:
@@ -127,10 +125,9 @@ def _step(
         with saying(row.said):
             if row.call.run is not None:
                 row.prepared = dispatcher.prepare(instance, row.call.run, row.call, row.partner, row.inputs)
-                row.pool = row.prepared.place.pool()
     calls = [row.prepared.call if row.prepared else StepCall(dispatcher.program, Phase(route=PLAIN)) for row in rows]
     kept = [_keeper(row) for row in rows]
-    pool = next((row.pool for row in rows if row.pool is not None), None)
+    pool = next((row.prepared.place.pool() for row in rows if row.prepared is not None), None)
     step = RowsStep(dispatcher.program, calls, batch, pool, dispatcher.options.row_sizes, kept)
     warming = WARMING.get()
     step.warming = None if warming is None else _reached(dispatcher, warming)

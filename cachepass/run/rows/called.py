@@ -148,7 +148,6 @@ class _Parting:
         rows = said.rows
         assert rows is not None
         self.module, self.rows, self.count = module, rows, len(rows.names)
-        self.where = type(module).__name__
         self.leading: dict[int, torch.Tensor] = {}
         self.given: list[Any] = []
         self.listed = False
@@ -334,9 +333,9 @@ class _Joining:
         for first, rows in firsts:
             if first.stride() == rows.stride()[1:]:  # items of a list are joined anew
                 self._led.setdefault(_torch.storage_of(first), []).append((first, rows))
-        self._items = {id(first): batch.leading[id(first)] for first in batch.given}
+        self._leading = batch.leading
         given = [value for value in _torch.flatten((parted.args, parted.kwargs))[0] if isinstance(value, torch.Tensor)]
-        same = (*(value for value, led in results if not led), *(v for v in given if id(v) not in self._items))
+        same = (*(value for value, led in results if not led), *(v for v in given if id(v) not in self._leading))
         self._same = {_torch.storage_of(value) for value in same}
 
     def join(self, value: Any) -> Any:
@@ -361,8 +360,8 @@ class _Joining:
     def _rows(self, value: torch.Tensor) -> torch.Tensor:
         """A value of the first row, for all rows: they are in front. Where it is a view of what the first row has, the
         others are the same views of theirs."""
-        if id(value) in self._items:
-            return self._items[id(value)]
+        if id(value) in self._leading:
+            return self._leading[id(value)]
         known = self._led.get(_torch.storage_of(value))
         if known is not None:
             first, rows = next((pair for pair in known if _is_like(value, pair[0])), known[0])
